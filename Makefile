@@ -1,0 +1,29 @@
+# make setup   creates .venv and installs what requirements.txt pins
+# make demo    trains and evaluates on the embedded data set; results in runs/digits/
+# make test    runs the tests
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/digits
+
+.PHONY: setup demo test clean
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python train.py --config=configs/digits.py:base --workdir=$(RUN)/base
+	$(BIN)/python train.py --config=configs/digits.py:dynamic --workdir=$(RUN)/dynamic --config.init_from=$(RUN)/base/checkpoints
+	$(BIN)/python -m dynllava_jax.training.plot $(RUN)/training.png $(RUN)/base $(RUN)/dynamic
+	$(BIN)/python eval.py --config=configs/digits.py:eval --config.runs.dense.checkpoint=$(RUN)/base/checkpoints --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)
+
+test: setup
+	$(BIN)/python -m pytest -q tests
+
+clean:
+	rm -rf .venv runs

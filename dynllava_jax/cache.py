@@ -1,0 +1,137 @@
+"""The KV cache as data: one stack per stage, each with its own static capacity.
+
+Axes: L layers of the stage, B batch, C slots, K kv heads, H head dim.
+
+Layers behind a selector that judges generated tokens are *gated*: a rejected token is visible to itself
+only. Each row has a write pointer p (`length`); the new K/V are written at slot p, and p advances only
+if the token is kept, so the next token overwrites a rejected one. Slots < p are what attention sees.
+
+The gate has no hard limit, the buffer has: a row keeps at most `budget` generated tokens. When a further
+one is kept, the generated token with the smallest keep margin, the new one included, is given up, and
+counted in `evicted`. Counting tokens rather than free slots makes the rule independent of padding.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+NEVER_EVICTED = jnp.inf  # margin of prompt tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StageCache:
+  """Keys and values of one stage.
+
+  Attributes:
+    k, v: float[L, B, C, K, H]; keys are stored rotated.
+    length: int32[B], the write pointer: slots < length are visible.
+    margin: float32[B, C], keep margin of the generated token in each slot, +inf elsewhere.
+    generated: int32[B], generated tokens held.
+    evicted: int32[B], generated tokens given up because the budget was full.
+    gated: whether generated tokens are judged. Static.
+    budget: generated tokens a row may hold. Static.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  length: jax.Array
+  margin: jax.Array
+  generated: jax.Array
+  evicted: jax.Array
+  gated: bool = dataclasses.field(metadata={'static': True})
+  budget: int = dataclasses.field(metadata={'static': True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """One `StageCache` per stage and int32[B] `position`: tokens seen so far, the next token's position."""
+
+  stages: tuple[StageCache, ...]
+  position: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+  """What a cache must have room for besides the prompt.
+
+  Attributes:
+    max_new_tokens: generated tokens, over all turns.
+    later_tokens: tokens of later user turns that arrive as chunks.
+  """
+
+  max_new_tokens: int
+  later_tokens: int = 0
+
+
+def generated_budget(gated: bool, text_keep_budget: float, spec: CacheSpec) -> int:
+  """Generated tokens a stage has room for."""
+  return math.ceil(text_keep_budget * spec.max_new_tokens) if gated else spec.max_new_tokens
+
+
+def capacity(prompt_slots: int, budget: int, gated: bool, spec: CacheSpec) -> int:
+  """Slots of a stage: prompt, later turns, generated tokens, and one where a gate puts what it rejects."""
+  return prompt_slots + spec.later_tokens + budget + int(gated)
+
+
+def from_prompt(k: jax.Array, v: jax.Array, length: jax.Array, *, gated: bool, text_keep_budget: float,
+                spec: CacheSpec) -> StageCache:
+  """A cache that holds a prompt's keys and values float[L, B, S, K, H] of true lengths int32[B]."""
+  budget = generated_budget(gated, text_keep_budget, spec)
+  slots = capacity(k.shape[2], budget, gated, spec)
+  pad = [(0, 0), (0, 0), (0, slots - k.shape[2]), (0, 0), (0, 0)]
+  batch = k.shape[1]
+  return StageCache(
+      k=jnp.pad(k, pad), v=jnp.pad(v, pad), length=length,
+      margin=jnp.full((batch, slots), NEVER_EVICTED, jnp.float32),
+      generated=jnp.zeros(batch, jnp.int32), evicted=jnp.zeros(batch, jnp.int32),
+      gated=gated, budget=budget)
+
+
+def append_chunk(cache: StageCache, k: jax.Array, v: jax.Array, count: jax.Array) -> StageCache:
+  """Appends the first `count[b]` of T unjudged tokens, k, v: float[L, B, T, K, H].
+
+  The caller guarantees that they fit (`CacheSpec.later_tokens`); what does not fit is not written.
+  """
+  steps = jnp.arange(k.shape[2])
+  beyond = cache.k.shape[2] + steps  # distinct, as the scatter promises unique indices
+  slot = jnp.where(steps < count[:, None], cache.length[:, None] + steps, beyond)
+  return dataclasses.replace(
+      cache, k=_write(cache.k, k, slot), v=_write(cache.v, v, slot), length=cache.length + count)
+
+
+def append_judged(cache: StageCache, k: jax.Array, v: jax.Array, keep: jax.Array, margin: jax.Array,
+                  active: jax.Array) -> StageCache:
+  """Writes one generated token per row and applies the gate.
+
+  Args:
+    cache: the stage's cache.
+    k, v: float[L, B, 1, K, H].
+    keep: bool[B]; margin: float32[B], the larger the more worth keeping.
+    active: bool[B]; rows that have ended write nothing.
+  """
+  rows = jnp.arange(keep.shape[0])
+  keep = keep & active
+  full = keep & (cache.generated >= cache.budget)
+  weakest = jnp.argmin(cache.margin, axis=-1)
+  weakest_margin = cache.margin[rows, weakest]
+  replaces = full & (margin > weakest_margin)  # otherwise the new token itself is given up
+  nowhere = cache.k.shape[2]
+  slot = jnp.where(replaces, weakest, jnp.where(active, cache.length, nowhere)).astype(jnp.int32)
+  stays = keep & (~full | replaces)
+  grows = (keep & ~full).astype(jnp.int32)
+  return dataclasses.replace(
+      cache,
+      k=_write(cache.k, k, slot[:, None]), v=_write(cache.v, v, slot[:, None]),
+      margin=cache.margin.at[rows, jnp.where(stays, slot, nowhere)].set(margin, mode='drop'),
+      length=cache.length + grows, generated=cache.generated + grows,
+      evicted=cache.evicted + full.astype(jnp.int32))
+
+
+def _write(buffer: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+  """buffer[:, b, slot[b, t]] = new[:, b, t]; slots beyond the end are dropped. One scatter for all layers."""
+  rows = jnp.arange(slot.shape[0])[:, None]
+  return buffer.at[:, rows, slot].set(new.astype(buffer.dtype), mode='drop', unique_indices=True)

@@ -1,0 +1,81 @@
+"""What the three root scripts share: config flags whose mistakes are one readable line, not a traceback."""
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dynllava_jax.config import ConfigError, from_config_dict
+
+
+def define_config() -> flags.FlagHolder:
+  """`--config=FILE[:NAME]` with overrides `--config.a.b=value`, unknown keys refused."""
+  return config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py:base.')
+
+
+def parse(cls: type, value: Any) -> Any:
+  """The typed form of the `--config` flag's value; ConfigError if there is none or it is wrong."""
+  if value is None:
+    raise ConfigError('--config is missing; for example --config=configs/digits.py:base')
+  try:
+    value.keys()
+  except OSError as e:  # ml_collections hands out a value that fails when it is used
+    raise ConfigError(f'--config: {_one_line(e)}') from None
+  return from_config_dict(cls, value)
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+  """Errors that are the user's to mend: their message is all that is shown."""
+  from dynllava_jax.checkpoint import CheckpointError
+  from dynllava_jax.convert.readers import ConversionError
+  from dynllava_jax.data.samples import DataError
+
+  return CheckpointError, ConfigError, ConversionError, DataError, FloatingPointError, OSError
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+  """Turns expected errors into one message on stderr and exit status 1."""
+  try:
+    yield
+  except expected_errors() as e:
+    sys.exit(f'error: {e}')
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """`app.run` whose flag errors are one line and exit status 1."""
+  def parser(argv):
+    try:
+      return flags.FLAGS(argv)
+    except flags.Error as e:
+      sys.exit(f'error: {_one_line(e)}')
+    except AttributeError as e:  # ml_collections' word for an unknown key
+      sys.exit(_unknown_key(argv, e))
+    except (KeyError, IndexError) as e:
+      sys.exit(f'error: an override names what the config does not have: {_one_line(e)}')
+    except (OSError, ValueError, TypeError) as e:
+      sys.exit(f'error: --config: {_one_line(e)}')
+
+  logging.set_verbosity(logging.WARNING)  # what jax and orbax say of themselves is not for users
+  app.run(main, flags_parser=parser)
+
+
+def _one_line(error: Exception) -> str:
+  """The message without line breaks; of a traceback inside a message, only its last line."""
+  message = str(error)
+  if 'Traceback (most recent call last)' in message:
+    message = message.strip().splitlines()[-1].partition(': ')[2]
+  return ' '.join(message.split())
+
+
+def _unknown_key(argv: list[str], error: AttributeError) -> str:
+  """ml_collections' message for an unknown key, with the flag it came from."""
+  message = str(error)
+  key = re.search(r'\w+', message).group()
+  given = next((a.split('=')[0] for a in argv if a.startswith('--config.') and f'{key}=' in a), f'--config...{key}')
+  near = re.search(r'Did you mean "(\w+)"', message)
+  return f'error: {given}: unknown key' + (f'; did you mean {given.removesuffix(key)}{near.group(1)}?' if near else '')

@@ -1,0 +1,135 @@
+"""Which torch tensor becomes which part of which parameter: a table, not code.
+
+A rule maps every source key that matches `source` (`#` stands for a layer number) to one slot of the target
+leaf: `path`, then the slot's index on the leaf's leading axes (layer number and, in fused weights, the
+part). `transform` turns the torch tensor into the slot's shape.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from dynllava_jax.config import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """`torch_shape(slot shape)` is what the source must have; `apply(tensor, slot shape)` is pure re-arrangement."""
+
+  torch_shape: Callable[[Shape], Shape]
+  apply: Callable[[np.ndarray, Shape], np.ndarray]
+
+
+COPY = Transform(lambda s: s, lambda x, s: x)
+LINEAR = Transform(lambda s: (s[1], s[0]), lambda x, s: x.T)  # [out, in] -> [in, out]
+HEADS = Transform(lambda s: (s[0] * s[2], s[1]),  # [N*H, D] -> [N, D, H]
+                  lambda x, s: x.reshape(s[0], s[2], s[1]).transpose(0, 2, 1))
+HEADS_BIAS = Transform(lambda s: (s[0] * s[1],), lambda x, s: x.reshape(s))  # [N*H] -> [N, H]
+HEADS_OUT = Transform(lambda s: (s[2], s[0] * s[1]), lambda x, s: x.T.reshape(s))  # [D, N*H] -> [N, H, D]
+FUSED_HEADS = Transform(lambda s: (s[0] * s[1] * s[3], s[2]),  # [3*N*H, D] -> [3, N, D, H]
+                        lambda x, s: x.reshape(s[0], s[1], s[3], s[2]).transpose(0, 1, 3, 2))
+
+
+def patches(patch_size: int) -> Transform:
+  """A patch convolution [D, 3, p, p] as a matrix [p*p*3, D] over flattened patches."""
+  return Transform(lambda s: (s[1], 3, patch_size, patch_size),
+                   lambda x, s: x.transpose(2, 3, 1, 0).reshape(s))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """See the module docstring. `part` is the index on the axis after the layer, for fused leaves.
+
+  `first_layer` is subtracted from the layer number, `layers` bounds it (layers outside do not match).
+  """
+
+  source: str
+  path: tuple[str, ...]
+  transform: Transform
+  part: int | None = None
+  first_layer: int = 0
+  layers: int | None = None
+
+  def match(self, key: str) -> tuple[int, ...] | None:
+    """The slot index that `key` fills, or None if the rule is not about it."""
+    found = re.fullmatch(re.escape(self.source).replace(r'\#', r'(\d+)'), key)
+    if not found:
+      return None
+    index = tuple(int(g) - self.first_layer for g in found.groups())
+    if self.layers is not None and index and not 0 <= index[0] < self.layers:
+      return None
+    return index if self.part is None else index + (self.part,)
+
+
+def _dense(source: str, path: tuple[str, ...], **kw) -> list[Rule]:
+  return [Rule(f'{source}.weight', (*path, 'kernel'), LINEAR, **kw), Rule(f'{source}.bias', (*path, 'bias'), COPY, **kw)]
+
+
+def _norm(source: str, path: tuple[str, ...], **kw) -> list[Rule]:
+  return [Rule(f'{source}.weight', (*path, 'scale'), COPY, **kw), Rule(f'{source}.bias', (*path, 'bias'), COPY, **kw)]
+
+
+def _vision_layers(target: tuple[str, ...], first: int, count: int) -> list[Rule]:
+  prefix = 'vision_model.encoder.layers.#'
+  kw = dict(first_layer=first, layers=count)
+  rules = []
+  for part, name in enumerate(('q_proj', 'k_proj', 'v_proj')):
+    rules += [Rule(f'{prefix}.self_attn.{name}.weight', (*target, 'qkv'), HEADS, part, **kw),
+              Rule(f'{prefix}.self_attn.{name}.bias', (*target, 'qkv_bias'), HEADS_BIAS, part, **kw)]
+  rules += [Rule(f'{prefix}.self_attn.out_proj.weight', (*target, 'out'), HEADS_OUT, **kw),
+            Rule(f'{prefix}.self_attn.out_proj.bias', (*target, 'out_bias'), COPY, **kw)]
+  for name in ('layer_norm1', 'layer_norm2'):
+    rules += _norm(f'{prefix}.{name}', (*target, name), **kw)
+  for name in ('fc1', 'fc2'):
+    rules += _dense(f'{prefix}.mlp.{name}', (*target, name), **kw)
+  return rules
+
+
+def vision_rules(cfg: ModelConfig) -> list[Rule]:
+  """A CLIP vision model as transformers stores it; layers above `select_layer` go to `vision_tail`."""
+  vision = cfg.vision
+  rules = [Rule('vision_model.embeddings.class_embedding', ('vision', 'class_embedding'), COPY),
+           Rule('vision_model.embeddings.patch_embedding.weight', ('vision', 'patch_embedding'), patches(vision.patch_size)),
+           Rule('vision_model.embeddings.position_embedding.weight', ('vision', 'position_embedding'), COPY)]
+  rules += _norm('vision_model.pre_layrnorm', ('vision', 'pre_layernorm'))  # the misspelling is theirs
+  rules += _norm('vision_model.post_layernorm', ('vision_tail', 'post_layernorm'))
+  rules += _vision_layers(('vision', 'layers'), 0, vision.layers_run)
+  return rules + _vision_layers(('vision_tail', 'layers'), vision.layers_run, vision.num_layers - vision.layers_run)
+
+
+def llava_rules(cfg: ModelConfig) -> list[Rule]:
+  """The authors' LLaVA layout: decoder, projector and, if the model has them, predictors."""
+  layer, target = 'model.layers.#', ('llama', 'layers')
+  rules = [Rule('model.embed_tokens.weight', ('llama', 'embedding'), COPY),
+           Rule('lm_head.weight', ('llama', 'head'), LINEAR),
+           Rule('model.norm.weight', ('llama', 'norm', 'scale'), COPY),
+           Rule(f'{layer}.input_layernorm.weight', (*target, 'attention_norm', 'scale'), COPY),
+           Rule(f'{layer}.post_attention_layernorm.weight', (*target, 'mlp_norm', 'scale'), COPY),
+           Rule(f'{layer}.self_attn.o_proj.weight', (*target, 'o'), HEADS_OUT)]
+  rules += [Rule(f'{layer}.self_attn.{n}_proj.weight', (*target, n), HEADS) for n in 'qkv']
+  rules += [Rule(f'{layer}.mlp.{n}_proj.weight', (*target, n), LINEAR) for n in ('gate', 'up', 'down')]
+  for i in range(cfg.projector_depth):
+    source = 'model.mm_projector' if cfg.projector == 'linear' else f'model.mm_projector.{2 * i}'
+    rules += _dense(source, ('projector', f'linear_{i}'))
+  return rules + (predictor_rules() if cfg.predictor else [])
+
+
+def predictor_rules() -> list[Rule]:
+  """The vision and output-text predictors of Dynamic-LLaVA."""
+  image, text = 'model.image_score_predictor', 'model.output_text_score_predictor.output_mlp'
+  block, target = f'{image}.transformer.#', ('image_predictor', 'blocks')
+  rules = _norm(f'{image}.down_mlp.0', ('image_predictor', 'norm')) + _dense(f'{image}.down_mlp.1', ('image_predictor', 'down'))
+  rules += [Rule(f'{block}.attn.qkv.weight', (*target, 'qkv'), FUSED_HEADS)]
+  rules += _dense(f'{block}.attn.proj', (*target, 'proj'))
+  for name in ('norm1', 'norm2'):
+    rules += _norm(f'{block}.{name}', (*target, name))
+  for name in ('fc1', 'fc2'):
+    rules += _dense(f'{block}.mlp.{name}', (*target, name))
+  for i in range(3):
+    rules += _dense(f'{image}.output_mlp.{2 * i}', ('image_predictor', 'head', f'linear_{i}'))
+    rules += _dense(f'{text}.{2 * i + 3}', ('text_predictor', 'head', f'linear_{i}'))
+  return rules + _norm(f'{text}.0', ('text_predictor', 'norm')) + _dense(f'{text}.1', ('text_predictor', 'down'))

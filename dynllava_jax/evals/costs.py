@@ -1,0 +1,108 @@
+"""What a run costs, by arithmetic: FLOPs and KV-cache bytes of one sample.
+
+Two conventions of FLOPs, both stated wherever they are printed:
+* `decoder_flops`, `sample_flops`: every matrix product of this architecture, 2 FLOPs per multiply-add, true dimensions;
+* `paper_flops`: the paper's count, 32 C^2 per token and layer + 4 N^2 C, image tokens only (section 4.1).
+"""
+
+import dataclasses
+
+from dynllava_jax import cache as kv
+from dynllava_jax import selectors
+from dynllava_jax.config import ModelConfig, Stage
+
+
+def layer_flops(model: ModelConfig, tokens: float, keys: float) -> float:
+  """One decoder layer over `tokens` queries, `keys` the summed number of visible keys over these queries."""
+  llama = model.llama
+  attention = llama.head_dim * (2 * llama.num_heads + 2 * llama.num_kv_heads)
+  linear = 2 * llama.hidden_size * (attention + 3 * llama.mlp_dim)
+  return tokens * linear + 4 * llama.num_heads * llama.head_dim * keys
+
+
+def vision_flops(model: ModelConfig) -> float:
+  """Vision tower up to the selected layer, and the projector, for one image."""
+  v, width = model.vision, model.llama.hidden_size
+  tokens = v.num_patches + 1
+  block = 2 * tokens * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.mlp_dim) + 4 * tokens**2 * v.hidden_size
+  patches = 2 * v.num_patches * 3 * v.patch_size**2 * v.hidden_size
+  projector = 2 * v.num_patches * (v.hidden_size * width + (model.projector_depth - 1) * width**2)
+  return patches + v.layers_run * block + projector
+
+
+def predictor_flops(model: ModelConfig, image_tokens: int, text_tokens: float) -> float:
+  """Vision predictor over `image_tokens` once, text predictor over `text_tokens`."""
+  p, width = model.predictor, model.llama.hidden_size
+  head = 2 * (p.d_model**2 / 2 + p.d_model**2 / 8 + p.d_model / 2)
+  block = 2 * image_tokens * (4 * p.d_model**2 + 2 * p.d_model * p.mlp_dim) + 4 * image_tokens**2 * p.d_model
+  shared = 2 * width * p.d_model + head
+  return image_tokens * shared + p.num_layers * block + text_tokens * shared
+
+
+def sample_flops(model: ModelConfig, stages: tuple[Stage, ...], text_tokens: int, kept: list[bool]) -> float:
+  """FLOPs to answer one question with one image and a cache: tower, prefill and every generated token.
+
+  Args:
+    text_tokens: prompt tokens besides the image's.
+    kept: for each token fed after the prompt, whether gated stages kept it.
+  """
+  num_image = model.vision.num_patches
+  total = vision_flops(model)
+  gated = False
+  ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
+  for stage, end in zip(stages, ends):
+    layers = end - stage.start
+    judging = bool(selectors.get(stage.selector).text_margin)
+    gated = gated or judging
+    if judging:
+      total += predictor_flops(model, num_image, len(kept))
+    prompt = text_tokens + stage.kept_image_tokens(num_image)
+    total += layers * layer_flops(model, prompt, prompt * (prompt + 1) / 2)
+    held = prompt
+    for keep in kept:
+      total += layers * layer_flops(model, 1, held + 1)
+      held += 1 if keep or not gated else 0
+  head = 2 * model.llama.hidden_size * model.llama.vocab_size
+  return total + head * (1 + len(kept))
+
+
+def cache_bytes(model: ModelConfig, stages: tuple[Stage, ...], text_length: int, spec: kv.CacheSpec,
+                bytes_per_number: int) -> list[int]:
+  """Allocated bytes of one row's keys and values, per stage, for a text bucket of `text_length`."""
+  llama, num_image = model.llama, model.vision.num_patches
+  ends = [s.start for s in stages[1:]] + [llama.num_layers]
+  sizes, gate, budget_share = [], False, 1.0
+  for stage, end in zip(stages, ends):
+    if selectors.get(stage.selector).text_margin:
+      gate, budget_share = True, stage.text_keep_budget
+    budget = kv.generated_budget(gate, budget_share, spec)
+    slots = kv.capacity(text_length + stage.kept_image_tokens(num_image), budget, gate, spec)
+    sizes.append((end - stage.start) * slots * 2 * llama.num_kv_heads * llama.head_dim * bytes_per_number)
+  return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperSetting:
+  """Layers, width and image tokens per layer: all that the paper's formula looks at."""
+
+  width: int
+  tokens_per_layer: tuple[int, ...]
+
+
+def paper_setting(model: ModelConfig, stages: tuple[Stage, ...]) -> PaperSetting:
+  """The paper's view of a run."""
+  ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
+  counts = [s.kept_image_tokens(model.vision.num_patches) for s, e in zip(stages, ends) for _ in range(e - s.start)]
+  return PaperSetting(model.llama.hidden_size, tuple(counts))
+
+
+def paper_flops(setting: PaperSetting) -> float:
+  """Prefill FLOPs over image tokens: sum over layers of 32 N C^2 + 4 N^2 C (paper section 4.1)."""
+  c = setting.width
+  return float(sum(32 * n * c**2 + 4 * n**2 * c for n in setting.tokens_per_layer))
+
+
+def decoder_flops(model: ModelConfig, stages: tuple[Stage, ...]) -> float:
+  """As `paper_flops` with this decoder's true dimensions (LLaMA's mlp is not 4 C wide)."""
+  setting = paper_setting(model, stages)
+  return float(sum(layer_flops(model, n, n * n) for n in setting.tokens_per_layer))

@@ -1,0 +1,262 @@
+"""Generation: batched, static-shaped, in one jitted loop or token by token.
+
+A `Generator` holds the compiled programs of one (model, stage list, generation length). Every program is
+compiled once per shape of its batch; a second batch of the same shapes compiles nothing.
+Axes: B batch, T = max_new_tokens, V vocabulary, M kept image tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynllava_jax.cache import Cache, CacheSpec
+from dynllava_jax.config import ModelConfig, Stage
+from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt, cut_params
+from dynllava_jax.ops.images import normalize
+
+PAD = 0  # token after the end of a row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+  """How the next token is drawn: greedy at temperature 0, else after top-k and top-p (nucleus) filtering.
+
+  `top_k=0` and `top_p=1.0` leave all tokens in.
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise ValueError(f'sampling: expected temperature >= 0, top_k >= 0 and top_p in (0, 1], got {self}')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """A conversation so far: the cache and float32[B, V] logits of the token to come."""
+
+  cache: Cache
+  logits: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """Answers of a batch.
+
+  Attributes:
+    tokens: int32[B, T], `PAD` after a row's end. The last real token was never fed to the model.
+    length: int32[B], real tokens, the end token included.
+    kept: bool[B, T], whether the gate kept each fed token (True where nothing was judged).
+    margin: float32[B, T], keep minus drop logit behind it; +inf where nothing was judged.
+    kept_image: tuple of int32[B, M], image tokens that entered each stage; empty for uncached decoding.
+    evicted: int32[B], kept tokens given up because a bounded cache was full.
+  """
+
+  tokens: jax.Array
+  length: jax.Array
+  kept: jax.Array
+  margin: jax.Array
+  kept_image: tuple[jax.Array, ...]
+  evicted: jax.Array
+
+
+def sample(logits: jax.Array, sampling: Sampling, seed: jax.Array, step: jax.Array) -> jax.Array:
+  """Draws one token per row.
+
+  Args:
+    logits: float32[B, V]; sampling: static.
+    seed: uint32[B]; step: int32[B], tokens seen. A row's draw depends on these two and its logits alone.
+
+  Returns:
+    int32[B].
+  """
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, -1).astype(jnp.int32)
+  logits = logits / sampling.temperature
+  if 0 < sampling.top_k < logits.shape[-1]:
+    logits = jnp.where(logits < jax.lax.top_k(logits, sampling.top_k)[0][:, -1:], -jnp.inf, logits)
+  if sampling.top_p < 1:
+    order = jnp.argsort(-logits, -1)
+    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), -1)
+    outside = jnp.cumsum(probs, -1) - probs >= sampling.top_p  # the most likely token always stays
+    rows = jnp.arange(logits.shape[0])[:, None]
+    logits = logits.at[rows, order].set(jnp.where(outside, -jnp.inf, jnp.take_along_axis(logits, order, -1)))
+  keys = jax.vmap(lambda s, t: jax.random.fold_in(jax.random.key(s), t))(seed, step)
+  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+class Generator:
+  """Compiled generation for one checkpoint and stage list."""
+
+  def __init__(self, cfg: ModelConfig, stages: tuple[Stage, ...], params: dict[str, Any], *, max_new_tokens: int,
+               eos_id: int | None, later_tokens: int = 0, sampling: Sampling = Sampling(),
+               dtype: Any = jnp.float32):
+    """Cuts `params` (checkpoint form) for the stage list.
+
+    Args:
+      cfg, stages, params: the model and how it is run.
+      max_new_tokens: most tokens generated, over all turns of a conversation.
+      eos_id: token at which a row stops; None never stops.
+      later_tokens: room for the user turns after the first.
+      sampling: how tokens are drawn.
+      dtype: of computation and cache.
+    """
+    self.model = DynLlava(cfg, stages, dtype)
+    self.params = cut_params(params, stages)
+    self.max_new_tokens = max_new_tokens
+    self.eos_id = eos_id
+    self.sampling = sampling
+    self.spec = CacheSpec(max_new_tokens=max_new_tokens, later_tokens=later_tokens)
+    self._prefill = jax.jit(self._prefill_impl)
+    self._extend = jax.jit(self._extend_impl, static_argnames='judge', donate_argnames='cache')
+    self._decode = jax.jit(self._decode_impl, donate_argnames='cache')
+    self._uncached = jax.jit(self._uncached_impl)
+
+  def __call__(self, prompt: Prompt, pixels: jax.Array) -> Generated:
+    """Answers a batch, with a cache. `pixels`: uint8[B, R, R, 3]; rows without image take any."""
+    turn, kept_image = self.start(prompt, pixels)
+    return self.decode(turn, prompt.seed, kept_image)[0]
+
+  def start(self, prompt: Prompt, pixels: jax.Array) -> tuple[Turn, tuple[jax.Array, ...]]:
+    """Runs the prompts: (turn, image tokens kept for each stage)."""
+    return self._prefill(self.params, prompt, pixels)
+
+  def decode(self, turn: Turn, seed: jax.Array, kept_image: tuple[jax.Array, ...] = ()) -> tuple[Generated, Cache]:
+    """Generates to the end of every row in one compiled loop. Consumes `turn`."""
+    return self._decode(self.params, turn.logits, cache=turn.cache, seed=seed, kept_image=kept_image)
+
+  def step(self, turn: Turn, tokens: jax.Array, active: jax.Array) -> tuple[Turn, Judgement]:
+    """Feeds one generated token int32[B] per row; rows with `active` False stay as they are. Consumes `turn`."""
+    count = active.astype(jnp.int32)
+    (turn, _), judgement = self._extend(self.params, tokens[:, None], count, cache=turn.cache, judge=True)
+    return turn, judgement
+
+  def append(self, turn: Turn, chunk: jax.Array, count: jax.Array) -> tuple[Turn, jax.Array]:
+    """Appends a later user turn, int32[B, T] right-padded with `count[b]` real tokens. Consumes `turn`.
+
+    Begin the chunk with the last generated token, which has not been fed.
+
+    Returns:
+      (turn, logits float32[B, T, V] of all its positions).
+
+    Raises:
+      ValueError: the chunk is longer than the room that prompt and earlier turns left.
+    """
+    for stage in turn.cache.stages:
+      prompt_slots = stage.k.shape[2] - stage.budget - stage.gated
+      room = prompt_slots - int((stage.length - stage.generated).max())
+      if chunk.shape[1] > room:
+        raise ValueError(f'the turn has {chunk.shape[1]} tokens, the cache has room for {room} more besides generated ones; '
+                         'raise later_tokens')
+    return self._extend(self.params, chunk, count, cache=turn.cache, judge=False)[0]
+
+  def stream(self, prompt: Prompt, pixels: jax.Array) -> Iterator[np.ndarray]:
+    """Yields int32[B] token by token, `PAD` for rows that have ended, until all have."""
+    turn, _ = self.start(prompt, pixels)
+    active = np.ones(prompt.length.shape[0], bool)
+    for i in range(self.max_new_tokens):
+      tokens = np.asarray(sample(turn.logits, self.sampling, prompt.seed, turn.cache.position))
+      yield np.where(active, tokens, PAD)
+      if self.eos_id is not None:
+        active = active & (tokens != self.eos_id)
+      if not active.any() or i + 1 == self.max_new_tokens:
+        return
+      turn, _ = self.step(turn, jnp.asarray(tokens), jnp.asarray(active))
+
+  def generate_uncached(self, prompt: Prompt, pixels: jax.Array) -> Generated:
+    """As `__call__`, recomputing the whole sequence for every token; the same tokens, no cache memory."""
+    return self._uncached(self.params, prompt, pixels)
+
+  def compilations(self) -> int:
+    """Programs compiled so far."""
+    return sum(f._cache_size() for f in (self._prefill, self._extend, self._decode, self._uncached))
+
+  def _apply(self, params, *args, method):
+    return self.model.apply({'params': params}, *args, method=method)
+
+  def _prefill_impl(self, params, prompt, pixels):
+    image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='encode_images')
+    hidden, traces, cache = self._apply(params, prompt, image, self.spec, method='prefill')
+    last = jnp.take_along_axis(hidden, (traces[-1].length - 1)[:, None, None], 1, mode='clip')[:, 0]
+    return Turn(cache, self._apply(params, last, method='logits')), tuple(t.kept_image for t in traces)
+
+  def _extend_impl(self, params, tokens, count, cache, judge):
+    hidden, cache, judgement = self._apply(params, tokens, count, cache, judge, method='extend')
+    logits = self._apply(params, hidden, method='logits')
+    last = jnp.take_along_axis(logits, jnp.maximum(count - 1, 0)[:, None, None], 1, mode='clip')[:, 0]
+    return (Turn(cache, last), logits), judgement
+
+  def _ended(self, tokens):
+    return tokens == self.eos_id if self.eos_id is not None else jnp.zeros(tokens.shape, bool)
+
+  def _has_room(self, cache: Cache) -> jax.Array:
+    """bool[B]: `max_new_tokens`, which counts over all turns, is not used up (gated stages evict instead)."""
+    room = [stage.generated < stage.budget for stage in cache.stages if not stage.gated]
+    return functools.reduce(jnp.logical_and, room, jnp.ones(cache.position.shape, bool))
+
+  def _decode_impl(self, params, logits, cache, seed, kept_image):
+    batch = seed.shape[0]
+    size = self.max_new_tokens
+    first = sample(logits, self.sampling, seed, cache.position)
+    state = dict(
+        i=jnp.int32(0), cache=cache, active=~self._ended(first) & self._has_room(cache),
+        tokens=jnp.full((batch, size), PAD, jnp.int32).at[:, 0].set(first), length=jnp.ones(batch, jnp.int32),
+        kept=jnp.ones((batch, size), bool), margin=jnp.full((batch, size), jnp.inf, jnp.float32))
+
+    def feed(s):
+      token, active = s['tokens'][:, s['i']], s['active']
+      (after, _), judgement = self._extend_impl(params, token[:, None], active.astype(jnp.int32), s['cache'], True)
+      new = jnp.where(active, sample(after.logits, self.sampling, seed, after.cache.position), PAD)
+      return dict(
+          i=s['i'] + 1, cache=after.cache, active=active & ~self._ended(new) & self._has_room(after.cache),
+          tokens=s['tokens'].at[:, s['i'] + 1].set(new), length=s['length'] + active,
+          kept=s['kept'].at[:, s['i']].set(jnp.where(active, judgement.keep, True)),
+          margin=s['margin'].at[:, s['i']].set(jnp.where(active, judgement.margin, jnp.inf)))
+
+    end = jax.lax.while_loop(lambda s: (s['i'] < size - 1) & s['active'].any(), feed, state)
+    evicted = end['cache'].stages[-1].evicted
+    return Generated(end['tokens'], end['length'], end['kept'], end['margin'], kept_image, evicted), end['cache']
+
+  def _uncached_impl(self, params, prompt, pixels):
+    image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='encode_images')
+    batch, slots = prompt.tokens.shape
+    size = self.max_new_tokens
+    rows = jnp.arange(batch)
+    text_slots = slots - self.model.cfg.vision.num_patches + size
+    full = functools.partial(self._apply, params, method='recompute')
+
+    def forward(buffer, length):
+      now = Prompt(buffer, length, prompt.image_start, prompt.seed)
+      hidden, judgement = full(now, image, prompt.length, text_slots)
+      token = sample(self._apply(params, hidden, method='logits'), self.sampling, prompt.seed, length)
+      return token, judgement
+
+    buffer = jnp.pad(prompt.tokens, [(0, 0), (0, size)])
+    first, judgement = forward(buffer, prompt.length)
+    buffer = buffer.at[rows, prompt.length].set(first)
+    state = (jnp.int32(1), buffer, prompt.length + 1, ~self._ended(first), judgement)
+
+    def feed(s):
+      i, buffer, length, active, _ = s
+      token, judgement = forward(buffer, length)
+      buffer = buffer.at[rows, length].set(jnp.where(active, token, PAD))
+      return i + 1, buffer, length + active, active & ~self._ended(token), judgement
+
+    _, buffer, length, _, judgement = jax.lax.while_loop(lambda s: (s[0] < size) & s[3].any(), feed, state)
+    answer = prompt.length[:, None] + jnp.arange(size)
+    take = lambda x: jnp.take_along_axis(x, answer, 1, mode='clip')
+    fed = jnp.arange(size) < (length - prompt.length - 1)[:, None]
+    evicted = jnp.zeros(batch, jnp.int32)
+    return Generated(
+        jnp.where(jnp.arange(size) < (length - prompt.length)[:, None], take(buffer), PAD), length - prompt.length,
+        jnp.where(fed, take(judgement.keep), True), jnp.where(fed, take(judgement.margin), jnp.inf),
+        kept_image=(), evicted=evicted)

@@ -1,0 +1,193 @@
+"""Training, from top to bottom."""
+
+import json
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dynllava_jax import checkpoint, sharding
+from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
+from dynllava_jax.config import ConfigError, TrainConfig, to_dict
+from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
+from dynllava_jax.data.sources import new_tokenizer, training_source
+from dynllava_jax.models.dynllava import abstract_params, cut_params, init_params, join_params
+from dynllava_jax.training.metrics import Display, MetricsLog
+from dynllava_jax.training.step import PREDICTORS, State, make_optimizer, make_train_step, split_frozen, state_shardings
+
+CHECKPOINTS = 'checkpoints'
+CONFIG_FILE = 'config.json'
+MAY_CHANGE = ('mesh', 'log_every', 'save_every', 'init_from', 'remat')  # between start and resumption
+
+
+class Interrupted(Exception):
+  """The run was asked to stop; its state is saved."""
+
+
+def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
+  """Runs or resumes a training run.
+
+  Raises:
+    ConfigError: something in the config cannot be run here.
+    Interrupted: SIGINT or SIGTERM; the last finished step is saved, and starting again goes on from it.
+    FloatingPointError: the loss is not a number.
+  """
+  # 1. Mesh and data.
+  mesh = sharding.make_mesh(cfg.mesh)
+  sharding.check_batch(cfg.batch_size, mesh)
+  source = training_source(cfg.data, cfg.seed)
+  directory = (workdir / CHECKPOINTS).absolute()
+  if checkpoint.all_steps(directory):
+    check_same_run(cfg, workdir)
+    tokenizer_model = checkpoint.read_tokenizer(directory)
+  else:
+    tokenizer_model = inherited_tokenizer(cfg.init_from) if cfg.init_from else new_tokenizer(cfg.data, cfg.model.llama.vocab_size)
+  layout = LayOut(cfg.data, cfg.model.vision, tokenizer_model)
+
+  # 2. State: the run's own newest step, else `init_from`, else random numbers.
+  optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+  info = CheckpointInfo(model=cfg.model, stages=cfg.stages, sparsity=cfg.sparsity, conversation=cfg.data.conversation)
+  with sharding.on_mesh(mesh):
+    state, frozen = initial_state(cfg, optimizer, mesh, directory)
+    first = int(state.step)
+    checkpoint.write_info(directory, info, tokenizer_model)
+    checkpoint.write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(cfg), indent=1).encode())
+
+    # 3. The step, and what watches it.
+    train_step = make_train_step(cfg, optimizer, mesh)
+    policies = ocp.training.preservation_policies
+    saver = ocp.training.Checkpointer(directory, preservation_policy=policies.LatestN(1), cleanup_tmp_directories=True)
+    stop = _StopRequest()
+    log = MetricsLog(workdir, first)
+
+    def save(state: State) -> None:
+      saver.save_checkpointables_async(int(state.step), {
+          'params': join_params(state.params | frozen), 'optimizer': {'step': state.step, 'opt_state': state.opt_state}})
+
+    # 4. The loop: batch, step, log, save.
+    try:
+      with Display(workdir.name, cfg.steps, first) as display:
+        if first:
+          display.say(f'{workdir}: ' + ('finished already' if first >= cfg.steps else f'goes on from step {first}'))
+        batches = training_batches(source, layout, batch_size=cfg.batch_size, seed=cfg.seed, step=first)
+        since, tokens = time.monotonic(), 0
+        for step in range(first + 1, cfg.steps + 1):
+          batch = next(batches)
+          tokens += int(np.sum(batch.length)) * jax.process_count()
+          state, metrics = train_step(state, frozen, to_mesh(batch, sharding.batch_sharding(mesh)))
+          if step == first + 1:  # leave the compilation out of tokens/s
+            jax.block_until_ready(metrics)
+            since, tokens = time.monotonic(), 0
+          saving = step % cfg.save_every == 0 or step == cfg.steps or stop.requested
+          logging = step % cfg.log_every == 0 or step == cfg.steps
+          if saving or logging:
+            values = {name: float(v) for name, v in metrics.items()}
+            if not np.isfinite([values['loss'], values['grad_norm']]).all():
+              raise FloatingPointError(
+                  f'step {step}: the loss is {values["loss"]}, the gradient norm {values["grad_norm"]}; the last saved step is '
+                  'intact. Lower the learning rate, or look at the batch: every row needs an answer')
+          if logging:
+            now = time.monotonic()
+            if tokens:
+              values['tokens_per_second'] = tokens / (now - since)
+            since, tokens = now, 0
+            log.write(step, values)
+            display.show(step, values)
+          if saving:
+            save(state)
+          if stop.requested and step < cfg.steps:
+            raise Interrupted(f'stopped after step {step} of {cfg.steps}; start the same command again to go on')
+    finally:
+      saver.close()
+      log.close()
+      stop.restore()
+
+
+def initial_state(cfg: TrainConfig, optimizer: Any, mesh: jax.sharding.Mesh,
+                  directory: pathlib.Path) -> tuple[State, dict[str, Any]]:
+  """(state, frozen groups) of a new or resumed run, placed on the mesh.
+
+  Raises:
+    ConfigError: `init_from` holds another model.
+  """
+  places = state_shardings(cfg, optimizer, mesh)
+  if checkpoint.all_steps(directory):
+    params = cut_params(checkpoint.load_params(directory, mesh), cfg.stages)
+    trained, frozen = split_frozen(params, cfg.frozen)
+    abstract = jax.eval_shape(optimizer.init, trained)
+    target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                          {'step': jax.ShapeDtypeStruct((), jnp.int32), 'opt_state': abstract},
+                          {'step': places.step, 'opt_state': places.opt_state})
+    folder, step = checkpoint.locate(directory)
+    stored = ocp.load_checkpointables(folder / str(step), {'optimizer': target})['optimizer']
+    return State(stored['step'], trained, stored['opt_state']), frozen
+
+  boxed = abstract_params(cfg.model)
+  fresh = jax.jit(lambda: sharding.unboxed(init_params(cfg.model, jax.random.key(cfg.seed))),
+                  out_shardings=sharding.shardings(boxed, mesh))()
+  params = fresh | (pretrained(cfg, mesh) if cfg.init_from else {})
+  trained, frozen = split_frozen(cut_params(params, cfg.stages), cfg.frozen)
+  opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trained)
+  return State(jax.device_put(jnp.int32(0), places.step), trained, opt_state), frozen
+
+
+def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
+  """Raises ConfigError if the run in `workdir` was started with other settings that its course depends on."""
+  file = workdir / CONFIG_FILE
+  if not file.exists():
+    return
+  before, now = json.loads(file.read_text()), json.loads(json.dumps(to_dict(cfg)))
+  for key in now:
+    if key not in MAY_CHANGE and before.get(key) != now[key]:
+      raise ConfigError(f'config.{key}: the run in {workdir} was started with {before.get(key)}, the config says {now[key]}; '
+                        'choose another --workdir or remove it')
+
+
+def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Parameters of `init_from`. Predictors may be missing there; everything else must fit.
+
+  Layers of a CLIP tower that are never run are left behind: training has no use for them.
+  """
+  found = checkpoint.read_info(cfg.init_from)
+  for part in ('vision', 'projector', 'llama'):
+    ours, theirs = getattr(cfg.model, part), getattr(found.model, part)
+    if ours != theirs:
+      raise ConfigError(f'config.init_from: {cfg.init_from} has another {part}: {theirs}, the config says {ours}')
+  if found.model.predictor not in (None, cfg.model.predictor):
+    raise ConfigError(f'config.init_from: {cfg.init_from} has other predictors: {found.model.predictor}')
+  left_out = ('vision_tail',) if cfg.model.predictor else ('vision_tail', *PREDICTORS)
+  return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
+
+
+def inherited_tokenizer(path: str) -> bytes:
+  """The tokenizer that `init_from` was trained with; ConfigError if it has none."""
+  try:
+    tokenizer = checkpoint.read_tokenizer(path)
+  except CheckpointError as e:
+    raise ConfigError(f'config.init_from: {e}') from None
+  if tokenizer is None:
+    raise ConfigError(f'config.init_from: {path} has no {checkpoint.TOKENIZER_FILE}; put the model\'s tokenizer there')
+  return tokenizer
+
+
+class _StopRequest:
+  """SIGINT and SIGTERM ask the loop to save and end; a second SIGINT ends at once."""
+
+  def __init__(self):
+    self.requested = False
+    self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+  def _ask(self, number, frame):
+    del frame
+    self.requested = True
+    if number == signal.SIGINT:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  def restore(self) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)

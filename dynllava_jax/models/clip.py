@@ -1,0 +1,87 @@
+"""CLIP vision tower (arXiv 2103.00020): pre-LN ViT with class token and quick-GELU.
+
+Axes: B batch, P patches, T = P + 1, D width, N heads, H head dim, F mlp.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dynllava_jax.config import VisionConfig
+from dynllava_jax.models.layers import Dense, Dtype, LayerNorm, partitioned, scan_layers
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def grid_embedding(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """Initial position embedding: sines and cosines of row and column (arXiv 2205.01580), zeros for the class token.
+
+  Wavelengths run from 2 pi patches to four times the grid, so that small grids are told apart too.
+  """
+  del key
+  tokens, width = shape
+  side = round((tokens - 1) ** 0.5)
+  frequencies = (2.0 * side / jnp.pi) ** -jnp.linspace(0, 1, width // 4)
+  row, column = jnp.divmod(jnp.arange(side * side), side)
+  waves = [f(axis[:, None] * frequencies) for axis in (row, column) for f in (jnp.sin, jnp.cos)]
+  return jnp.pad(jnp.concatenate(waves, 1), [(1, 0), (0, width % 4)])
+
+
+class VisionBlock(nn.Module):
+  """One encoder layer."""
+
+  cfg: VisionConfig
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array):
+    """float[B, T, D] -> (float[B, T, D], None)."""
+    cfg, dtype = self.cfg, self.dtype
+    head_dim = cfg.hidden_size // cfg.num_heads
+    init = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1), batch_axis=(-4,))
+    y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm1')(x)
+    qkv = self.param('qkv', partitioned(init, None, 'heads', 'embed', 'head_dim'),
+                     (3, cfg.num_heads, cfg.hidden_size, head_dim))
+    bias = self.param('qkv_bias', partitioned(nn.initializers.zeros, None, 'heads', 'head_dim'),
+                      (3, cfg.num_heads, head_dim))
+    q, k, v = jnp.einsum('btd,cndh->cbtnh', y, qkv.astype(dtype)) + bias.astype(dtype)[:, None, None]
+    y = jax.nn.dot_product_attention(q, k, v)
+    out = self.param('out', partitioned(nn.initializers.lecun_normal(in_axis=(-3, -2)),
+                                        'heads', 'head_dim', 'embed'),
+                     (cfg.num_heads, head_dim, cfg.hidden_size))
+    out_bias = self.param('out_bias', partitioned(nn.initializers.zeros, None), (cfg.hidden_size,))
+    x = x + jnp.einsum('btnh,nhd->btd', y, out.astype(dtype)) + out_bias.astype(dtype)
+    y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm2')(x)
+    y = quick_gelu(Dense(cfg.mlp_dim, dtype, ('embed', 'mlp'), name='fc1')(y))
+    return x + Dense(cfg.hidden_size, dtype, ('mlp', 'embed'), name='fc2')(y), None
+
+
+class VisionTower(nn.Module):
+  """Patch features of the selected layer; layers above it are not run and have no parameters here."""
+
+  cfg: VisionConfig
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, pixels: jax.Array) -> jax.Array:
+    """Normalised pixels float[B, R, R, 3] -> patch features float[B, P, D] (no class token, no final norm)."""
+    cfg, dtype = self.cfg, self.dtype
+    side, size = cfg.image_size // cfg.patch_size, cfg.patch_size
+    batch = pixels.shape[0]
+    patches = pixels.reshape(batch, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
+    patches = patches.reshape(batch, side * side, size * size * 3).astype(dtype)
+    kernel = self.param('patch_embedding', partitioned(nn.initializers.lecun_normal(), None, 'embed'),
+                        (size * size * 3, cfg.hidden_size))
+    class_token = self.param('class_embedding', partitioned(nn.initializers.normal(0.02), None),
+                             (cfg.hidden_size,))
+    positions = self.param('position_embedding', partitioned(grid_embedding, None, 'embed'),
+                           (cfg.num_patches + 1, cfg.hidden_size))
+    first = jnp.broadcast_to(class_token.astype(dtype), (batch, 1, cfg.hidden_size))
+    x = jnp.concatenate([first, patches @ kernel.astype(dtype)], 1) + positions.astype(dtype)
+    x = LayerNorm(cfg.layer_norm_eps, dtype, name='pre_layernorm')(x)
+    if cfg.layers_run:
+      x, _ = scan_layers(VisionBlock, cfg.layers_run, ())(cfg, dtype, name='layers')(x)
+    return x[:, 1:]

@@ -1,0 +1,368 @@
+"""Dynamic-LLaVA: vision tower, projector, staged decoder and selectors put together (arXiv 2412.00876).
+
+The methods of `DynLlava` are the ways to run it: `prefill` and `extend` (with a KV cache), `recompute`
+(without), `train_forward` (masks instead of gathers). All shapes are static: they follow from the batch, the
+text bucket and the stage list. Axes: B batch, S sequence, T new tokens, P image tokens, M kept ones, D width.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dynllava_jax import cache as kv
+from dynllava_jax import selectors
+from dynllava_jax.config import DENSE, ModelConfig, Stage, check_stages
+from dynllava_jax.models.clip import VisionBlock, VisionTower
+from dynllava_jax.models.layers import Dtype, LayerNorm, scan_layers
+from dynllava_jax.models.llama import Llama, cut_layers, join_layers
+from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
+from dynllava_jax.models.projector import Projector
+from dynllava_jax.ops import layout
+from dynllava_jax.ops.selection import gumbel_keep
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A batch of right-padded sequences, laid out on the host.
+
+  Attributes:
+    tokens: int32[B, S], text ids; anything at the P positions of the image and in the padding.
+    length: int32[B], real positions, image included.
+    image_start: int32[B], position of the first image token, -1 for rows without image.
+    seed: uint32[B], one number per row for whatever is drawn at random.
+  """
+
+  tokens: jax.Array
+  length: jax.Array
+  image_start: jax.Array
+  seed: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StageTrace:
+  """What happened at the entry of one stage.
+
+  Attributes:
+    entry: float[B, S, D], hidden states before anything was removed.
+    kept_image: int32[B, M], image tokens that go on, ascending, counted from the image's start.
+    positions: int32[B, S'], original positions of what goes on.
+    length: int32[B], real entries among them.
+  """
+
+  entry: jax.Array
+  kept_image: jax.Array
+  positions: jax.Array
+  length: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+  """The gate's view of generated tokens: bool `keep` and float32 `margin` (keep minus drop logit)."""
+
+  keep: jax.Array
+  margin: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainOutput:
+  """Output of `train_forward`.
+
+  Attributes:
+    logits: float32[B, S, V].
+    image_logits: float[B, P, 2] and text_logits: float[B, S, 2], predictor outputs; None in a dense run.
+    image_mask: float32[B, P], 0 or 1, 1 where there is no image; None in a dense run.
+    text_mask: float32[B, S], 0 or 1, the sample for every position before any rule; None in a dense run.
+  """
+
+  logits: jax.Array
+  image_logits: jax.Array | None = None
+  text_logits: jax.Array | None = None
+  image_mask: jax.Array | None = None
+  text_mask: jax.Array | None = None
+
+
+class DynLlava(nn.Module):
+  """The model for one stage list. `params` come from `cut_params(checkpoint, stages)`."""
+
+  cfg: ModelConfig
+  stages: tuple[Stage, ...] = DENSE
+  dtype: Dtype = jnp.float32
+  remat: bool = False
+
+  def setup(self):
+    check_stages(self.stages, self.cfg)
+    self.vision = VisionTower(self.cfg.vision, self.dtype)
+    self.projector = Projector(self.cfg, self.dtype)
+    self.llama = Llama(self.cfg.llama, self.stages, self.dtype, self.remat)
+    if self.cfg.predictor is not None:
+      self.image_predictor = ImagePredictor(self.cfg.predictor, self.dtype)
+      self.text_predictor = TextPredictor(self.cfg.predictor, self.dtype)
+
+  def vision_features(self, pixels: jax.Array) -> jax.Array:
+    """Normalised pixels float[B, R, R, 3] -> tower features float[B, P, vision width]."""
+    return self.vision(pixels)
+
+  def encode_images(self, pixels: jax.Array) -> jax.Array:
+    """Normalised pixels float[B, R, R, 3] -> image tokens float[B, P, D]."""
+    return self.projector(self.vision(pixels))
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """float[..., D] -> float32[..., V]."""
+    return self.llama.logits(hidden)
+
+  def predict_image(self, hidden: jax.Array) -> jax.Array:
+    """Vision predictor alone: float[B, P, D] -> float[B, P, 2], column 0 = keep."""
+    return self.image_predictor(hidden)
+
+  def predict_text(self, hidden: jax.Array) -> jax.Array:
+    """Text predictor alone: float[..., D] -> float[..., 2], column 0 = keep."""
+    return self.text_predictor(hidden)
+
+  def prefill(self, prompt: Prompt, image: jax.Array, spec: kv.CacheSpec):
+    """Runs a prompt and fills a cache.
+
+    Args:
+      prompt: the batch, S = text bucket + P.
+      image: float[B, P, D] from `encode_images`; rows without image take any.
+      spec: what the cache must have room for.
+
+    Returns:
+      (hidden float[B, S', D] of what remains, one `StageTrace` per stage, `Cache`).
+    """
+    x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
+    state = self._start(x, prompt.length)
+    caches, traces = [], []
+    for i, stage in enumerate(self.stages):
+      entry = state.x
+      state = self._reduce(stage, state, prompt, answer_start=None)
+      x, (k, v) = self.llama.run_stage(i, state.x, state.positions)
+      traces.append(StageTrace(entry, state.image_index, state.positions, state.length))
+      state = dataclasses.replace(state, x=x)
+      gated, text_keep_budget = self.gate(i)
+      caches.append(kv.from_prompt(k, v, state.length, gated=gated, text_keep_budget=text_keep_budget, spec=spec))
+    return state.x, tuple(traces), kv.Cache(tuple(caches), prompt.length)
+
+  def extend(self, tokens: jax.Array, count: jax.Array, cache: kv.Cache, judge: bool):
+    """Runs new tokens on top of a cache.
+
+    A chunk of a later user turn is appended as it is (`judge=False`). A generated token (T = 1,
+    `judge=True`) attends to itself and the cache, and stays in the gated stages only if it is kept.
+
+    Args:
+      tokens: int32[B, T], right-padded; count: int32[B], real ones, 0 for rows that have ended.
+      cache: consumed; donate it.
+      judge: static.
+
+    Returns:
+      (hidden float[B, T, D], new cache, `Judgement` with [B] entries; of no meaning for chunks).
+    """
+    if judge and tokens.shape[1] != 1:
+      raise ValueError(f'only single tokens are judged, got {tokens.shape[1]} at once')
+    batch, length = tokens.shape
+    active = count > 0
+    keep, margin = jnp.ones(batch, bool), jnp.full(batch, kv.NEVER_EVICTED, jnp.float32)
+    x = self.llama.embed(tokens)
+    positions = cache.position[:, None] + jnp.arange(length)
+    new = []
+    for i, (stage, old) in enumerate(zip(self.stages, cache.stages)):
+      text_margin = selectors.get(stage.selector).text_margin
+      if judge and text_margin:
+        margin = text_margin(x[:, 0], self.text_predictor)
+        keep = keep & (margin > 0)
+      x, (k, v) = self.llama.run_stage(i, x, positions, cache=(old.k, old.v), cache_length=old.length)
+      new.append(kv.append_judged(old, k, v, keep, margin, active) if judge else kv.append_chunk(old, k, v, count))
+    return x, kv.Cache(tuple(new), cache.position + count), Judgement(keep, margin)
+
+  def recompute(self, prompt: Prompt, image: jax.Array, answer_start: jax.Array, text_slots: int):
+    """One full forward over prompt and generated tokens: decoding without a cache.
+
+    The kept set is the gate's: a generated token stays where `keep > drop`, the newest is always present.
+    So cached and uncached decoding agree (the authors' uncached path ranks by another quantity).
+
+    Args:
+      prompt: prompt and generated tokens; `length` counts both.
+      image: float[B, P, D].
+      answer_start: int32[B], position of the first generated token.
+      text_slots: static; positions kept for text in reduced stages (text bucket + max_new_tokens).
+
+    Returns:
+      (hidden float[B, D] at the newest position, `Judgement` with [B, S] entries, that of the newest token
+      being of use to later calls only; keep is True outside the generated tokens).
+    """
+    x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
+    state = self._start(x, prompt.length)
+    for i, stage in enumerate(self.stages):
+      state = self._reduce(stage, state, prompt, answer_start=answer_start, text_slots=text_slots)
+      x, _ = self.llama.run_stage(i, state.x, state.positions)
+      state = dataclasses.replace(state, x=x)
+    newest = jnp.maximum(state.length - 1, 0)[:, None]
+    return layout.gather_rows(state.x, newest)[:, 0], state.judgement
+
+  def train_forward(self, prompt: Prompt, image: jax.Array, answer_start: jax.Array, min_answer_len: int,
+                    noise: tuple[jax.Array, jax.Array] | None, tau: jax.Array | None) -> TrainOutput:
+    """Full-length forward with keep masks in place of gathers (paper section 3.3).
+
+    The image mask and the mask of the last answer weigh the keys from the dynamic stage on. Answers shorter
+    than `min_answer_len` are kept whole.
+
+    Args:
+      prompt: the batch; image: float[B, P, D].
+      answer_start: int32[B], first position of the last answer, which ends at `prompt.length`.
+      min_answer_len: static threshold in tokens.
+      noise: Gumbel(0, 1) noise, float[B, P, 2] for the image and float[B, S, 2] for the text; None if dense.
+      tau: temperature; None if dense.
+
+    Returns:
+      `TrainOutput`.
+    """
+    x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    policy, out = None, {}
+    for i, stage in enumerate(self.stages):
+      if stage.selector == 'dynamic':
+        num_image = self.cfg.vision.num_patches
+        image_logits = self.image_predictor(layout.take_image_rows(x, prompt.image_start, num_image))
+        text_logits = self.text_predictor(x)
+        has_image = (prompt.image_start >= 0)[:, None]
+        image_mask = jnp.where(has_image, gumbel_keep(image_logits, noise[0], tau), 1.0)
+        text_mask = gumbel_keep(text_logits, noise[1], tau)
+        slot, is_image = layout.image_slots(positions, prompt.image_start, num_image)
+        judged = answer_mask(positions, prompt.length, answer_start, min_answer_len)
+        policy = jnp.where(is_image, layout.gather_rows(image_mask, slot), jnp.where(judged, text_mask, 1.0))
+        out = dict(image_logits=image_logits, text_logits=text_logits, image_mask=image_mask, text_mask=text_mask)
+      x, _ = self.llama.run_stage(i, x, positions, policy=policy)
+    return TrainOutput(logits=self.llama.logits(x), **out)
+
+  def gate(self, index: int) -> tuple[bool, float]:
+    """Whether stage `index` holds only kept generated tokens, and its share of room for them."""
+    judging = [s for s in self.stages[:index + 1] if selectors.get(s.selector).text_margin]
+    return (True, judging[-1].text_keep_budget) if judging else (False, 1.0)
+
+  def _start(self, x: jax.Array, length: jax.Array) -> '_State':
+    batch, size = x.shape[:2]
+    every = jnp.broadcast_to(jnp.arange(self.cfg.vision.num_patches, dtype=jnp.int32),
+                             (batch, self.cfg.vision.num_patches))
+    nothing_judged = Judgement(jnp.ones((batch, size), bool), jnp.full((batch, size), jnp.inf, jnp.float32))
+    positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
+    return _State(x, positions, length, every, nothing_judged)
+
+  def _reduce(self, stage: Stage, state: '_State', prompt: Prompt, answer_start: jax.Array | None,
+              text_slots: int | None = None) -> '_State':
+    """Applies a stage's selector to the sequence that reaches it.
+
+    With `answer_start` (no cache) earlier generated tokens are judged too, and `text_slots` is the room
+    for text; in a prefill everything but image tokens stays.
+    """
+    selector = selectors.get(stage.selector)
+    if stage.selector == 'all':
+      return state
+    num_image = self.cfg.vision.num_patches
+    reached = state.image_index.shape[1]
+    budget = stage.kept_image_tokens(num_image)
+    has_predictors = self.cfg.predictor is not None
+    chosen = selector.select(
+        selectors.SelectorInputs(
+            image_hidden=layout.take_image_rows(state.x, prompt.image_start, reached),
+            seed=prompt.seed,
+            image_predictor=self.image_predictor if has_predictors else None,
+            text_predictor=self.text_predictor if has_predictors else None), budget)
+    image_index = layout.gather_rows(state.image_index, chosen)
+    keep = layout.keep_mask(state.positions, state.length, prompt.image_start, num_image, image_index)
+    judgement = state.judgement
+    if answer_start is None:
+      size = state.x.shape[1] - reached + budget
+    else:
+      size = text_slots + budget
+      if selector.text_margin:
+        margin = selector.text_margin(state.x, self.text_predictor)
+        generated = (state.positions >= answer_start[:, None]) & (state.positions < prompt.length[:, None])
+        newest = state.positions == prompt.length[:, None] - 1
+        keep = keep & (~generated | newest | (margin > 0))
+        rows = jnp.arange(keep.shape[0])[:, None]
+        judgement = Judgement(
+            judgement.keep.at[rows, state.positions].set(~generated | (margin > 0), unique_indices=True),
+            judgement.margin.at[rows, state.positions].set(jnp.where(generated, margin, jnp.inf), unique_indices=True))
+    index, length = layout.compact(keep, size)
+    return _State(layout.gather_rows(state.x, index), layout.gather_rows(state.positions, index), length,
+                  image_index, judgement)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+  """A sequence on its way through the stages; `image_index` names the image tokens still in it."""
+
+  x: jax.Array
+  positions: jax.Array
+  length: jax.Array
+  image_index: jax.Array
+  judgement: Judgement
+
+
+def answer_mask(positions: jax.Array, length: jax.Array, answer_start: jax.Array, min_answer_len: int) -> jax.Array:
+  """bool[B, S]: positions of last answers long enough (>= min_answer_len tokens) to be judged."""
+  long_enough = (length - answer_start) >= min_answer_len
+  inside = (positions >= answer_start[:, None]) & (positions < length[:, None])
+  return inside & long_enough[:, None]
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """Random parameters in checkpoint form, with logical axis metadata (`flax.linen.meta.unbox` removes it)."""
+  def everything(model: DynLlava, pixels, prompt):
+    image = model.encode_images(pixels)
+    if cfg.predictor is not None:
+      model.predict_image(image)
+      model.predict_text(image)
+    return model.logits(model.prefill(prompt, image, kv.CacheSpec(max_new_tokens=1))[0])
+
+  pixels = jnp.zeros((1, cfg.vision.image_size, cfg.vision.image_size, 3))
+  size = cfg.vision.num_patches + 1
+  prompt = Prompt(jnp.zeros((1, size), jnp.int32), jnp.full(1, size), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.uint32))
+  params = DynLlava(cfg).init(key, pixels, prompt, method=everything)['params']
+  return params | {'llama': {k.replace('stage_0', 'layers'): v for k, v in params['llama'].items()}}
+
+
+class VisionTail(nn.Module):
+  """The parameters of a full CLIP tower that LLaVA never runs; checkpoints carry them for the way back."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """float[B, T, vision width] -> float[B, T, vision width]."""
+    vision = self.cfg.vision
+    unused = vision.num_layers - vision.layers_run
+    if unused:
+      x, _ = scan_layers(VisionBlock, unused, ())(vision, jnp.float32, name='layers')(x)
+    return LayerNorm(vision.layer_norm_eps, jnp.float32, name='post_layernorm')(x)
+
+
+def abstract_params(cfg: ModelConfig, with_tail: bool = False) -> dict[str, Any]:
+  """Shapes of `init_params` without allocating, boxed; `with_tail` adds the unused top of the CLIP tower."""
+  params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+  if with_tail:
+    x = jax.ShapeDtypeStruct((1, 1, cfg.vision.hidden_size), jnp.float32)
+    params['vision_tail'] = jax.eval_shape(VisionTail(cfg).init, jax.random.key(0), x)['params']
+  return params
+
+
+def cut_params(params: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
+  """Checkpoint form to the form that `DynLlava(cfg, stages)` takes. Call it outside jit."""
+  return params | {'llama': cut_layers(params['llama'], stages)}
+
+
+def join_params(params: dict[str, Any]) -> dict[str, Any]:
+  """The inverse of `cut_params`."""
+  return params | {'llama': join_layers(params['llama'])}
+
+
+def count_parameters(params: Any) -> int:
+  """Numbers in a tree of arrays or shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

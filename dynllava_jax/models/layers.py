@@ -1,0 +1,60 @@
+"""Small Linen building blocks shared by the towers. Parameters carry logical axis names (see sharding.py)."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = jnp.dtype | type
+
+
+def partitioned(init: Callable, *names: str | None) -> Callable:
+  """An initialiser whose result is annotated with logical axis names."""
+  return nn.with_logical_partitioning(init, names)
+
+
+class Dense(nn.Module):
+  """y = x W + b with W: [in, out]. `axes` names W's two axes."""
+
+  features: int
+  dtype: Dtype
+  axes: tuple[str | None, str | None] = (None, None)
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """float[..., in] -> float[..., out]."""
+    kernel = self.param('kernel', partitioned(nn.initializers.lecun_normal(), *self.axes),
+                        (x.shape[-1], self.features))
+    bias = self.param('bias', partitioned(nn.initializers.zeros, self.axes[1]), (self.features,))
+    return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm over the last axis, computed in float32."""
+
+  eps: float
+  dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """float[..., D] -> float[..., D]."""
+    scale = self.param('scale', partitioned(nn.initializers.ones, None), (x.shape[-1],))
+    bias = self.param('bias', partitioned(nn.initializers.zeros, None), (x.shape[-1],))
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+    return (normed * scale + bias).astype(self.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """The exact (erf) GELU, as torch's default."""
+  return jax.nn.gelu(x, approximate=False)
+
+
+def scan_layers(block: type[nn.Module], length: int, in_axes, remat: bool = False) -> type[nn.Module]:
+  """`block` repeated `length` times over stacked parameters [length, ...]."""
+  if remat:
+    block = nn.remat(block, prevent_cse=False)
+  return nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=in_axes,
+                 length=length, metadata_params={nn.PARTITION_NAME: 'layers'})

@@ -1,0 +1,89 @@
+"""Attention without parameters: causal, with a keep policy (training), and over a cache (decoding).
+
+Axes: B batch, T query, S key, N heads, K kv heads, G query heads per kv head, H head dim, C cache slots.
+Softmax is computed in float32 whatever the dtype of q, k and v.
+"""
+
+import jax
+import jax.numpy as jnp
+
+POLICY_EPS = 1e-6  # as in the authors' `softmax_with_policy`
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Each query sees itself and what stands before it; right padding therefore needs no mask.
+
+  Args:
+    q: float[B, T, N, H]; k, v: float[B, T, K, H].
+
+  Returns:
+    float[B, T, N, H].
+  """
+  return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def policy_softmax(scores: jax.Array, policy: jax.Array) -> jax.Array:
+  """Softmax in which key s takes part with weight `policy[s]`, and each query always sees itself.
+
+  The authors' training softmax (golden record `unit_softmax`): the row maximum is over all visible keys,
+  dropped ones included; `eps / S` is added to every key, masked ones too.
+
+  Args:
+    scores: float[..., T, S] with T == S, -inf where a key is not visible.
+    policy: float[..., S], 1 = keep, 0 = drop; broadcastable against the leading axes of `scores`.
+
+  Returns:
+    float32[..., T, S].
+  """
+  scores = scores.astype(jnp.float32)
+  size = scores.shape[-1]
+  policy = policy.astype(jnp.float32)[..., None, :]
+  weight_of_key = policy + (1 - policy) * jnp.eye(size)
+  weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * weight_of_key
+  return (weights + POLICY_EPS / size) / (weights.sum(-1, keepdims=True) + POLICY_EPS)
+
+
+def policy_attention(q: jax.Array, k: jax.Array, v: jax.Array, policy: jax.Array) -> jax.Array:
+  """Causal attention whose keys are weighted by `policy` (see `policy_softmax`).
+
+  Args:
+    q: float[B, T, N, H]; k, v: float[B, T, K, H]; policy: float[B, T].
+
+  Returns:
+    float[B, T, N, H].
+  """
+  batch, length, heads, head_dim = q.shape
+  grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
+  scores = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+  scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -jnp.inf)
+  weights = policy_softmax(scores, policy[:, None, None, :])
+  out = jnp.einsum('bkgts,bskh->btkgh', weights.astype(v.dtype), v)
+  return out.reshape(batch, length, heads, head_dim)
+
+
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array,
+                     cache_length: jax.Array) -> jax.Array:
+  """New tokens attend to the cache and, causally, to each other.
+
+  The cache is read as it was before these tokens: their own keys are joined at the level of the scores, so
+  the cache is neither copied nor written here.
+
+  Args:
+    q: float[B, T, N, H]; k, v: float[B, T, K, H] of the T new tokens.
+    cache_k, cache_v: float[B, C, K, H].
+    cache_length: int32[B], the first `cache_length[b]` slots of row b are real.
+
+  Returns:
+    float[B, T, N, H].
+  """
+  batch, length, heads, head_dim = q.shape
+  slots = cache_k.shape[1]
+  grouped = q.reshape(batch, length, k.shape[2], -1, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
+  old = jnp.einsum('btkgh,bckh->bkgtc', grouped, cache_k, preferred_element_type=jnp.float32)
+  old = jnp.where((jnp.arange(slots) < cache_length[:, None])[:, None, None, None], old, -jnp.inf)
+  new = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32)
+  new = jnp.where(jnp.tril(jnp.ones((length, length), bool)), new, -jnp.inf)
+  weights = jax.nn.softmax(jnp.concatenate([old, new], -1), -1).astype(v.dtype)
+  out = (jnp.einsum('bkgtc,bckh->btkgh', weights[..., :slots], cache_v) +
+         jnp.einsum('bkgts,bskh->btkgh', weights[..., slots:], v))
+  return out.reshape(batch, length, heads, head_dim)

@@ -1,0 +1,83 @@
+"""Token layout: where image, prompt and generated tokens stand, and how a sequence is cut to the kept ones.
+
+A row of S positions is described by three numbers: its length, the position of its first image token (-1
+without image) and the number of image tokens, which stand next to each other:
+
+    tokens      s s s i i i i q q q 0 0          length 10, image_start 3, 4 image tokens
+    keep        1 1 1 0 1 0 1 1 1 1 0 0
+    positions   0 1 2 4 6 7 8 9 . .              after `compact` to 10 positions; length 8
+
+Every remaining token keeps the position it had in the full sequence, so its kind can always be told from it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def merge_image(text: jax.Array, image: jax.Array, image_start: jax.Array) -> jax.Array:
+  """Puts image tokens into their places between the text embeddings.
+
+  Args:
+    text: float[B, S, D]; image: float[B, P, D].
+    image_start: int32[B], -1 for rows without image (their text is returned as it is).
+
+  Returns:
+    float[B, S, D].
+  """
+  slot, is_image = image_slots(jnp.arange(text.shape[1])[None], image_start, image.shape[1])
+  return jnp.where(is_image[..., None], jnp.take_along_axis(image, slot[..., None], 1, mode='clip'), text)
+
+
+def image_slots(positions: jax.Array, image_start: jax.Array, num_image: int) -> tuple[jax.Array, jax.Array]:
+  """Which image token, if any, stands at each original position.
+
+  Returns:
+    (int32[B, S] index into the image's tokens, clipped to be valid; bool[B, S] whether it is one).
+  """
+  offset = positions - image_start[:, None]
+  is_image = (image_start[:, None] >= 0) & (offset >= 0) & (offset < num_image)
+  return jnp.clip(offset, 0, num_image - 1), is_image
+
+
+def take_image_rows(x: jax.Array, image_start: jax.Array, num_image: int) -> jax.Array:
+  """The image tokens float[B, P, D] of a sequence float[B, S, D]; arbitrary rows where there is no image."""
+  index = jnp.maximum(image_start, 0)[:, None] + jnp.arange(num_image)
+  return jnp.take_along_axis(x, index[..., None], 1, mode='clip')
+
+
+def keep_mask(positions: jax.Array, length: jax.Array, image_start: jax.Array, num_image: int,
+              kept_image: jax.Array) -> jax.Array:
+  """All text and the chosen image tokens.
+
+  Args:
+    positions: int32[B, S] original positions; length: int32[B] real entries; image_start: int32[B].
+    num_image: image tokens of the full sequence.
+    kept_image: int32[B, M] indices into them.
+
+  Returns:
+    bool[B, S].
+  """
+  rows = jnp.arange(positions.shape[0])[:, None]
+  chosen = jnp.zeros((positions.shape[0], num_image), bool).at[rows, kept_image].set(True)
+  slot, is_image = image_slots(positions, image_start, num_image)
+  real = jnp.arange(positions.shape[1]) < length[:, None]
+  return real & (~is_image | jnp.take_along_axis(chosen, slot, 1, mode='clip'))
+
+
+def compact(keep: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+  """Indices of the kept entries, in order, followed by arbitrary padding.
+
+  Args:
+    keep: bool[B, S]; at most `size` of a row may be set.
+    size: static length of the result.
+
+  Returns:
+    (int32[B, size], int32[B] number of kept entries).
+  """
+  order = jnp.argsort(~keep, axis=-1, stable=True)
+  return order[:, :size].astype(jnp.int32), keep.sum(-1, dtype=jnp.int32)
+
+
+def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x[b, index[b, i]] for x of shape [B, S] or [B, S, D]; indices must be valid."""
+  return jnp.take_along_axis(x, index if x.ndim == 2 else index[..., None], 1, mode='clip')

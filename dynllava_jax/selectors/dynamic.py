@@ -1,0 +1,17 @@
+"""Dynamic-LLaVA (arXiv 2412.00876): learned predictors choose image tokens and judge generated ones."""
+
+from dynllava_jax.ops.selection import keep_margin, top_indices
+from dynllava_jax.selectors.base import Selector, SelectorInputs
+
+
+def select(inputs: SelectorInputs, budget: int):
+  """The `budget` image tokens with the largest keep margin."""
+  return top_indices(keep_margin(inputs.image_predictor(inputs.image_hidden)), budget)
+
+
+def text_margin(hidden, text_predictor):
+  """Keep minus drop logit of each token."""
+  return keep_margin(text_predictor(hidden))
+
+
+SELECTOR = Selector(select, text_margin)

@@ -1,0 +1,13 @@
+"""Keeps every token: the selector of dense stages."""
+
+import jax.numpy as jnp
+
+from dynllava_jax.selectors.base import Selector, SelectorInputs
+
+
+def select(inputs: SelectorInputs, budget: int):
+  """The first `budget` image tokens; a stage with this selector has a budget of all of them."""
+  return jnp.broadcast_to(jnp.arange(budget, dtype=jnp.int32), (inputs.image_hidden.shape[0], budget))
+
+
+SELECTOR = Selector(select)

@@ -1,0 +1,16 @@
+"""Baseline: image tokens drawn without replacement, from each row's own seed."""
+
+import jax
+
+from dynllava_jax.ops.selection import top_indices
+from dynllava_jax.selectors.base import Selector, SelectorInputs
+
+
+def select(inputs: SelectorInputs, budget: int):
+  """A uniformly random subset of each row's image tokens."""
+  num_image = inputs.image_hidden.shape[1]
+  scores = jax.vmap(lambda s: jax.random.uniform(jax.random.key(s), (num_image,)))(inputs.seed)
+  return top_indices(scores, budget)
+
+
+SELECTOR = Selector(select)

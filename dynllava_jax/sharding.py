@@ -1,0 +1,94 @@
+"""Device mesh and the rules that map logical axis names to mesh axes.
+
+Models name their axes ('embed', 'heads', ...); only this file knows what they mean on a mesh:
+`data` and `fsdp` split the batch, `fsdp` splits the width of every weight, `tensor` splits heads, mlp and
+vocabulary.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dynllava_jax.config import ConfigError, MeshConfig
+
+RULES = (
+    ('batch', ('data', 'fsdp')),
+    ('embed', 'fsdp'),
+    ('heads', 'tensor'),
+    ('kv_heads', 'tensor'),
+    ('mlp', 'tensor'),
+    ('vocab', 'tensor'),
+    ('layers', None),
+    ('head_dim', None),
+)
+
+
+def make_mesh(cfg: MeshConfig) -> Mesh:
+  """The mesh over all devices.
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices.
+  """
+  sizes = {'data': cfg.data, 'fsdp': cfg.fsdp, 'tensor': cfg.tensor}
+  devices = jax.device_count()
+  free = [k for k, v in sizes.items() if v == -1]
+  fixed = math.prod(v for v in sizes.values() if v != -1)
+  if len(free) > 1 or fixed < 1 or devices % fixed or (not free and fixed != devices):
+    raise ConfigError(f'config.mesh: {sizes} does not fit {devices} devices; the sizes must multiply to '
+                      f'{devices}, and one of them may be -1')
+  if free:
+    sizes[free[0]] = devices // fixed
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+  """Raises ConfigError unless the global batch divides over the mesh."""
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  if batch_size % ways:
+    raise ConfigError(f'config.batch_size: {batch_size} does not divide over data x fsdp = {ways} devices; '
+                      f'use a multiple of {ways}')
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Splits the first axis of every array of a batch."""
+  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same value on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+  """Shardings for a tree of (abstract) parameters that still carries its logical axis names.
+
+  An axis that its mesh axis does not divide stays whole: tiny models run on any mesh.
+  """
+  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+  def fit(spec, leaf):
+    def whole(size, axis):
+      ways = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+      return axis if size % ways == 0 else None
+    return NamedSharding(mesh, PartitionSpec(*(whole(s, a) for s, a in zip(leaf.shape, spec))))
+  return jax.tree.map(fit, specs, unboxed(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def unboxed(params: Any) -> Any:
+  """The tree without its axis names: plain nested dicts of arrays or shapes.
+
+  Not `nn.meta.unbox`, which inside `on_mesh` would also constrain each array, shapes included.
+  """
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return jax.tree.map(lambda x: x.value if is_box(x) else x, params, is_leaf=is_box)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+  """Inside, logical axis names in models mean this mesh's axes."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield

@@ -1,0 +1,124 @@
+"""The training step: state, optimiser, schedules and the one jitted function."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dynllava_jax import sharding
+from dynllava_jax.config import IGNORE, OptimizerConfig, SparsityConfig, TrainConfig
+from dynllava_jax.data.batches import Batch
+from dynllava_jax.losses import training_losses
+from dynllava_jax.models.dynllava import DynLlava, Prompt, abstract_params, cut_params
+from dynllava_jax.ops.images import normalize
+
+PREDICTORS = ('image_predictor', 'text_predictor')
+NEVER_TRAINED = ('vision_tail',)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """What changes from step to step. `params` are the trained groups, cut for the run's stages."""
+
+  step: jax.Array
+  params: dict[str, Any]
+  opt_state: Any
+
+
+def temperature(step: jax.Array, steps: int, cfg: SparsityConfig) -> jax.Array:
+  """tau = start * (end / start)^(step / steps), as the authors' trainer sets it before each step."""
+  return cfg.tau_start * (cfg.tau_end / cfg.tau_start) ** (step / steps)
+
+
+def schedule(peak: float, steps: int, cfg: OptimizerConfig) -> optax.Schedule:
+  """Linear warm-up over `warmup_share` of the steps, then cosine to 0."""
+  warmup = max(1, round(cfg.warmup_share * steps))
+  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """AdamW with one learning rate for the predictors and one for everything else, gradients clipped together."""
+  def adamw(peak):
+    return optax.adamw(schedule(peak, steps, cfg), b2=cfg.b2, weight_decay=cfg.weight_decay)
+  def label(params):
+    return {group: 'predictor' if group in PREDICTORS else 'model' for group in params}
+  groups = {'model': adamw(cfg.learning_rate), 'predictor': adamw(cfg.predictor_learning_rate)}
+  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), optax.multi_transform(groups, label))
+
+
+def split_frozen(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(trained groups, groups left as they are)."""
+  out = set(frozen) | set(NEVER_TRAINED)
+  return ({k: v for k, v in params.items() if k not in out}, {k: v for k, v in params.items() if k in out})
+
+
+def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+  """Where each leaf of the state lives; optimiser moments lie with their parameters."""
+  boxed, _ = split_frozen(cut_abstract(cfg), cfg.frozen)
+  params = sharding.shardings(boxed, mesh)
+  whole = sharding.replicated(mesh)
+  by_path = {path: place for path, place in jax.tree_util.tree_leaves_with_path(params)}
+
+  def like_its_parameter(path, leaf):
+    # A moment's path ends in its parameter's path; counters match none.
+    return next((by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path), whole)
+
+  opt_state = jax.eval_shape(optimizer.init, sharding.unboxed(boxed))
+  return State(whole, params, jax.tree_util.tree_map_with_path(like_its_parameter, opt_state))
+
+
+def cut_abstract(cfg: TrainConfig) -> dict[str, Any]:
+  """Shapes and axis names of the run's parameters, cut for its stages."""
+  return jax.eval_shape(lambda p: cut_params(p, cfg.stages), abstract_params(cfg.model))
+
+
+def gumbel_noise(key: jax.Array, batch: int, image_tokens: int, positions: int) -> tuple[jax.Array, jax.Array]:
+  """Noise of one step: float32[B, P, 2] for the image, float32[B, S, 2] for the text."""
+  image_key, text_key = jax.random.split(key)
+  return (jax.random.gumbel(image_key, (batch, image_tokens, 2)), jax.random.gumbel(text_key, (batch, positions, 2)))
+
+
+def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
+  """Compiles (state, frozen, batch) -> (state, metrics); the state is donated.
+
+  The random numbers of a step follow from (cfg.seed, step) alone. Metrics are float32 scalars by name.
+  """
+  model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat)
+  dynamic = any(s.selector == 'dynamic' for s in cfg.stages)
+
+  def step_fn(state: State, frozen: dict[str, Any], batch: Batch):
+    prompt = Prompt(batch.tokens, batch.length, batch.image_start, batch.seed)
+    rows, positions = batch.tokens.shape
+    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+    noise = gumbel_noise(key, rows, cfg.model.vision.num_patches, positions) if dynamic else None
+    tau = temperature(state.step, cfg.steps, cfg.sparsity) if dynamic else None
+
+    def loss_fn(trained):
+      variables = {'params': trained | frozen}
+      image = model.apply(variables, normalize(batch.pixels, cfg.model.vision), method='encode_images')
+      out = model.apply(variables, prompt, image, batch.answer_start, cfg.sparsity.min_answer_len, noise, tau,
+                        method='train_forward')
+      losses = training_losses(out, prompt, batch.labels, batch.answer_start, cfg.sparsity)
+      return losses.total, losses
+
+    (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {
+        'loss': losses.total, 'ce': losses.ce, 'grad_norm': optax.tree.norm(grads),
+        'learning_rate': schedule(cfg.optimizer.learning_rate, cfg.steps, cfg.optimizer)(state.step),
+        'supervised_tokens': (batch.labels[:, 1:] != IGNORE).sum().astype(jnp.float32)}
+    if dynamic:
+      metrics |= {'image_mask': losses.image_mask, 'text_mask': losses.text_mask, 'image_keep': losses.image_keep,
+                  'text_keep': losses.text_keep, 'tau': tau}
+    return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+  places = state_shardings(cfg, optimizer, mesh)
+  frozen_boxed = split_frozen(cut_abstract(cfg), cfg.frozen)[1]
+  return jax.jit(
+      step_fn, donate_argnums=0,
+      in_shardings=(places, sharding.shardings(frozen_boxed, mesh), sharding.batch_sharding(mesh)),
+      out_shardings=(places, sharding.replicated(mesh)))

@@ -1,0 +1,28 @@
+"""Eight fake CPU devices, and the fixtures that several files share. Must run before jax starts."""
+
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+import pathlib
+
+import jax
+import pytest
+from absl import flags
+
+from dynllava_jax import presets, sharding
+from dynllava_jax.models.dynllava import init_params
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / 'tests' / 'golden'
+CASES = ('public_a', 'public_b')
+
+if not flags.FLAGS.is_parsed():
+  flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for absl flags
+
+
+@pytest.fixture(scope='session')
+def tiny_params():
+  """Random parameters of `presets.TINY` in checkpoint form."""
+  return sharding.unboxed(init_params(presets.TINY, jax.random.key(0)))

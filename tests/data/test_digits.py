@@ -1,0 +1,101 @@
+"""The embedded data set: disjoint splits, determinism, right answers."""
+
+import numpy as np
+import pytest
+
+from dynllava_jax.data import digits
+from dynllava_jax.evals.digits import score
+
+
+def scan_identities(split):
+  return {scan.tobytes() for scan in digits._scans(split)[0]}
+
+
+def test_no_scan_is_shared_between_splits():
+  splits = [scan_identities(s) for s in digits.SPLITS]
+  assert sum(map(len, splits)) == len(set.union(*splits))
+  assert sum(end - start for start, end in digits.SPLITS.values()) == 1797
+
+
+def test_sample_is_a_function_of_seed_and_index():
+  one, two = digits.TrainingScenes('train', 3), digits.TrainingScenes('train', 3)
+  assert one[5000].conversations == two[5000].conversations
+  np.testing.assert_array_equal(one[5000].image, two[5000].image)
+  assert one[5000].conversations != digits.TrainingScenes('train', 4)[5000].conversations
+  assert (one[5000].image != one[5001].image).any()
+
+
+@pytest.fixture(scope='module')
+def scenes():
+  rng = np.random.default_rng(0)
+  return [digits.make_scene('test', rng) for _ in range(40)]
+
+
+def test_a_fifth_of_the_canvas_holds_the_evidence(scenes):
+  counts = [(s.cells >= 0).sum() for s in scenes]
+  budget = int(digits.GRID**2 * 0.2)
+  assert digits.MIN_DIGITS <= min(counts) and max(counts) == digits.MAX_DIGITS == budget
+
+
+def test_digits_stand_where_the_cells_say(scenes):
+  """Ink is much brighter than ground: occupied cells have the brightest pixels."""
+  for scene in scenes[:10]:
+    grey = scene.image.mean(-1)
+    peaks = grey.reshape(digits.GRID, digits.CELL, digits.GRID, digits.CELL).transpose(0, 2, 1, 3).max((2, 3))
+    assert peaks[scene.cells >= 0].min() > peaks[scene.cells < 0].mean() + 30
+
+
+def cell(name):
+  """(row, column) of a cell called as on a chess board."""
+  return int(name[1]) - 1, 'ABCDEFG'.index(name[0])
+
+
+@pytest.mark.parametrize('task', [*digits.SHORT_TASKS, 'read', 'list', 'name'])
+def test_answers_are_right(scenes, task):
+  rng = np.random.default_rng(1)
+  for scene in scenes:
+    question, answer = digits.ask(task, scene, rng)
+    present = scene.cells[scene.cells >= 0]
+    if task == 'which':
+      assert answer == str(scene.cells[cell(question.removesuffix('?')[-2:])])
+    elif task == 'how_many':
+      assert answer == str(len(present))
+    elif task == 'largest':
+      assert answer == str(max(present))
+    elif task == 'read':
+      assert {(r - 1, c - 1): int(d) for (r, c), d in digits.read_scene(answer).items()} == {
+          (r, c): scene.cells[r, c] for r, c in np.argwhere(scene.cells >= 0)}
+    elif task == 'name':
+      named = {cell(part.split()[0]): int(part.split()[1]) for part in answer.split(', ')}
+      assert named == {(r, c): scene.cells[r, c] for r, c in np.argwhere(scene.cells >= 0)}
+    else:
+      assert answer.split() == ['-' if c < 0 else str(c) for c in scene.cells.ravel()]
+
+
+def sample(scene, task):
+  rng = np.random.default_rng(2)
+  return digits.Sample('x', scene.image, digits._turns([digits.ask(task, scene, rng)]), task)
+
+
+def test_long_answers_score_by_digit(scenes):
+  question = sample(scenes[0], 'read')
+  answer = question.conversations[1]['value']
+  total = (scenes[0].cells >= 0).sum()
+  assert score(question, answer) == 1.0
+  assert score(question, '') == 0.0
+  one_less = answer[::-1].replace(next(c for c in answer[::-1] if c.isdigit()), '-', 1)[::-1]
+  assert score(question, one_less) == pytest.approx((total - 1) / total)
+  every = digits.write_scene(np.full_like(scenes[0].cells, 5))
+  assert score(question, every) == pytest.approx((scenes[0].cells == 5).sum() / scenes[0].cells.size)
+
+
+def test_short_answers_score_by_exact_match(scenes):
+  question = sample(scenes[0], 'how_many')
+  answer = question.conversations[1]['value']
+  assert score(question, answer) == 1.0 and score(question, answer + '0') == 0.0
+
+
+def test_long_answers_run_over_sixty_tokens(scenes):
+  from dynllava_jax.data.tokenizer import Tokenizer
+  tokenizer = Tokenizer(digits.tokenizer_model())
+  assert len(tokenizer.encode_chunk(' ' + digits.write_scene(scenes[0].cells), mark=False)) > 60

@@ -1,0 +1,53 @@
+"""The three root scripts: mistakes are one readable line and exit status 1, never a traceback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import GOLDEN, ROOT
+
+DIGITS = '--config=configs/digits.py'
+
+
+def run(*arguments, devices=8):
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+  return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ((f'{DIGITS}:base', '--config.bach_size=3'), '--config.bach_size: unknown key; did you mean --config.batch_size?'),
+    ((f'{DIGITS}:base', '--config.batch_size=many'), 'batch_size'),
+    ((f'{DIGITS}:base', '--config.batch_size=9'), 'config.batch_size: 9 does not divide over data x fsdp = 8 devices'),
+    ((f'{DIGITS}:dynamic', '--config.stages[1].image_keep_rate=1.5'), 'image_keep_rate is 1.5'),
+    ((f'{DIGITS}:dynamic', '--config.stages[1].start=40'), 'starts at layer 40'),
+    ((f'{DIGITS}:dynamic', '--config.init_from=nowhere'), 'nowhere: no checkpoint here'),
+    ((f'{DIGITS}:base', '--config.mesh.fsdp=3', '--config.dtype=bfloat16'), 'does not fit 8 devices'),
+    ((f'{DIGITS}:nothing',), "has no 'nothing'; expected one of base, dynamic, eval"),
+    (('--config=configs/absent.py',), 'absent.py'),
+    ((f'{DIGITS}:base', '--confg=3'), 'confg')])
+def test_train_mistakes(arguments, message, tmp_path):
+  result = run('train.py', f'--workdir={tmp_path / "run"}', *arguments)
+  assert result.returncode == 1, result.stderr
+  lines = result.stderr.strip().splitlines()
+  assert message in lines[-1] and lines[-1].startswith('error: '), result.stderr
+  assert 'Traceback' not in result.stderr
+
+
+def test_eval_names_a_missing_checkpoint(tmp_path):
+  result = run('eval.py', f'{DIGITS}:eval', f'--checkpoint={tmp_path}', f'--config.runs.dense.checkpoint={tmp_path}')
+  assert result.returncode == 1 and 'no checkpoint here' in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_convert_verifies_a_recorded_case(tmp_path):
+  """The whole command on the safetensors case: report, comparison, and a checkpoint that its path alone loads."""
+  source = GOLDEN / 'public_b'
+  result = run('convert_weights.py', f'--src={source / "checkpoint"}', f'--dst={tmp_path / "out"}',
+               f'--verify={source / "case.npz"}', devices=1)
+  assert result.returncode == 0, result.stderr
+  lines = result.stdout.strip().splitlines()
+  assert lines[-1] == 'verify: 90 of 90 passed'
+  assert any(line.split() == ['model.norm.weight', '->', 'llama/norm/scale', '(80,)', 'float32'] for line in lines)
+  again = run('convert_weights.py', f'--src={source / "checkpoint"}', f'--dst={tmp_path / "out"}')
+  assert again.returncode == 1 and 'exists and is not empty' in again.stderr

@@ -1,0 +1,73 @@
+"""Strict construction: every mistake is one readable ConfigError."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from dynllava_jax import presets
+from dynllava_jax.config import (DENSE, ConfigError, ModelConfig, Stage, TrainConfig, check_stages, from_config_dict, to_dict)
+
+
+def tiny(**changes):
+  return ConfigDict(dict(model=to_dict(presets.TINY), batch_size=8) | changes)
+
+
+def test_round_trip_through_json():
+  cfg = from_config_dict(TrainConfig, tiny(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=0.25)],
+                                           sparsity=dict(image_keep_rate=0.25)))
+  assert from_config_dict(TrainConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
+  assert cfg.model == presets.TINY and cfg.stages[1].image_keep_rate == 0.25
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(bach_size=4), "config.bach_size: unknown key; did you mean 'batch_size'"),
+    (dict(batch_size=4.5), r'config.batch_size: expected int, got 4.5 \(float\)'),
+    (dict(batch_size=True), 'config.batch_size: expected int, got True'),
+    (dict(batch_size=0), 'batch_size is 0, expected a positive number'),
+    (dict(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=1.5)]),
+     r'config.stages\[1\]: stage at layer 2: image_keep_rate is 1.5, expected a share in \(0, 1\]'),
+    (dict(stages=[dict(start=0), dict(start=9, selector='dynamic')]), 'starts at layer 9, but the decoder has 4 layers'),
+    (dict(stages=[dict(start=1)]), 'the first stage must start at layer 0'),
+    (dict(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=0.01)]), 'leaves none of the 16 image tokens'),
+    (dict(stages=[dict(start=0, image_keep_rate=0.5)]), "selector 'all' keeps every token"),
+    (dict(stages=[dict(start=0), dict(start=2, selector='random', image_keep_rate=0.5)]), 'single dynamic stage can be trained'),
+    (dict(stages='dense'), "config.stages: expected a list, got 'dense'"),
+    (dict(sparsity=dict(image_keep_rate=0.0)), 'image_keep_rate is 0.0'),
+    (dict(sparsity=dict(tau_end=float('nan'))), 'expected a finite number'),
+    (dict(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=0.5)]), 'but the dynamic stage keeps 0.5'),
+    (dict(seed=-1), 'seed is -1, expected 0 or more'),
+    (dict(model=to_dict(presets.TINY) | dict(llama=dict(num_heads=0))), 'config.model.llama: llama: num_heads is 0, expected a positive'),
+    (dict(frozen=('visoin',)), "'visoin' is no parameter group"),
+    (dict(dtype='float16'), 'expected float32 or bfloat16'),
+    (dict(optimizer=dict(warmup_share=1.0)), r'warmup_share is 1.0, expected \[0, 1\)')])
+def test_mistakes_are_named(changes, message):
+  with pytest.raises(ConfigError, match=message) as error:
+    from_config_dict(TrainConfig, tiny(**changes))
+  assert '\n' not in str(error.value)
+
+
+def test_missing_key_is_named():
+  with pytest.raises(ConfigError, match='config: missing model'):
+    from_config_dict(TrainConfig, ConfigDict(dict(batch_size=8)))
+
+
+def test_dynamic_needs_predictors():
+  with pytest.raises(ConfigError, match='needs predictors'):
+    check_stages((Stage(), Stage(start=2, selector='dynamic', image_keep_rate=0.2)), presets.LLAVA_1_5_7B)
+
+
+@pytest.mark.parametrize('projector, depth', [('linear', 1), ('mlp2x_gelu', 2), ('mlp3x_gelu', 3)])
+def test_projector_depth(projector, depth):
+  assert ModelConfig(projector=projector).projector_depth == depth
+
+
+@pytest.mark.parametrize('projector', ['mlp_gelu', 'mlpx_gelu', 'mlp0x_gelu', 'resampler', 'mlp2x_relu'])
+def test_unknown_projector(projector):
+  with pytest.raises(ConfigError, match='expected linear or mlpNx_gelu'):
+    ModelConfig(projector=projector)
+
+
+def test_budget_truncates_the_float_product():
+  assert Stage(start=2, selector='uniform', image_keep_rate=0.2).kept_image_tokens(576) == 115
+  check_stages(DENSE, presets.TINY)

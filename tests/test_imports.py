@@ -1,0 +1,67 @@
+"""The import order of the package, and what may import what from outside."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+# A module imports only from its own row and the rows above it.
+ORDER = [
+    ('config', 'presets'), ('sharding', 'ops'), ('cache',), ('selectors',), ('models',),
+    ('losses', 'generate', 'checkpoint'), ('data',), ('training', 'evals', 'convert'), ('loop',), ('command_line',)]
+RANK = {name: i for i, row in enumerate(ORDER) for name in row}
+FILES = sorted((ROOT / 'dynllava_jax').rglob('*.py'))
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      names |= {f'{node.module}.{alias.name}' for alias in node.names}
+  return names
+
+
+def part(path: pathlib.Path) -> str:
+  relative = path.relative_to(ROOT / 'dynllava_jax')
+  return relative.parts[0].removesuffix('.py')
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_upwards(path):
+  if part(path) == '__init__':
+    return
+  for name in imported(path):
+    if name.startswith('dynllava_jax.'):
+      target = name.split('.')[1]
+      assert RANK[target] <= RANK[part(path)], f'{path.name} imports {name}, which stands below it'
+
+
+def test_data_needs_only_config():
+  for path in FILES:
+    if part(path) == 'data':
+      ours = {n.split('.')[1] for n in imported(path) if n.startswith('dynllava_jax.')}
+      assert ours <= {'config', 'data'}, path
+
+
+@pytest.mark.parametrize('library, places', [('flax', {'models', 'sharding'}), ('torch', {'convert/readers'}), ('tensorflow', set())])
+def test_libraries_stay_in_their_places(library, places):
+  users = {path for path in FILES if any(n.split('.')[0] == library for n in imported(path))}
+  allowed = {path for path in FILES if any(str(path.relative_to(ROOT / 'dynllava_jax')).startswith(p) for p in places)}
+  assert users <= allowed
+
+
+def test_training_evaluation_and_safetensors_conversion_do_not_load_torch():
+  code = ('import sys, pathlib\n'
+          'class NoTorch:\n'
+          '  def find_spec(self, name, *_):\n'
+          '    if name.split(".")[0] == "torch": raise ImportError("torch was asked for")\n'
+          'sys.meta_path.insert(0, NoTorch())\n'
+          'import dynllava_jax.loop, dynllava_jax.evals.report, dynllava_jax.convert.convert as c\n'
+          'c.read_checkpoint(pathlib.Path("tests/golden/public_b/checkpoint"))')
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=120)

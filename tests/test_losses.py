@@ -1,0 +1,44 @@
+"""The objective on hand-made numbers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynllava_jax.config import IGNORE, SparsityConfig
+from dynllava_jax.losses import cross_entropy, training_losses
+from dynllava_jax.models.dynllava import Prompt, TrainOutput
+
+CFG = SparsityConfig(image_keep_rate=0.25, text_keep_rate=0.5, min_answer_len=3)
+
+
+def test_cross_entropy_is_the_mean_over_supervised_tokens_of_the_whole_batch():
+  logits = jnp.zeros((2, 4, 8)).at[0, 0, 5].set(2.0)
+  labels = jnp.array([[IGNORE, 5, IGNORE, IGNORE], [IGNORE, 1, 2, IGNORE]])
+  first = np.log(7 + np.exp(2.0)) - 2.0
+  assert float(cross_entropy(logits, labels)) == pytest.approx((first + 2 * np.log(8)) / 3, rel=1e-6)
+
+
+def losses(image_start, image_mask, text_mask, length, answer_start):
+  batch, size = text_mask.shape
+  prompt = Prompt(jnp.zeros((batch, size), jnp.int32), jnp.array(length), jnp.array(image_start), jnp.zeros(batch, jnp.uint32))
+  out = TrainOutput(jnp.zeros((batch, size, 4)), None, None, image_mask, text_mask)
+  return training_losses(out, prompt, jnp.ones((batch, size), jnp.int32), jnp.array(answer_start), CFG)
+
+
+def test_short_answers_count_in_the_mean_and_contribute_nothing():
+  text_mask = jnp.array([[0, 0, 1, 1, 1, 1.0], [0, 0, 0, 0, 0, 0.0]])
+  result = losses([0, 0], jnp.ones((2, 4)), text_mask, [6, 6], [2, 5])
+  assert float(result.text_mask) == pytest.approx((0.5 - 1.0) ** 2 / 2)
+  assert float(result.text_keep) == 1.0
+
+
+def test_rows_without_image_do_not_enter_the_image_term():
+  mask = jnp.array([[1, 0, 0, 0.0], [1, 1, 1, 1]])
+  result = losses([0, -1], mask, jnp.ones((2, 6)), [6, 6], [2, 2])
+  assert float(result.image_mask) == 0 and float(result.image_keep) == 0.25
+  assert float(losses([0, 0], mask, jnp.ones((2, 6)), [6, 6], [2, 2]).image_mask) == pytest.approx(0.75**2 / 2)
+
+
+def test_total_weighs_the_mask_terms():
+  result = losses([0, 0], jnp.ones((2, 4)), jnp.ones((2, 6)), [6, 6], [2, 2])
+  assert float(result.total) == pytest.approx(float(result.ce) + 100 * (0.75**2 + 0.5**2), rel=1e-6)

@@ -1,0 +1,213 @@
+"""The step and the loop: what is trained, resumed and sharded."""
+
+import dataclasses
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynllava_jax import checkpoint, loop, sharding
+from dynllava_jax.config import (ConfigError, DataConfig, LlamaConfig, MeshConfig, ModelConfig, OptimizerConfig, PredictorConfig,
+                                 SparsityConfig, Stage, TrainConfig, VisionConfig)
+from dynllava_jax.evals import report
+from dynllava_jax.training import plot
+from dynllava_jax.training.metrics import MetricsLog, read_metrics
+from dynllava_jax.training.step import make_optimizer, schedule, temperature
+
+MODEL = ModelConfig(
+    vision=VisionConfig(image_size=98, hidden_size=32, mlp_dim=32, num_layers=2, num_heads=2),
+    llama=LlamaConfig(vocab_size=430, hidden_size=32, mlp_dim=48, num_layers=3, num_heads=2, num_kv_heads=2))
+DYNAMIC = (Stage(), Stage(start=1, selector='dynamic', image_keep_rate=0.2))
+BASE = TrainConfig(
+    model=MODEL, data=DataConfig(text_length=104), optimizer=OptimizerConfig(learning_rate=3e-3), batch_size=8, steps=8,
+    log_every=2, save_every=4)
+
+
+def dynamic(**changes):
+  model = dataclasses.replace(MODEL, predictor=PredictorConfig(d_model=16, num_heads=2, num_layers=1, mlp_dim=16))
+  return dataclasses.replace(BASE, model=model, stages=DYNAMIC, frozen=('vision', 'projector'),
+                             sparsity=SparsityConfig(min_answer_len=20), **changes)
+
+
+def parameters(workdir):
+  return checkpoint.load_params(workdir / loop.CHECKPOINTS)
+
+
+def largest_difference(a, b):
+  return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), a, b)))
+
+
+@pytest.fixture(scope='module')
+def base_run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('base')
+  loop.train(BASE, workdir)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def dynamic_run(tmp_path_factory, base_run):
+  workdir = tmp_path_factory.mktemp('dynamic')
+  loop.train(dynamic(init_from=str(base_run / loop.CHECKPOINTS)), workdir)
+  return workdir
+
+
+def test_loss_falls_and_is_logged(base_run):
+  lines = read_metrics(base_run)
+  assert [line['step'] for line in lines] == [2, 4, 6, 8]
+  assert lines[-1]['loss'] < lines[0]['loss'] - 0.3
+  assert lines[0]['tokens_per_second'] > 0 and lines[0]['supervised_tokens'] > 0
+  assert list((base_run / 'tensorboard').iterdir())
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """A mesh of one device, where sums have one order; over several CPU devices it varies from run to run."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ('data', 'fsdp', 'tensor'))
+  monkeypatch.setattr(sharding, 'make_mesh', lambda cfg: mesh)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(one_device, tmp_path, monkeypatch):
+  """Bit for bit: SIGTERM in step 3, started again, same parameters as never interrupted."""
+  loop.train(BASE, tmp_path / 'whole')
+  workdir = tmp_path / 'interrupted'
+  real = loop.make_train_step
+
+  def interrupting(*args):
+    step_fn = real(*args)
+    def step(state, frozen, batch):
+      if int(state.step) == 2:
+        signal.raise_signal(signal.SIGTERM)
+      return step_fn(state, frozen, batch)
+    return step
+
+  monkeypatch.setattr(loop, 'make_train_step', interrupting)
+  with pytest.raises(loop.Interrupted, match='stopped after step 3 of 8'):
+    loop.train(BASE, workdir)
+  monkeypatch.setattr(loop, 'make_train_step', real)
+  assert checkpoint.all_steps(workdir / loop.CHECKPOINTS) == [3]
+  loop.train(BASE, workdir)
+  assert largest_difference(parameters(workdir), parameters(tmp_path / 'whole')) == 0
+  assert [line['step'] for line in read_metrics(workdir)] == [2, 4, 6, 8]
+
+
+def test_finished_run_is_left_alone(base_run, capsys):
+  before = (base_run / 'metrics.jsonl').read_text()
+  loop.train(BASE, base_run)
+  assert 'finished already' in capsys.readouterr().out
+  assert (base_run / 'metrics.jsonl').read_text() == before
+
+
+def test_workdir_of_another_run_is_refused(base_run):
+  other = dataclasses.replace(BASE, model=dataclasses.replace(MODEL, projector='linear'))
+  with pytest.raises(ConfigError, match='config.model: the run in .* was started with'):
+    loop.train(other, base_run)
+
+
+def test_resuming_with_other_settings_is_refused(base_run):
+  with pytest.raises(ConfigError, match='config.batch_size: the run in .* was started with 8, the config says 16'):
+    loop.train(dataclasses.replace(BASE, batch_size=16), base_run)
+
+
+def test_dynamic_trains_decoder_and_predictors_and_freezes_the_rest(base_run, dynamic_run):
+  before, after = parameters(base_run), parameters(dynamic_run)
+  assert largest_difference(before['vision'], after['vision']) == 0
+  assert largest_difference(before['projector'], after['projector']) == 0
+  assert largest_difference(before['llama'], after['llama']) > 1e-4
+  assert {'image_predictor', 'text_predictor'} <= after.keys()
+  lines = read_metrics(dynamic_run)
+  assert {'tau', 'image_keep', 'text_keep', 'image_mask', 'text_mask', 'ce'} <= lines[0].keys()
+  assert 0 < lines[0]['image_keep'] < 1
+  total = lines[0]['ce'] + 100 * (lines[0]['image_mask'] + lines[0]['text_mask'])
+  assert lines[0]['loss'] == pytest.approx(total, rel=1e-5)
+
+
+def test_init_from_another_model_is_refused(base_run, tmp_path):
+  llama = dataclasses.replace(MODEL.llama, mlp_dim=64)
+  cfg = dynamic(init_from=str(base_run / loop.CHECKPOINTS))
+  with pytest.raises(ConfigError, match='has another llama'):
+    loop.train(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, llama=llama)), tmp_path)
+
+
+def test_mesh_does_not_change_the_result(base_run, tmp_path):
+  """Data alone (the fixture) and data x fsdp x tensor: the same losses and gradients.
+
+  Parameters are not compared: Adam turns the sign of a gradient that is zero but for rounding into a full step.
+  """
+  loop.train(dataclasses.replace(BASE, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path)
+  for name, tolerance in (('loss', 1e-3), ('grad_norm', 2e-3)):
+    split, whole = ([line[name] for line in read_metrics(w)] for w in (tmp_path, base_run))
+    np.testing.assert_allclose(split, whole, rtol=tolerance)
+
+
+def test_batch_must_divide_over_the_mesh(tmp_path):
+  with pytest.raises(ConfigError, match='12 does not divide over data x fsdp = 8'):
+    loop.train(dataclasses.replace(BASE, batch_size=12), tmp_path)
+
+
+def test_mesh_must_fit_the_devices():
+  with pytest.raises(ConfigError, match='does not fit 8 devices'):
+    sharding.make_mesh(MeshConfig(data=3))
+
+
+def test_loss_that_is_not_a_number_stops_the_run(tmp_path):
+  hot = dataclasses.replace(BASE, optimizer=OptimizerConfig(learning_rate=1e30, clip_norm=1e30))
+  with pytest.raises(FloatingPointError, match='the last saved step is intact'):
+    loop.train(hot, tmp_path)
+
+
+def test_evaluation_of_the_trained_checkpoint(dynamic_run, tmp_path):
+  from dynllava_jax.config import EvalConfig, EvalRun
+  uniform = (Stage(), Stage(start=1, selector='uniform', image_keep_rate=0.2))
+  cfg = EvalConfig(runs={'dense': EvalRun(stages=(Stage(),)), 'dynamic': EvalRun(stages=DYNAMIC), 'uniform': EvalRun(stages=uniform)},
+                   data=DataConfig(text_length=32), questions=20, batch_size=8, max_new_tokens=12)
+  report.run(cfg, str(dynamic_run / loop.CHECKPOINTS), tmp_path)
+  results = json.loads((tmp_path / 'results.json').read_text())
+  runs = results['runs']
+  assert set(runs) == {'dense', 'dynamic', 'uniform'} and results['questions'] == 20
+  for run in runs.values():
+    assert {'accuracy', 'image_tokens', 'generated_kept', 'flops_per_sample', 'kv_bytes_per_sample'} <= run.keys()
+    assert sum(run['questions_by_task'].values()) == 20
+    assert run['programs_compiled'] == 2  # one prefill, one decoding loop, whatever the number of batches
+  assert [runs[n]['image_tokens'] for n in runs] == [49, 9, 9]
+  assert runs['dense']['generated_kept'] == runs['uniform']['generated_kept'] == 1.0
+  assert runs['dense']['flops_per_sample'] > runs['uniform']['flops_per_sample']
+  assert runs['dense']['kv_bytes_per_sample'] == 3 * (81 + 12) * 2 * 32 * 4
+  answers = [json.loads(line) for line in (tmp_path / 'answers.jsonl').read_text().splitlines()]
+  assert len(answers) == 60 and all(a['expected'] for a in answers)
+  assert (tmp_path / 'tokens.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_training_picture(base_run, dynamic_run, tmp_path):
+  plot.main(str(tmp_path / 'training.png'), str(base_run), str(dynamic_run))
+  assert (tmp_path / 'training.png').read_bytes().startswith(b'\x89PNG')
+  with pytest.raises(SystemExit, match='missing or empty'):
+    plot.main(str(tmp_path / 'x.png'), str(tmp_path))
+
+
+def test_temperature_and_learning_rate_follow_the_paper():
+  cfg = SparsityConfig()
+  assert float(temperature(jnp.int32(0), 100, cfg)) == pytest.approx(1.0)
+  assert float(temperature(jnp.int32(50), 100, cfg)) == pytest.approx(0.1**0.5)
+  assert float(temperature(jnp.int32(100), 100, cfg)) == pytest.approx(0.1)
+  rate = schedule(2e-4, 100, OptimizerConfig())
+  assert float(rate(0)) == 0 and float(rate(3)) == pytest.approx(2e-4) and float(rate(100)) == pytest.approx(0, abs=1e-9)
+
+
+def test_predictors_have_their_own_learning_rate():
+  optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, predictor_learning_rate=1e-1, clip_norm=1e9), 100)
+  params = {'llama': jnp.ones(3), 'text_predictor': jnp.ones(3)}
+  state = optimizer.init(params)
+  for _ in range(5):
+    updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+  np.testing.assert_allclose(updates['text_predictor'] / updates['llama'], 100, rtol=1e-3)
+
+
+def test_metrics_cut_off_by_a_kill_are_mended(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+  log = MetricsLog(tmp_path, 1)
+  log.write(2, {'loss': 0.5})
+  log.close()
+  assert read_metrics(tmp_path) == [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 0.5}]

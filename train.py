@@ -1,0 +1,32 @@
+"""Trains LLaVA or Dynamic-LLaVA.
+
+    python train.py --config=configs/digits.py:base --workdir=runs/digits/base
+
+Started again with the same workdir it goes on where it stopped.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from dynllava_jax import command_line
+from dynllava_jax.config import TrainConfig
+
+CONFIG = command_line.define_config()
+WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.', required=True)
+
+
+def main(_) -> None:
+  with command_line.readable_errors():
+    from dynllava_jax import loop  # jax starts only after the flags are known to be right
+
+    try:
+      loop.train(command_line.parse(TrainConfig, CONFIG.value), pathlib.Path(WORKDIR.value))
+    except loop.Interrupted as e:
+      print(e)
+      sys.exit(130)
+
+
+if __name__ == '__main__':
+  command_line.run(main)
