@@ -1,11 +1,12 @@
 # make setup   creates .venv and installs what requirements.txt pins
 # make demo    trains and evaluates on the embedded data set; results in runs/digits/
 # make test    runs the tests
+# make lint    checks style and formatting; make format mends them
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test lint format clean
 
 setup: .venv/installed
 
@@ -24,6 +25,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:
 	rm -rf .venv runs

@@ -1,6 +1,6 @@
 """Evaluates one checkpoint under several stage lists.
 
-    python eval.py --config=configs/digits.py:eval --checkpoint=runs/digits/dynamic/checkpoints --out=runs/digits
+python eval.py --config=configs/digits.py:eval --checkpoint=runs/digits/dynamic/checkpoints --out=runs/digits
 """
 
 import pathlib

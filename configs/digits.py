@@ -14,9 +14,9 @@ IMAGE_KEEP_RATE = 0.2
 TEXT_KEEP_RATE = 0.5
 
 MODEL = dict(
-    vision=dict(image_size=98, patch_size=14, hidden_size=96, mlp_dim=384, num_layers=3, num_heads=4),
-    projector='mlp2x_gelu',
-    llama=dict(vocab_size=430, hidden_size=128, mlp_dim=256, num_layers=4, num_heads=4, num_kv_heads=4),
+  vision=dict(image_size=98, patch_size=14, hidden_size=96, mlp_dim=384, num_layers=3, num_heads=4),
+  projector='mlp2x_gelu',
+  llama=dict(vocab_size=430, hidden_size=128, mlp_dim=256, num_layers=4, num_heads=4, num_kv_heads=4),
 )
 PREDICTOR = dict(d_model=64, num_heads=4, num_layers=2, mlp_dim=128)
 HARDWARE = dict(mesh=dict(data=-1, fsdp=1, tensor=1), dtype='float32')
@@ -30,20 +30,46 @@ def stages(selector: str) -> list[dict]:
 
 def base() -> dict:
   return dict(
-      model=MODEL, data=DATA, stages=[dict(start=0)], steps=3000, batch_size=16,
-      optimizer=dict(learning_rate=1.5e-3, warmup_share=0.05, b2=0.99),
-      log_every=20, save_every=400, seed=0, init_from='', frozen=(), remat=False, **HARDWARE)
+    model=MODEL,
+    data=DATA,
+    stages=[dict(start=0)],
+    steps=3000,
+    batch_size=16,
+    optimizer=dict(learning_rate=1.5e-3, warmup_share=0.05, b2=0.99),
+    log_every=20,
+    save_every=400,
+    seed=0,
+    init_from='',
+    frozen=(),
+    remat=False,
+    **HARDWARE,
+  )
 
 
 def dynamic() -> dict:
   return dict(
-      model=MODEL | dict(predictor=PREDICTOR), data=DATA | dict(source='digits_instruct'),
-      stages=stages('dynamic'), steps=400, batch_size=16,
-      init_from='runs/digits/base/checkpoints', frozen=('vision', 'projector'),
-      optimizer=dict(learning_rate=3e-4, predictor_learning_rate=2e-3, warmup_share=0.03, b2=0.99),
-      sparsity=dict(image_keep_rate=IMAGE_KEEP_RATE, text_keep_rate=TEXT_KEEP_RATE, mask_loss_weight=100.0,
-                    min_answer_len=50, tau_start=1.0, tau_end=0.1),
-      log_every=10, save_every=100, seed=1, remat=False, **HARDWARE)
+    model=MODEL | dict(predictor=PREDICTOR),
+    data=DATA | dict(source='digits_instruct'),
+    stages=stages('dynamic'),
+    steps=400,
+    batch_size=16,
+    init_from='runs/digits/base/checkpoints',
+    frozen=('vision', 'projector'),
+    optimizer=dict(learning_rate=3e-4, predictor_learning_rate=2e-3, warmup_share=0.03, b2=0.99),
+    sparsity=dict(
+      image_keep_rate=IMAGE_KEEP_RATE,
+      text_keep_rate=TEXT_KEEP_RATE,
+      mask_loss_weight=100.0,
+      min_answer_len=50,
+      tau_start=1.0,
+      tau_end=0.1,
+    ),
+    log_every=10,
+    save_every=100,
+    seed=1,
+    remat=False,
+    **HARDWARE,
+  )
 
 
 def evaluate() -> dict:
@@ -53,8 +79,8 @@ def evaluate() -> dict:
   runs['all_tokens'] = dict(stages=[dict(start=0)])
   runs['dynamic']['stages'][1]['text_keep_budget'] = TEXT_KEEP_RATE
   return dict(
-      data=DATA | dict(text_length=32), runs=dense | runs, questions=600, batch_size=100,
-      max_new_tokens=96, seed=0, **HARDWARE)
+    data=DATA | dict(text_length=32), runs=dense | runs, questions=600, batch_size=100, max_new_tokens=96, seed=0, **HARDWARE
+  )
 
 
 def get_config(name: str = 'base') -> ConfigDict:

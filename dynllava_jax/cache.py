@@ -77,18 +77,24 @@ def capacity(prompt_slots: int, budget: int, gated: bool, spec: CacheSpec) -> in
   return prompt_slots + spec.later_tokens + budget + int(gated)
 
 
-def from_prompt(k: jax.Array, v: jax.Array, length: jax.Array, *, gated: bool, text_keep_budget: float,
-                spec: CacheSpec) -> StageCache:
+def from_prompt(
+  k: jax.Array, v: jax.Array, length: jax.Array, *, gated: bool, text_keep_budget: float, spec: CacheSpec
+) -> StageCache:
   """A cache that holds a prompt's keys and values float[L, B, S, K, H] of true lengths int32[B]."""
   budget = generated_budget(gated, text_keep_budget, spec)
   slots = capacity(k.shape[2], budget, gated, spec)
   pad = [(0, 0), (0, 0), (0, slots - k.shape[2]), (0, 0), (0, 0)]
   batch = k.shape[1]
   return StageCache(
-      k=jnp.pad(k, pad), v=jnp.pad(v, pad), length=length,
-      margin=jnp.full((batch, slots), NEVER_EVICTED, jnp.float32),
-      generated=jnp.zeros(batch, jnp.int32), evicted=jnp.zeros(batch, jnp.int32),
-      gated=gated, budget=budget)
+    k=jnp.pad(k, pad),
+    v=jnp.pad(v, pad),
+    length=length,
+    margin=jnp.full((batch, slots), NEVER_EVICTED, jnp.float32),
+    generated=jnp.zeros(batch, jnp.int32),
+    evicted=jnp.zeros(batch, jnp.int32),
+    gated=gated,
+    budget=budget,
+  )
 
 
 def append_chunk(cache: StageCache, k: jax.Array, v: jax.Array, count: jax.Array) -> StageCache:
@@ -99,12 +105,12 @@ def append_chunk(cache: StageCache, k: jax.Array, v: jax.Array, count: jax.Array
   steps = jnp.arange(k.shape[2])
   beyond = cache.k.shape[2] + steps  # distinct, as the scatter promises unique indices
   slot = jnp.where(steps < count[:, None], cache.length[:, None] + steps, beyond)
-  return dataclasses.replace(
-      cache, k=_write(cache.k, k, slot), v=_write(cache.v, v, slot), length=cache.length + count)
+  return dataclasses.replace(cache, k=_write(cache.k, k, slot), v=_write(cache.v, v, slot), length=cache.length + count)
 
 
-def append_judged(cache: StageCache, k: jax.Array, v: jax.Array, keep: jax.Array, margin: jax.Array,
-                  active: jax.Array) -> StageCache:
+def append_judged(
+  cache: StageCache, k: jax.Array, v: jax.Array, keep: jax.Array, margin: jax.Array, active: jax.Array
+) -> StageCache:
   """Writes one generated token per row and applies the gate.
 
   Args:
@@ -124,11 +130,14 @@ def append_judged(cache: StageCache, k: jax.Array, v: jax.Array, keep: jax.Array
   stays = keep & (~full | replaces)
   grows = (keep & ~full).astype(jnp.int32)
   return dataclasses.replace(
-      cache,
-      k=_write(cache.k, k, slot[:, None]), v=_write(cache.v, v, slot[:, None]),
-      margin=cache.margin.at[rows, jnp.where(stays, slot, nowhere)].set(margin, mode='drop'),
-      length=cache.length + grows, generated=cache.generated + grows,
-      evicted=cache.evicted + full.astype(jnp.int32))
+    cache,
+    k=_write(cache.k, k, slot[:, None]),
+    v=_write(cache.v, v, slot[:, None]),
+    margin=cache.margin.at[rows, jnp.where(stays, slot, nowhere)].set(margin, mode='drop'),
+    length=cache.length + grows,
+    generated=cache.generated + grows,
+    evicted=cache.evicted + full.astype(jnp.int32),
+  )
 
 
 def _write(buffer: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from dynllava_jax.config import (DENSE, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict)
+from dynllava_jax.config import DENSE, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict
 from dynllava_jax.models.dynllava import abstract_params
 from dynllava_jax.sharding import shardings, unboxed
 
@@ -72,8 +72,10 @@ def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
       raise CheckpointError(f'{path}: no such step; {path.parent} has {steps}')
     return path.parent, int(path.name)
   if not (path / MODEL_FILE).exists():
-    raise CheckpointError(f'{path}: no checkpoint here ({MODEL_FILE} is missing); expected a directory written by '
-                          'train.py (WORKDIR/checkpoints) or convert_weights.py')
+    raise CheckpointError(
+      f'{path}: no checkpoint here ({MODEL_FILE} is missing); expected a directory written by '
+      'train.py (WORKDIR/checkpoints) or convert_weights.py'
+    )
   steps = all_steps(path)
   if not steps:
     raise CheckpointError(f'{path}: holds no finished step yet; train first, or convert again')
@@ -126,15 +128,17 @@ def load_params(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str,
     raise CheckpointError(f'{step_dir}: not a readable checkpoint step ({e})') from e
   differences = [f'- {k}: missing' for k in wanted.keys() - stored.keys()]
   differences += [f'+ {k}: not part of the model' for k in stored.keys() - wanted.keys()]
-  differences += [f'! {k}: stored {tuple(stored[k].shape)}, expected {wanted[k].shape}'
-                  for k in wanted.keys() & stored.keys() if tuple(stored[k].shape) != wanted[k].shape]
+  differences += [
+    f'! {k}: stored {tuple(stored[k].shape)}, expected {wanted[k].shape}'
+    for k in wanted.keys() & stored.keys()
+    if tuple(stored[k].shape) != wanted[k].shape
+  ]
   if differences:
-    raise CheckpointError(f'{step_dir}: its arrays do not match {directory / MODEL_FILE}:\n  ' +
-                          '\n  '.join(sorted(differences)))
+    raise CheckpointError(f'{step_dir}: its arrays do not match {directory / MODEL_FILE}:\n  ' + '\n  '.join(sorted(differences)))
   places = place if mesh else jax.tree.map(lambda _: place, unboxed(boxed))
   target = jax.tree_util.tree_map_with_path(
-      lambda p, leaf, where: jax.ShapeDtypeStruct(leaf.shape, stored[_name(p)].dtype, sharding=where),
-      unboxed(boxed), places)
+    lambda p, leaf, where: jax.ShapeDtypeStruct(leaf.shape, stored[_name(p)].dtype, sharding=where), unboxed(boxed), places
+  )
   return ocp.load_checkpointables(step_dir, {'params': target})['params']
 
 

@@ -48,6 +48,7 @@ def readable_errors() -> Iterator[None]:
 
 def run(main: Callable[[list[str]], None]) -> None:
   """`app.run` whose flag errors are one line and exit status 1."""
+
   def parser(argv):
     try:
       return flags.FLAGS(argv)

@@ -51,13 +51,19 @@ class VisionConfig:
 
   def __post_init__(self):
     _require_positive(self, 'vision: ', 'image_size', 'patch_size', 'hidden_size', 'mlp_dim', 'num_layers', 'num_heads')
-    _require(self.image_size % self.patch_size == 0,
-             f'vision: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}')
-    _require(self.hidden_size % self.num_heads == 0,
-             f'vision: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}')
+    _require(
+      self.image_size % self.patch_size == 0,
+      f'vision: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}',
+    )
+    _require(
+      self.hidden_size % self.num_heads == 0,
+      f'vision: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}',
+    )
     _require(len(self.image_mean) == len(self.image_std) == 3, 'vision: image_mean and image_std need 3 numbers each')
-    _require(0 <= self.layers_run <= self.num_layers,
-             f'vision: select_layer {self.select_layer} points outside the {self.num_layers} layers')
+    _require(
+      0 <= self.layers_run <= self.num_layers,
+      f'vision: select_layer {self.select_layer} points outside the {self.num_layers} layers',
+    )
 
   @property
   def num_patches(self) -> int:
@@ -83,12 +89,17 @@ class LlamaConfig:
   rope_theta: float = 10000.0
 
   def __post_init__(self):
-    _require_positive(self, 'llama: ', 'vocab_size', 'hidden_size', 'mlp_dim', 'num_layers', 'num_heads', 'num_kv_heads',
-                      'rope_theta')
-    _require(self.hidden_size % self.num_heads == 0,
-             f'llama: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}')
-    _require(self.num_heads % self.num_kv_heads == 0,
-             f'llama: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}')
+    _require_positive(
+      self, 'llama: ', 'vocab_size', 'hidden_size', 'mlp_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'rope_theta'
+    )
+    _require(
+      self.hidden_size % self.num_heads == 0,
+      f'llama: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}',
+    )
+    _require(
+      self.num_heads % self.num_kv_heads == 0,
+      f'llama: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}',
+    )
     _require(self.head_dim % 2 == 0, f'llama: head_dim {self.head_dim} is odd, rotary embedding needs pairs')
 
   @property
@@ -108,8 +119,9 @@ class PredictorConfig:
   def __post_init__(self):
     _require_positive(self, 'predictor: ', 'd_model', 'num_heads', 'num_layers', 'mlp_dim')
     _require(self.d_model % 4 == 0, f'predictor: d_model {self.d_model} is not a multiple of 4')
-    _require(self.d_model % self.num_heads == 0,
-             f'predictor: d_model {self.d_model} is not a multiple of num_heads {self.num_heads}')
+    _require(
+      self.d_model % self.num_heads == 0, f'predictor: d_model {self.d_model} is not a multiple of num_heads {self.num_heads}'
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,8 +142,10 @@ class ModelConfig:
     if self.projector == 'linear':
       return 1
     depth = self.projector.removeprefix('mlp').removesuffix('x_gelu')
-    _require(self.projector == f'mlp{depth}x_gelu' and depth.isdigit() and int(depth) >= 1,
-             f'model.projector {self.projector!r} is unknown; expected linear or mlpNx_gelu, such as mlp2x_gelu')
+    _require(
+      self.projector == f'mlp{depth}x_gelu' and depth.isdigit() and int(depth) >= 1,
+      f'model.projector {self.projector!r} is unknown; expected linear or mlpNx_gelu, such as mlp2x_gelu',
+    )
     return int(depth)
 
 
@@ -154,10 +168,14 @@ class Stage:
   text_keep_budget: float = 1.0
 
   def __post_init__(self):
-    _require(0 < self.image_keep_rate <= 1, f'stage at layer {self.start}: image_keep_rate is '
-             f'{self.image_keep_rate}, expected a share in (0, 1]')
-    _require(0 < self.text_keep_budget <= 1, f'stage at layer {self.start}: text_keep_budget is '
-             f'{self.text_keep_budget}, expected a share in (0, 1]')
+    _require(
+      0 < self.image_keep_rate <= 1,
+      f'stage at layer {self.start}: image_keep_rate is {self.image_keep_rate}, expected a share in (0, 1]',
+    )
+    _require(
+      0 < self.text_keep_budget <= 1,
+      f'stage at layer {self.start}: text_keep_budget is {self.text_keep_budget}, expected a share in (0, 1]',
+    )
 
   def kept_image_tokens(self, num_image_tokens: int) -> int:
     """Truncation of the float product, as in the authors' code."""
@@ -173,25 +191,30 @@ def check_stages(stages: tuple[Stage, ...], model: ModelConfig) -> None:
   _require(len(stages) > 0 and stages[0].start == 0, 'stages: the first stage must start at layer 0')
   starts = [s.start for s in stages]
   _require(starts == sorted(set(starts)), f'stages: starts must increase, got {starts}')
-  _require(starts[-1] < layers, f'stages: a stage starts at layer {starts[-1]}, but the decoder has '
-           f'{layers} layers, 0 to {layers - 1}')
+  _require(
+    starts[-1] < layers, f'stages: a stage starts at layer {starts[-1]}, but the decoder has {layers} layers, 0 to {layers - 1}'
+  )
   kept = [s.kept_image_tokens(image_tokens) for s in stages]
   _require(min(kept) > 0, f'stages: image_keep_rate leaves none of the {image_tokens} image tokens')
   _require(kept == sorted(kept, reverse=True), f'stages: image tokens cannot come back, got budgets {kept}')
   for stage in stages:
-    _require(stage.selector != 'all' or stage.image_keep_rate == 1.0,
-             f"stage at layer {stage.start}: selector 'all' keeps every token, image_keep_rate must be 1.0")
-    _require(stage.selector != 'dynamic' or model.predictor is not None,
-             f"stage at layer {stage.start}: selector 'dynamic' needs predictors, and this model has none; "
-             'train them with configs/digits.py:dynamic or convert a Dynamic-LLaVA checkpoint')
+    _require(
+      stage.selector != 'all' or stage.image_keep_rate == 1.0,
+      f"stage at layer {stage.start}: selector 'all' keeps every token, image_keep_rate must be 1.0",
+    )
+    _require(
+      stage.selector != 'dynamic' or model.predictor is not None,
+      f"stage at layer {stage.start}: selector 'dynamic' needs predictors, and this model has none; "
+      'train them with configs/digits.py:dynamic or convert a Dynamic-LLaVA checkpoint',
+    )
 
 
 def check_trainable_stages(stages: tuple[Stage, ...]) -> None:
   """Raises ConfigError unless the stage list has a training objective (dense, or one 'dynamic' cut)."""
-  _require(all(s.selector in ('all', 'dynamic') for s in stages) and
-           sum(s.selector == 'dynamic' for s in stages) <= 1,
-           f'stages: only a dense run or one with a single dynamic stage can be trained, got '
-           f'{[s.selector for s in stages]}')
+  _require(
+    all(s.selector in ('all', 'dynamic') for s in stages) and sum(s.selector == 'dynamic' for s in stages) <= 1,
+    f'stages: only a dense run or one with a single dynamic stage can be trained, got {[s.selector for s in stages]}',
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,8 +256,7 @@ class OptimizerConfig:
     _require(0 < self.b2 < 1, f'optimizer.b2 is {self.b2}, expected a number in (0, 1)')
     _require_positive(self, 'optimizer: ', 'clip_norm')
     _require(0 <= self.warmup_share < 1, f'optimizer.warmup_share is {self.warmup_share}, expected [0, 1)')
-    _require(self.learning_rate > 0 and self.predictor_learning_rate > 0,
-             'optimizer: learning rates must be positive')
+    _require(self.learning_rate > 0 and self.predictor_learning_rate > 0, 'optimizer: learning rates must be positive')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,8 +303,10 @@ class TrainConfig:
     _require_positive(self, '', 'batch_size', 'steps', 'log_every', 'save_every')
     _require(self.seed >= 0, f'seed is {self.seed}, expected 0 or more')
     for stage in self.stages:
-      _require(stage.selector != 'dynamic' or stage.image_keep_rate == self.sparsity.image_keep_rate,
-               f'sparsity.image_keep_rate is {self.sparsity.image_keep_rate}, but the dynamic stage keeps {stage.image_keep_rate}')
+      _require(
+        stage.selector != 'dynamic' or stage.image_keep_rate == self.sparsity.image_keep_rate,
+        f'sparsity.image_keep_rate is {self.sparsity.image_keep_rate}, but the dynamic stage keeps {stage.image_keep_rate}',
+      )
     _require(self.dtype in ('float32', 'bfloat16'), f'dtype {self.dtype!r}: expected float32 or bfloat16')
     groups = ('vision', 'vision_tail', 'projector', 'llama', 'image_predictor', 'text_predictor')
     for group in self.frozen:

@@ -97,9 +97,18 @@ def sample(logits: jax.Array, sampling: Sampling, seed: jax.Array, step: jax.Arr
 class Generator:
   """Compiled generation for one checkpoint and stage list."""
 
-  def __init__(self, cfg: ModelConfig, stages: tuple[Stage, ...], params: dict[str, Any], *, max_new_tokens: int,
-               eos_id: int | None, later_tokens: int = 0, sampling: Sampling = Sampling(),
-               dtype: Any = jnp.float32):
+  def __init__(
+    self,
+    cfg: ModelConfig,
+    stages: tuple[Stage, ...],
+    params: dict[str, Any],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    later_tokens: int = 0,
+    sampling: Sampling = Sampling(),
+    dtype: Any = jnp.float32,
+  ):
     """Cuts `params` (checkpoint form) for the stage list.
 
     Args:
@@ -155,8 +164,9 @@ class Generator:
       prompt_slots = stage.k.shape[2] - stage.budget - stage.gated
       room = prompt_slots - int((stage.length - stage.generated).max())
       if chunk.shape[1] > room:
-        raise ValueError(f'the turn has {chunk.shape[1]} tokens, the cache has room for {room} more besides generated ones; '
-                         'raise later_tokens')
+        raise ValueError(
+          f'the turn has {chunk.shape[1]} tokens, the cache has room for {room} more besides generated ones; raise later_tokens'
+        )
     return self._extend(self.params, chunk, count, cache=turn.cache, judge=False)[0]
 
   def stream(self, prompt: Prompt, pixels: jax.Array) -> Iterator[np.ndarray]:
@@ -208,19 +218,28 @@ class Generator:
     size = self.max_new_tokens
     first = sample(logits, self.sampling, seed, cache.position)
     state = dict(
-        i=jnp.int32(0), cache=cache, active=~self._ended(first) & self._has_room(cache),
-        tokens=jnp.full((batch, size), PAD, jnp.int32).at[:, 0].set(first), length=jnp.ones(batch, jnp.int32),
-        kept=jnp.ones((batch, size), bool), margin=jnp.full((batch, size), jnp.inf, jnp.float32))
+      i=jnp.int32(0),
+      cache=cache,
+      active=~self._ended(first) & self._has_room(cache),
+      tokens=jnp.full((batch, size), PAD, jnp.int32).at[:, 0].set(first),
+      length=jnp.ones(batch, jnp.int32),
+      kept=jnp.ones((batch, size), bool),
+      margin=jnp.full((batch, size), jnp.inf, jnp.float32),
+    )
 
     def feed(s):
       token, active = s['tokens'][:, s['i']], s['active']
       (after, _), judgement = self._extend_impl(params, token[:, None], active.astype(jnp.int32), s['cache'], True)
       new = jnp.where(active, sample(after.logits, self.sampling, seed, after.cache.position), PAD)
       return dict(
-          i=s['i'] + 1, cache=after.cache, active=active & ~self._ended(new) & self._has_room(after.cache),
-          tokens=s['tokens'].at[:, s['i'] + 1].set(new), length=s['length'] + active,
-          kept=s['kept'].at[:, s['i']].set(jnp.where(active, judgement.keep, True)),
-          margin=s['margin'].at[:, s['i']].set(jnp.where(active, judgement.margin, jnp.inf)))
+        i=s['i'] + 1,
+        cache=after.cache,
+        active=active & ~self._ended(new) & self._has_room(after.cache),
+        tokens=s['tokens'].at[:, s['i'] + 1].set(new),
+        length=s['length'] + active,
+        kept=s['kept'].at[:, s['i']].set(jnp.where(active, judgement.keep, True)),
+        margin=s['margin'].at[:, s['i']].set(jnp.where(active, judgement.margin, jnp.inf)),
+      )
 
     end = jax.lax.while_loop(lambda s: (s['i'] < size - 1) & s['active'].any(), feed, state)
     evicted = end['cache'].stages[-1].evicted
@@ -257,6 +276,10 @@ class Generator:
     fed = jnp.arange(size) < (length - prompt.length - 1)[:, None]
     evicted = jnp.zeros(batch, jnp.int32)
     return Generated(
-        jnp.where(jnp.arange(size) < (length - prompt.length)[:, None], take(buffer), PAD), length - prompt.length,
-        jnp.where(fed, take(judgement.keep), True), jnp.where(fed, take(judgement.margin), jnp.inf),
-        kept_image=(), evicted=evicted)
+      jnp.where(jnp.arange(size) < (length - prompt.length)[:, None], take(buffer), PAD),
+      length - prompt.length,
+      jnp.where(fed, take(judgement.keep), True),
+      jnp.where(fed, take(judgement.margin), jnp.inf),
+      kept_image=(),
+      evicted=evicted,
+    )

@@ -66,8 +66,12 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
     log = MetricsLog(workdir, first)
 
     def save(state: State) -> None:
-      saver.save_checkpointables_async(int(state.step), {
-          'params': join_params(state.params | frozen), 'optimizer': {'step': state.step, 'opt_state': state.opt_state}})
+      # force: by default Orbax passes over a step while the one before is still being written, the last one too.
+      saver.save_checkpointables_async(
+        int(state.step),
+        {'params': join_params(state.params | frozen), 'optimizer': {'step': state.step, 'opt_state': state.opt_state}},
+        force=True,
+      )
 
     # 4. The loop: batch, step, log, save.
     try:
@@ -89,8 +93,9 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
             values = {name: float(v) for name, v in metrics.items()}
             if not np.isfinite([values['loss'], values['grad_norm']]).all():
               raise FloatingPointError(
-                  f'step {step}: the loss is {values["loss"]}, the gradient norm {values["grad_norm"]}; the last saved step is '
-                  'intact. Lower the learning rate, or look at the batch: every row needs an answer')
+                f'step {step}: the loss is {values["loss"]}, the gradient norm {values["grad_norm"]}; the last saved step is '
+                'intact. Lower the learning rate, or look at the batch: every row needs an answer'
+              )
           if logging:
             now = time.monotonic()
             if tokens:
@@ -108,8 +113,9 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       stop.restore()
 
 
-def initial_state(cfg: TrainConfig, optimizer: Any, mesh: jax.sharding.Mesh,
-                  directory: pathlib.Path) -> tuple[State, dict[str, Any]]:
+def initial_state(
+  cfg: TrainConfig, optimizer: Any, mesh: jax.sharding.Mesh, directory: pathlib.Path
+) -> tuple[State, dict[str, Any]]:
   """(state, frozen groups) of a new or resumed run, placed on the mesh.
 
   Raises:
@@ -120,16 +126,19 @@ def initial_state(cfg: TrainConfig, optimizer: Any, mesh: jax.sharding.Mesh,
     params = cut_params(checkpoint.load_params(directory, mesh), cfg.stages)
     trained, frozen = split_frozen(params, cfg.frozen)
     abstract = jax.eval_shape(optimizer.init, trained)
-    target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                          {'step': jax.ShapeDtypeStruct((), jnp.int32), 'opt_state': abstract},
-                          {'step': places.step, 'opt_state': places.opt_state})
+    target = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      {'step': jax.ShapeDtypeStruct((), jnp.int32), 'opt_state': abstract},
+      {'step': places.step, 'opt_state': places.opt_state},
+    )
     folder, step = checkpoint.locate(directory)
     stored = ocp.load_checkpointables(folder / str(step), {'optimizer': target})['optimizer']
     return State(stored['step'], trained, stored['opt_state']), frozen
 
   boxed = abstract_params(cfg.model)
-  fresh = jax.jit(lambda: sharding.unboxed(init_params(cfg.model, jax.random.key(cfg.seed))),
-                  out_shardings=sharding.shardings(boxed, mesh))()
+  fresh = jax.jit(
+    lambda: sharding.unboxed(init_params(cfg.model, jax.random.key(cfg.seed))), out_shardings=sharding.shardings(boxed, mesh)
+  )()
   params = fresh | (pretrained(cfg, mesh) if cfg.init_from else {})
   trained, frozen = split_frozen(cut_params(params, cfg.stages), cfg.frozen)
   opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trained)
@@ -144,8 +153,10 @@ def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   before, now = json.loads(file.read_text()), json.loads(json.dumps(to_dict(cfg)))
   for key in now:
     if key not in MAY_CHANGE and before.get(key) != now[key]:
-      raise ConfigError(f'config.{key}: the run in {workdir} was started with {before.get(key)}, the config says {now[key]}; '
-                        'choose another --workdir or remove it')
+      raise ConfigError(
+        f'config.{key}: the run in {workdir} was started with {before.get(key)}, the config says {now[key]}; '
+        'choose another --workdir or remove it'
+      )
 
 
 def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -171,7 +182,7 @@ def inherited_tokenizer(path: str) -> bytes:
   except CheckpointError as e:
     raise ConfigError(f'config.init_from: {e}') from None
   if tokenizer is None:
-    raise ConfigError(f'config.init_from: {path} has no {checkpoint.TOKENIZER_FILE}; put the model\'s tokenizer there')
+    raise ConfigError(f"config.init_from: {path} has no {checkpoint.TOKENIZER_FILE}; put the model's tokenizer there")
   return tokenizer
 
 

@@ -38,8 +38,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return -jnp.where(supervised, picked, 0).sum() / supervised.sum()
 
 
-def training_losses(out: TrainOutput, prompt: Prompt, labels: jax.Array, answer_start: jax.Array,
-                    cfg: SparsityConfig) -> Losses:
+def training_losses(out: TrainOutput, prompt: Prompt, labels: jax.Array, answer_start: jax.Array, cfg: SparsityConfig) -> Losses:
   """Losses of one batch.
 
   The image term is the mean over rows with an image of (rate - mean mask)^2, the text term the same over
@@ -63,6 +62,10 @@ def training_losses(out: TrainOutput, prompt: Prompt, labels: jax.Array, answer_
   text_means = jnp.where(judged, out.text_mask, 0).sum(-1) / jnp.maximum(counts, 1)
   text_term = jnp.where(counts > 0, jnp.square(cfg.text_keep_rate - text_means), 0).mean()
   return Losses(
-      total=ce + cfg.mask_loss_weight * (image_term + text_term), ce=ce, image_mask=image_term, text_mask=text_term,
-      image_keep=jnp.where(has_image, image_means, 0).sum() / images,
-      text_keep=jnp.where(counts > 0, text_means, 0).sum() / jnp.maximum((counts > 0).sum(), 1))
+    total=ce + cfg.mask_loss_weight * (image_term + text_term),
+    ce=ce,
+    image_mask=image_term,
+    text_mask=text_term,
+    image_keep=jnp.where(has_image, image_means, 0).sum() / images,
+    text_keep=jnp.where(counts > 0, text_means, 0).sum() / jnp.maximum((counts > 0).sum(), 1),
+  )

@@ -10,13 +10,14 @@ CLIP_L14_336 = VisionConfig()
 
 LLAVA_1_5_7B = ModelConfig(vision=CLIP_L14_336, llama=LlamaConfig())
 LLAVA_1_5_13B = ModelConfig(
-    vision=CLIP_L14_336,
-    llama=LlamaConfig(hidden_size=5120, mlp_dim=13824, num_layers=40, num_heads=40, num_kv_heads=40))
+  vision=CLIP_L14_336, llama=LlamaConfig(hidden_size=5120, mlp_dim=13824, num_layers=40, num_heads=40, num_kv_heads=40)
+)
 
 DYNAMIC_LLAVA_7B = ModelConfig(vision=CLIP_L14_336, llama=LLAVA_1_5_7B.llama, predictor=PredictorConfig())
 DYNAMIC_LLAVA_13B = ModelConfig(vision=CLIP_L14_336, llama=LLAVA_1_5_13B.llama, predictor=PredictorConfig())
 
 TINY = ModelConfig(
-    vision=VisionConfig(image_size=56, hidden_size=32, mlp_dim=64, num_layers=3, num_heads=4),
-    llama=LlamaConfig(vocab_size=96, hidden_size=64, mlp_dim=96, num_layers=4, num_heads=4, num_kv_heads=2),
-    predictor=PredictorConfig(d_model=32, num_heads=4, num_layers=2, mlp_dim=64))
+  vision=VisionConfig(image_size=56, hidden_size=32, mlp_dim=64, num_layers=3, num_heads=4),
+  llama=LlamaConfig(vocab_size=96, hidden_size=64, mlp_dim=96, num_layers=4, num_heads=4, num_kv_heads=2),
+  predictor=PredictorConfig(d_model=32, num_heads=4, num_layers=2, mlp_dim=64),
+)

@@ -17,14 +17,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dynllava_jax.config import ConfigError, MeshConfig
 
 RULES = (
-    ('batch', ('data', 'fsdp')),
-    ('embed', 'fsdp'),
-    ('heads', 'tensor'),
-    ('kv_heads', 'tensor'),
-    ('mlp', 'tensor'),
-    ('vocab', 'tensor'),
-    ('layers', None),
-    ('head_dim', None),
+  ('batch', ('data', 'fsdp')),
+  ('embed', 'fsdp'),
+  ('heads', 'tensor'),
+  ('kv_heads', 'tensor'),
+  ('mlp', 'tensor'),
+  ('vocab', 'tensor'),
+  ('layers', None),
+  ('head_dim', None),
 )
 
 
@@ -39,8 +39,9 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
   free = [k for k, v in sizes.items() if v == -1]
   fixed = math.prod(v for v in sizes.values() if v != -1)
   if len(free) > 1 or fixed < 1 or devices % fixed or (not free and fixed != devices):
-    raise ConfigError(f'config.mesh: {sizes} does not fit {devices} devices; the sizes must multiply to '
-                      f'{devices}, and one of them may be -1')
+    raise ConfigError(
+      f'config.mesh: {sizes} does not fit {devices} devices; the sizes must multiply to {devices}, and one of them may be -1'
+    )
   if free:
     sizes[free[0]] = devices // fixed
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
@@ -50,8 +51,9 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
   """Raises ConfigError unless the global batch divides over the mesh."""
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   if batch_size % ways:
-    raise ConfigError(f'config.batch_size: {batch_size} does not divide over data x fsdp = {ways} devices; '
-                      f'use a multiple of {ways}')
+    raise ConfigError(
+      f'config.batch_size: {batch_size} does not divide over data x fsdp = {ways} devices; use a multiple of {ways}'
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -70,11 +72,14 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
   An axis that its mesh axis does not divide stays whole: tiny models run on any mesh.
   """
   specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+
   def fit(spec, leaf):
     def whole(size, axis):
       ways = math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
       return axis if size % ways == 0 else None
+
     return NamedSharding(mesh, PartitionSpec(*(whole(s, a) for s, a in zip(leaf.shape, spec))))
+
   return jax.tree.map(fit, specs, unboxed(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 

@@ -22,7 +22,7 @@ def feed(cache, token, keep, margin, active=None):
 
 
 def visible(cache, row=0):
-  return list(np.asarray(cache.k[0, row, :cache.length[row], 0, 0]).astype(int))
+  return list(np.asarray(cache.k[0, row, : cache.length[row], 0, 0]).astype(int))
 
 
 def test_capacity_is_prompt_plus_later_plus_budget_plus_one():

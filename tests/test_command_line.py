@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import GOLDEN, ROOT
 
 DIGITS = '--config=configs/digits.py'
@@ -16,7 +15,9 @@ def run(*arguments, devices=8):
   return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize('arguments, message', [
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
     ((f'{DIGITS}:base', '--config.bach_size=3'), '--config.bach_size: unknown key; did you mean --config.batch_size?'),
     ((f'{DIGITS}:base', '--config.batch_size=many'), 'batch_size'),
     ((f'{DIGITS}:base', '--config.batch_size=9'), 'config.batch_size: 9 does not divide over data x fsdp = 8 devices'),
@@ -26,7 +27,9 @@ def run(*arguments, devices=8):
     ((f'{DIGITS}:base', '--config.mesh.fsdp=3', '--config.dtype=bfloat16'), 'does not fit 8 devices'),
     ((f'{DIGITS}:nothing',), "has no 'nothing'; expected one of base, dynamic, eval"),
     (('--config=configs/absent.py',), 'absent.py'),
-    ((f'{DIGITS}:base', '--confg=3'), 'confg')])
+    ((f'{DIGITS}:base', '--confg=3'), 'confg'),
+  ],
+)
 def test_train_mistakes(arguments, message, tmp_path):
   result = run('train.py', f'--workdir={tmp_path / "run"}', *arguments)
   assert result.returncode == 1, result.stderr
@@ -43,8 +46,13 @@ def test_eval_names_a_missing_checkpoint(tmp_path):
 def test_convert_verifies_a_recorded_case(tmp_path):
   """The whole command on the safetensors case: report, comparison, and a checkpoint that its path alone loads."""
   source = GOLDEN / 'public_b'
-  result = run('convert_weights.py', f'--src={source / "checkpoint"}', f'--dst={tmp_path / "out"}',
-               f'--verify={source / "case.npz"}', devices=1)
+  result = run(
+    'convert_weights.py',
+    f'--src={source / "checkpoint"}',
+    f'--dst={tmp_path / "out"}',
+    f'--verify={source / "case.npz"}',
+    devices=1,
+  )
   assert result.returncode == 0, result.stderr
   lines = result.stdout.strip().splitlines()
   assert lines[-1] == 'verify: 90 of 90 passed'

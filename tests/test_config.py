@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dynllava_jax import presets
-from dynllava_jax.config import (DENSE, ConfigError, ModelConfig, Stage, TrainConfig, check_stages, from_config_dict, to_dict)
+from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Stage, TrainConfig, check_stages, from_config_dict, to_dict
 
 
 def tiny(**changes):
@@ -14,19 +14,25 @@ def tiny(**changes):
 
 
 def test_round_trip_through_json():
-  cfg = from_config_dict(TrainConfig, tiny(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=0.25)],
-                                           sparsity=dict(image_keep_rate=0.25)))
+  cfg = from_config_dict(
+    TrainConfig,
+    tiny(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=0.25)], sparsity=dict(image_keep_rate=0.25)),
+  )
   assert from_config_dict(TrainConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
   assert cfg.model == presets.TINY and cfg.stages[1].image_keep_rate == 0.25
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     (dict(bach_size=4), "config.bach_size: unknown key; did you mean 'batch_size'"),
     (dict(batch_size=4.5), r'config.batch_size: expected int, got 4.5 \(float\)'),
     (dict(batch_size=True), 'config.batch_size: expected int, got True'),
     (dict(batch_size=0), 'batch_size is 0, expected a positive number'),
-    (dict(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=1.5)]),
-     r'config.stages\[1\]: stage at layer 2: image_keep_rate is 1.5, expected a share in \(0, 1\]'),
+    (
+      dict(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=1.5)]),
+      r'config.stages\[1\]: stage at layer 2: image_keep_rate is 1.5, expected a share in \(0, 1\]',
+    ),
     (dict(stages=[dict(start=0), dict(start=9, selector='dynamic')]), 'starts at layer 9, but the decoder has 4 layers'),
     (dict(stages=[dict(start=1)]), 'the first stage must start at layer 0'),
     (dict(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=0.01)]), 'leaves none of the 16 image tokens'),
@@ -37,10 +43,15 @@ def test_round_trip_through_json():
     (dict(sparsity=dict(tau_end=float('nan'))), 'expected a finite number'),
     (dict(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=0.5)]), 'but the dynamic stage keeps 0.5'),
     (dict(seed=-1), 'seed is -1, expected 0 or more'),
-    (dict(model=to_dict(presets.TINY) | dict(llama=dict(num_heads=0))), 'config.model.llama: llama: num_heads is 0, expected a positive'),
+    (
+      dict(model=to_dict(presets.TINY) | dict(llama=dict(num_heads=0))),
+      'config.model.llama: llama: num_heads is 0, expected a positive',
+    ),
     (dict(frozen=('visoin',)), "'visoin' is no parameter group"),
     (dict(dtype='float16'), 'expected float32 or bfloat16'),
-    (dict(optimizer=dict(warmup_share=1.0)), r'warmup_share is 1.0, expected \[0, 1\)')])
+    (dict(optimizer=dict(warmup_share=1.0)), r'warmup_share is 1.0, expected \[0, 1\)'),
+  ],
+)
 def test_mistakes_are_named(changes, message):
   with pytest.raises(ConfigError, match=message) as error:
     from_config_dict(TrainConfig, tiny(**changes))

@@ -6,13 +6,21 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 # A module imports only from its own row and the rows above it.
 ORDER = [
-    ('config', 'presets'), ('sharding', 'ops'), ('cache',), ('selectors',), ('models',),
-    ('losses', 'generate', 'checkpoint'), ('data',), ('training', 'evals', 'convert'), ('loop',), ('command_line',)]
+  ('config', 'presets'),
+  ('sharding', 'ops'),
+  ('cache',),
+  ('selectors',),
+  ('models',),
+  ('losses', 'generate', 'checkpoint'),
+  ('data',),
+  ('training', 'evals', 'convert'),
+  ('loop',),
+  ('command_line',),
+]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 FILES = sorted((ROOT / 'dynllava_jax').rglob('*.py'))
 
@@ -49,7 +57,9 @@ def test_data_needs_only_config():
       assert ours <= {'config', 'data'}, path
 
 
-@pytest.mark.parametrize('library, places', [('flax', {'models', 'sharding'}), ('torch', {'convert/readers'}), ('tensorflow', set())])
+@pytest.mark.parametrize(
+  'library, places', [('flax', {'models', 'sharding'}), ('torch', {'convert/readers'}), ('tensorflow', set())]
+)
 def test_libraries_stay_in_their_places(library, places):
   users = {path for path in FILES if any(n.split('.')[0] == library for n in imported(path))}
   allowed = {path for path in FILES if any(str(path.relative_to(ROOT / 'dynllava_jax')).startswith(p) for p in places)}
@@ -57,11 +67,13 @@ def test_libraries_stay_in_their_places(library, places):
 
 
 def test_training_evaluation_and_safetensors_conversion_do_not_load_torch():
-  code = ('import sys, pathlib\n'
-          'class NoTorch:\n'
-          '  def find_spec(self, name, *_):\n'
-          '    if name.split(".")[0] == "torch": raise ImportError("torch was asked for")\n'
-          'sys.meta_path.insert(0, NoTorch())\n'
-          'import dynllava_jax.loop, dynllava_jax.evals.report, dynllava_jax.convert.convert as c\n'
-          'c.read_checkpoint(pathlib.Path("tests/golden/public_b/checkpoint"))')
+  code = (
+    'import sys, pathlib\n'
+    'class NoTorch:\n'
+    '  def find_spec(self, name, *_):\n'
+    '    if name.split(".")[0] == "torch": raise ImportError("torch was asked for")\n'
+    'sys.meta_path.insert(0, NoTorch())\n'
+    'import dynllava_jax.loop, dynllava_jax.evals.report, dynllava_jax.convert.convert as c\n'
+    'c.read_checkpoint(pathlib.Path("tests/golden/public_b/checkpoint"))'
+  )
   subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=120)

@@ -18,9 +18,14 @@ FASTV = (Stage(), Stage(start=3, selector='uniform', image_keep_rate=0.25))  # s
 CLIP_L = 303_507_456  # openai/clip-vit-large-patch14-336, vision part
 
 
-@pytest.mark.parametrize('cfg, decoder, projector', [
+@pytest.mark.parametrize(
+  'cfg, decoder, projector',
+  [
     (presets.LLAVA_1_5_7B, 6_738_415_616, 4096 * 1024 + 4096 + 4096**2 + 4096),
-    (presets.LLAVA_1_5_13B, 13_015_864_320, 5120 * 1024 + 5120 + 5120**2 + 5120)], ids=['7b', '13b'])
+    (presets.LLAVA_1_5_13B, 13_015_864_320, 5120 * 1024 + 5120 + 5120**2 + 5120),
+  ],
+  ids=['7b', '13b'],
+)
 def test_parameter_counts(cfg, decoder, projector):
   params = sharding.unboxed(abstract_params(cfg, with_tail=True))
   assert count_parameters(params['llama']) == decoder
@@ -44,8 +49,7 @@ def test_cache_bytes_are_those_of_the_arrays(cfg, stages):
   prompt = Prompt(array(1, size), array(1), array(1), array(1, dtype=jnp.uint32))
   image = array(1, cfg.vision.num_patches, cfg.llama.hidden_size, dtype=jnp.bfloat16)
   params = jax.eval_shape(lambda p: cut_params(p, stages), sharding.unboxed(abstract_params(cfg)))
-  _, traces, cache = jax.eval_shape(
-      lambda p, a, b: model.apply({'params': p}, a, b, spec, method='prefill'), params, prompt, image)
+  _, traces, cache = jax.eval_shape(lambda p, a, b: model.apply({'params': p}, a, b, spec, method='prefill'), params, prompt, image)
   allocated = [2 * c.k.size * c.k.dtype.itemsize for c in cache.stages]
   assert allocated == costs.cache_bytes(cfg, stages, 64, spec, 2)
   per_token = 2 * cfg.llama.hidden_size * 2
@@ -56,9 +60,14 @@ def test_cache_bytes_are_those_of_the_arrays(cfg, stages):
     assert allocated == [cfg.llama.num_layers * (640 + 256) * per_token]
 
 
-@pytest.mark.parametrize('cfg, paper, true', [
+@pytest.mark.parametrize(
+  'cfg, paper, true',
+  [
     (presets.DYNAMIC_LLAVA_7B, (10.07, 2.49, 3.20), (7.63, 1.88, None)),
-    (presets.DYNAMIC_LLAVA_13B, (19.60, 4.66, 5.96), (None, None, None))], ids=['7b', '13b'])
+    (presets.DYNAMIC_LLAVA_13B, (19.60, 4.66, 5.96), (None, None, None)),
+  ],
+  ids=['7b', '13b'],
+)
 def test_flops_are_the_published_ones(cfg, paper, true):
   for stages, expected, expected_true in zip((DENSE, DYNAMIC, FASTV), paper, true):
     assert costs.paper_flops(costs.paper_setting(cfg, stages)) / 1e12 == pytest.approx(expected, abs=0.006)

@@ -9,7 +9,9 @@ from dynllava_jax.config import ConfigError
 
 
 def inputs(num_image=16, seeds=(1, 2), predictor=None):
-  return selectors.SelectorInputs(jnp.arange(2.0 * num_image).reshape(2, num_image, 1), jnp.array(seeds, jnp.uint32), predictor, None)
+  return selectors.SelectorInputs(
+    jnp.arange(2.0 * num_image).reshape(2, num_image, 1), jnp.array(seeds, jnp.uint32), predictor, None
+  )
 
 
 @pytest.mark.parametrize('name', ['uniform', 'random', 'dynamic'])

@@ -57,17 +57,16 @@ def fill(cfg_params: Any, rules: list[Rule], source: Iterable[tuple[str, np.ndar
     if not matches:
       problems.append(f'+ {key} {tuple(tensor.shape)}: unknown, nothing in the model takes it')
       continue
-    (rule, index), = matches
+    ((rule, index),) = matches
     shape = shapes[rule.path]
-    slot, slot_shape = (rule.path, index), shape[len(index):]
+    slot, slot_shape = (rule.path, index), shape[len(index) :]
     name = '/'.join(rule.path) + ''.join(f'[{i}]' for i in index)
     if any(i >= n for i, n in zip(index, shape)):
       problems.append(f'+ {key}: beyond the {shape[0]} layers of the config')
     elif slot in filled:
       problems.append(f'! {key}: fills {name} a second time, after {filled[slot]}')
     elif tuple(tensor.shape) != rule.transform.torch_shape(slot_shape):
-      problems.append(f'! {key}: shape {tuple(tensor.shape)}, the config asks for '
-                      f'{rule.transform.torch_shape(slot_shape)}')
+      problems.append(f'! {key}: shape {tuple(tensor.shape)}, the config asks for {rule.transform.torch_shape(slot_shape)}')
     else:
       leaf = leaves.setdefault(rule.path, np.empty(shape, tensor.dtype))
       if leaf.dtype != tensor.dtype:
@@ -82,8 +81,9 @@ def fill(cfg_params: Any, rules: list[Rule], source: Iterable[tuple[str, np.ndar
         problems.append('- ' + '/'.join(path) + ''.join(f'[{i}]' for i in index) + ': missing, no tensor fills it')
   if problems:
     more = [f'... and {len(problems) - EXAMPLES} more'] if len(problems) > EXAMPLES else []
-    raise ConversionError(f'{len(problems)} problems (+ left over, - missing, ! wrong):\n  ' +
-                          '\n  '.join(sorted(problems)[:EXAMPLES] + more))
+    raise ConversionError(
+      f'{len(problems)} problems (+ left over, - missing, ! wrong):\n  ' + '\n  '.join(sorted(problems)[:EXAMPLES] + more)
+    )
   tree: dict[str, Any] = {}
   for path, leaf in leaves.items():
     node = tree

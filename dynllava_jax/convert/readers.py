@@ -10,8 +10,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dynllava_jax.checkpoint import CheckpointInfo
-from dynllava_jax.config import (CLIP_MEAN, CLIP_STD, DENSE, LlamaConfig, ModelConfig, PredictorConfig,
-                                 SparsityConfig, Stage, VisionConfig, check_stages)
+from dynllava_jax.config import (
+  CLIP_MEAN,
+  CLIP_STD,
+  DENSE,
+  LlamaConfig,
+  ModelConfig,
+  PredictorConfig,
+  SparsityConfig,
+  Stage,
+  VisionConfig,
+  check_stages,
+)
 
 
 class ConversionError(RuntimeError):
@@ -47,8 +57,9 @@ def shards(directory: pathlib.Path) -> list[pathlib.Path]:
       return files
     if (directory / pattern).exists():
       return [directory / pattern]
-  raise ConversionError(f'{directory}: no weights found; expected model.safetensors or pytorch_model.bin, whole or '
-                        'sharded with an index')
+  raise ConversionError(
+    f'{directory}: no weights found; expected model.safetensors or pytorch_model.bin, whole or sharded with an index'
+  )
 
 
 def tensors(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -68,13 +79,15 @@ def tensors(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
   try:
     import torch  # the one place that needs it
   except ImportError:
-    raise ConversionError(f'{path}: reading .bin files needs torch (pip install torch), or save the checkpoint as '
-                          'safetensors') from None
+    raise ConversionError(
+      f'{path}: reading .bin files needs torch (pip install torch), or save the checkpoint as safetensors'
+    ) from None
   try:
     content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
   except Exception as e:  # torch raises many types for damaged or hostile files
-    raise ConversionError(f'{path}: unreadable, truncated or not a plain tensor file '
-                          f'({type(e).__name__}: {str(e).splitlines()[0]})') from None
+    raise ConversionError(
+      f'{path}: unreadable, truncated or not a plain tensor file ({type(e).__name__}: {str(e).splitlines()[0]})'
+    ) from None
   for key, tensor in content.items():
     if not isinstance(tensor, torch.Tensor):
       raise ConversionError(f'{path}: {key} is a {type(tensor).__name__}, expected a tensor')
@@ -88,8 +101,10 @@ def vision_directory(src: pathlib.Path, config: dict[str, Any], vision: str | No
   """Where the CLIP tower lies: `--vision`, or the config's `mm_vision_tower` (relative to the checkpoint)."""
   named = vision or config.get('mm_vision_tower') or config.get('vision_tower')
   if not named:
-    raise ConversionError(f'{src / "config.json"}: names no vision tower (mm_vision_tower); is this a text-only model? '
-                          'Give the CLIP directory with --vision')
+    raise ConversionError(
+      f'{src / "config.json"}: names no vision tower (mm_vision_tower); is this a text-only model? '
+      'Give the CLIP directory with --vision'
+    )
   path = pathlib.Path(named) if vision else (src / named)
   if not (path / 'config.json').exists():
     raise ConversionError(f'{path}: no CLIP vision tower here (config.json is missing); give its directory with --vision')
@@ -108,29 +123,41 @@ def read_config(src: pathlib.Path, vision_dir: pathlib.Path) -> CheckpointInfo:
     _refuse(file, config)
     vision = _vision_config(vision_dir, config)
     llama = LlamaConfig(
-        vocab_size=config['vocab_size'], hidden_size=config['hidden_size'], mlp_dim=config['intermediate_size'],
-        num_layers=config['num_hidden_layers'], num_heads=config['num_attention_heads'],
-        num_kv_heads=config.get('num_key_value_heads') or config['num_attention_heads'],
-        rms_norm_eps=config['rms_norm_eps'], rope_theta=float(config.get('rope_theta') or 10000.0))
+      vocab_size=config['vocab_size'],
+      hidden_size=config['hidden_size'],
+      mlp_dim=config['intermediate_size'],
+      num_layers=config['num_hidden_layers'],
+      num_heads=config['num_attention_heads'],
+      num_kv_heads=config.get('num_key_value_heads') or config['num_attention_heads'],
+      rms_norm_eps=config['rms_norm_eps'],
+      rope_theta=float(config.get('rope_theta') or 10000.0),
+    )
     projector = config.get('mm_projector_type', 'linear')
     sparse = config.get('sparse_config')
     if not sparse:
-      return CheckpointInfo(model=ModelConfig(vision=vision, projector=projector, llama=llama),
-                            unused_vision_layers=True)
+      return CheckpointInfo(model=ModelConfig(vision=vision, projector=projector, llama=llama), unused_vision_layers=True)
     predictor = PredictorConfig(
-        d_model=sparse['d_model'], num_heads=sparse['nhead'], num_layers=sparse['num_layers'],
-        mlp_dim=int(sparse['d_model'] * (sparse['dim_feedforward'] / sparse['d_model'])))
+      d_model=sparse['d_model'],
+      num_heads=sparse['nhead'],
+      num_layers=sparse['num_layers'],
+      mlp_dim=int(sparse['d_model'] * (sparse['dim_feedforward'] / sparse['d_model'])),
+    )
     start = sparse['sparse_layer']
     dynamic = Stage(start=start, selector='dynamic', image_keep_rate=sparse['vision_keep_rate'])
     model = ModelConfig(vision=vision, projector=projector, llama=llama, predictor=predictor)
     stages = (*(DENSE if start else ()), dynamic)
     check_stages(stages, model)
     return CheckpointInfo(
-        model=model, stages=stages,
-        sparsity=SparsityConfig(
-            image_keep_rate=sparse['vision_keep_rate'], text_keep_rate=sparse['output_text_keep_rate'],
-            mask_loss_weight=sparse['mask_loss_weight'], min_answer_len=sparse['output_text_len_for_training']),
-        unused_vision_layers=True)
+      model=model,
+      stages=stages,
+      sparsity=SparsityConfig(
+        image_keep_rate=sparse['vision_keep_rate'],
+        text_keep_rate=sparse['output_text_keep_rate'],
+        mask_loss_weight=sparse['mask_loss_weight'],
+        min_answer_len=sparse['output_text_len_for_training'],
+      ),
+      unused_vision_layers=True,
+    )
   except KeyError as e:
     raise ConversionError(f'{file}: key {e} is missing') from None
   except (TypeError, ValueError, ZeroDivisionError) as e:  # ConfigError is a ValueError
@@ -141,15 +168,15 @@ def _refuse(file: pathlib.Path, config: dict[str, Any]) -> None:
   """ConversionError for what would silently be computed wrong."""
   sparse = config.get('sparse_config') or {}
   problems = {
-      f"hidden_act {config.get('hidden_act')!r} (only silu)": config.get('hidden_act', 'silu') != 'silu',
-      'rope_scaling': bool(config.get('rope_scaling')),
-      'attention_bias': bool(config.get('attention_bias')),
-      'tied embeddings': bool(config.get('tie_word_embeddings')),
-      'any-resolution images': str(config.get('image_aspect_ratio')).startswith('anyres'),
-      "feature select 'cls_patch'": config.get('mm_vision_select_feature', 'patch') != 'patch',
-      'the instruction predictor': bool(sparse.get('use_instruct_predictor')),
-      'a sparse config without vision predictor': bool(sparse) and not sparse.get('use_vision_predictor', True),
-      'a sparse config without output text predictor': bool(sparse) and not sparse.get('use_output_text_predictor', True),
+    f'hidden_act {config.get("hidden_act")!r} (only silu)': config.get('hidden_act', 'silu') != 'silu',
+    'rope_scaling': bool(config.get('rope_scaling')),
+    'attention_bias': bool(config.get('attention_bias')),
+    'tied embeddings': bool(config.get('tie_word_embeddings')),
+    'any-resolution images': str(config.get('image_aspect_ratio')).startswith('anyres'),
+    "feature select 'cls_patch'": config.get('mm_vision_select_feature', 'patch') != 'patch',
+    'the instruction predictor': bool(sparse.get('use_instruct_predictor')),
+    'a sparse config without vision predictor': bool(sparse) and not sparse.get('use_vision_predictor', True),
+    'a sparse config without output text predictor': bool(sparse) and not sparse.get('use_output_text_predictor', True),
   }
   found = [name for name, present in problems.items() if present]
   if found:
@@ -161,15 +188,21 @@ def _vision_config(directory: pathlib.Path, llava: dict[str, Any]) -> VisionConf
   config = read_json(file)
   config = config.get('vision_config', config)
   if config.get('hidden_act', 'quick_gelu') != 'quick_gelu':
-    raise ConversionError(f"{file}: hidden_act {config['hidden_act']!r} is not supported, only quick_gelu")
+    raise ConversionError(f'{file}: hidden_act {config["hidden_act"]!r} is not supported, only quick_gelu')
   preprocessor = directory / 'preprocessor_config.json'
   images = read_json(preprocessor) if preprocessor.exists() else {}
   try:
     return VisionConfig(
-        image_size=config['image_size'], patch_size=config['patch_size'], hidden_size=config['hidden_size'],
-        mlp_dim=config['intermediate_size'], num_layers=config['num_hidden_layers'],
-        num_heads=config['num_attention_heads'], layer_norm_eps=config.get('layer_norm_eps', 1e-5),
-        select_layer=llava.get('mm_vision_select_layer', -2),
-        image_mean=tuple(images.get('image_mean', CLIP_MEAN)), image_std=tuple(images.get('image_std', CLIP_STD)))
+      image_size=config['image_size'],
+      patch_size=config['patch_size'],
+      hidden_size=config['hidden_size'],
+      mlp_dim=config['intermediate_size'],
+      num_layers=config['num_hidden_layers'],
+      num_heads=config['num_attention_heads'],
+      layer_norm_eps=config.get('layer_norm_eps', 1e-5),
+      select_layer=llava.get('mm_vision_select_layer', -2),
+      image_mean=tuple(images.get('image_mean', CLIP_MEAN)),
+      image_std=tuple(images.get('image_std', CLIP_STD)),
+    )
   except KeyError as e:
     raise ConversionError(f'{file}: key {e} is missing') from None

@@ -18,12 +18,14 @@ def run(src: pathlib.Path, dst: pathlib.Path, vision: str | None, case: str | No
     load_case(case)  # a wrong path should not cost a conversion
   info, mapped, copies = convert(src, dst, vision)
   for line in mapped:
-    print(f'{line.source:<72} -> {line.target:<48} {str(line.shape):<18} {line.dtype}')
+    print(f'{line.source:<72} -> {line.target:<48} {line.shape!s:<18} {line.dtype}')
   parts = collections.Counter(line.target.split('/')[0] for line in mapped)
   print(f'converted {len(mapped)} tensors to {dst}: ' + ', '.join(f'{n} {part}' for part, n in parts.items()))
   if copies:
-    print(f'passed over {copies} tensors: the vision tower inside the checkpoint (the CLIP directory was read instead), and '
-          'rotary frequencies (they are computed)')
+    print(
+      f'passed over {copies} tensors: the vision tower inside the checkpoint (the CLIP directory was read instead), and '
+      'rotary frequencies (they are computed)'
+    )
   if not case:
     return True
   quantities = verify(info, checkpoint.load_params(dst), case)

@@ -26,18 +26,21 @@ class Transform:
 
 COPY = Transform(lambda s: s, lambda x, s: x)
 LINEAR = Transform(lambda s: (s[1], s[0]), lambda x, s: x.T)  # [out, in] -> [in, out]
-HEADS = Transform(lambda s: (s[0] * s[2], s[1]),  # [N*H, D] -> [N, D, H]
-                  lambda x, s: x.reshape(s[0], s[2], s[1]).transpose(0, 2, 1))
+HEADS = Transform(
+  lambda s: (s[0] * s[2], s[1]),  # [N*H, D] -> [N, D, H]
+  lambda x, s: x.reshape(s[0], s[2], s[1]).transpose(0, 2, 1),
+)
 HEADS_BIAS = Transform(lambda s: (s[0] * s[1],), lambda x, s: x.reshape(s))  # [N*H] -> [N, H]
 HEADS_OUT = Transform(lambda s: (s[2], s[0] * s[1]), lambda x, s: x.T.reshape(s))  # [D, N*H] -> [N, H, D]
-FUSED_HEADS = Transform(lambda s: (s[0] * s[1] * s[3], s[2]),  # [3*N*H, D] -> [3, N, D, H]
-                        lambda x, s: x.reshape(s[0], s[1], s[3], s[2]).transpose(0, 1, 3, 2))
+FUSED_HEADS = Transform(
+  lambda s: (s[0] * s[1] * s[3], s[2]),  # [3*N*H, D] -> [3, N, D, H]
+  lambda x, s: x.reshape(s[0], s[1], s[3], s[2]).transpose(0, 1, 3, 2),
+)
 
 
 def patches(patch_size: int) -> Transform:
   """A patch convolution [D, 3, p, p] as a matrix [p*p*3, D] over flattened patches."""
-  return Transform(lambda s: (s[1], 3, patch_size, patch_size),
-                   lambda x, s: x.transpose(2, 3, 1, 0).reshape(s))
+  return Transform(lambda s: (s[1], 3, patch_size, patch_size), lambda x, s: x.transpose(2, 3, 1, 0).reshape(s))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Rule:
     index = tuple(int(g) - self.first_layer for g in found.groups())
     if self.layers is not None and index and not 0 <= index[0] < self.layers:
       return None
-    return index if self.part is None else index + (self.part,)
+    return index if self.part is None else (*index, self.part)
 
 
 def _dense(source: str, path: tuple[str, ...], **kw) -> list[Rule]:
@@ -78,10 +81,14 @@ def _vision_layers(target: tuple[str, ...], first: int, count: int) -> list[Rule
   kw = dict(first_layer=first, layers=count)
   rules = []
   for part, name in enumerate(('q_proj', 'k_proj', 'v_proj')):
-    rules += [Rule(f'{prefix}.self_attn.{name}.weight', (*target, 'qkv'), HEADS, part, **kw),
-              Rule(f'{prefix}.self_attn.{name}.bias', (*target, 'qkv_bias'), HEADS_BIAS, part, **kw)]
-  rules += [Rule(f'{prefix}.self_attn.out_proj.weight', (*target, 'out'), HEADS_OUT, **kw),
-            Rule(f'{prefix}.self_attn.out_proj.bias', (*target, 'out_bias'), COPY, **kw)]
+    rules += [
+      Rule(f'{prefix}.self_attn.{name}.weight', (*target, 'qkv'), HEADS, part, **kw),
+      Rule(f'{prefix}.self_attn.{name}.bias', (*target, 'qkv_bias'), HEADS_BIAS, part, **kw),
+    ]
+  rules += [
+    Rule(f'{prefix}.self_attn.out_proj.weight', (*target, 'out'), HEADS_OUT, **kw),
+    Rule(f'{prefix}.self_attn.out_proj.bias', (*target, 'out_bias'), COPY, **kw),
+  ]
   for name in ('layer_norm1', 'layer_norm2'):
     rules += _norm(f'{prefix}.{name}', (*target, name), **kw)
   for name in ('fc1', 'fc2'):
@@ -92,9 +99,11 @@ def _vision_layers(target: tuple[str, ...], first: int, count: int) -> list[Rule
 def vision_rules(cfg: ModelConfig) -> list[Rule]:
   """A CLIP vision model as transformers stores it; layers above `select_layer` go to `vision_tail`."""
   vision = cfg.vision
-  rules = [Rule('vision_model.embeddings.class_embedding', ('vision', 'class_embedding'), COPY),
-           Rule('vision_model.embeddings.patch_embedding.weight', ('vision', 'patch_embedding'), patches(vision.patch_size)),
-           Rule('vision_model.embeddings.position_embedding.weight', ('vision', 'position_embedding'), COPY)]
+  rules = [
+    Rule('vision_model.embeddings.class_embedding', ('vision', 'class_embedding'), COPY),
+    Rule('vision_model.embeddings.patch_embedding.weight', ('vision', 'patch_embedding'), patches(vision.patch_size)),
+    Rule('vision_model.embeddings.position_embedding.weight', ('vision', 'position_embedding'), COPY),
+  ]
   rules += _norm('vision_model.pre_layrnorm', ('vision', 'pre_layernorm'))  # the misspelling is theirs
   rules += _norm('vision_model.post_layernorm', ('vision_tail', 'post_layernorm'))
   rules += _vision_layers(('vision', 'layers'), 0, vision.layers_run)
@@ -104,12 +113,14 @@ def vision_rules(cfg: ModelConfig) -> list[Rule]:
 def llava_rules(cfg: ModelConfig) -> list[Rule]:
   """The authors' LLaVA layout: decoder, projector and, if the model has them, predictors."""
   layer, target = 'model.layers.#', ('llama', 'layers')
-  rules = [Rule('model.embed_tokens.weight', ('llama', 'embedding'), COPY),
-           Rule('lm_head.weight', ('llama', 'head'), LINEAR),
-           Rule('model.norm.weight', ('llama', 'norm', 'scale'), COPY),
-           Rule(f'{layer}.input_layernorm.weight', (*target, 'attention_norm', 'scale'), COPY),
-           Rule(f'{layer}.post_attention_layernorm.weight', (*target, 'mlp_norm', 'scale'), COPY),
-           Rule(f'{layer}.self_attn.o_proj.weight', (*target, 'o'), HEADS_OUT)]
+  rules = [
+    Rule('model.embed_tokens.weight', ('llama', 'embedding'), COPY),
+    Rule('lm_head.weight', ('llama', 'head'), LINEAR),
+    Rule('model.norm.weight', ('llama', 'norm', 'scale'), COPY),
+    Rule(f'{layer}.input_layernorm.weight', (*target, 'attention_norm', 'scale'), COPY),
+    Rule(f'{layer}.post_attention_layernorm.weight', (*target, 'mlp_norm', 'scale'), COPY),
+    Rule(f'{layer}.self_attn.o_proj.weight', (*target, 'o'), HEADS_OUT),
+  ]
   rules += [Rule(f'{layer}.self_attn.{n}_proj.weight', (*target, n), HEADS) for n in 'qkv']
   rules += [Rule(f'{layer}.mlp.{n}_proj.weight', (*target, n), LINEAR) for n in ('gate', 'up', 'down')]
   for i in range(cfg.projector_depth):

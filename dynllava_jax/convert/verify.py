@@ -79,12 +79,13 @@ def prompt_from_ids(ids: np.ndarray, num_image: int, valid: np.ndarray | None = 
     row = row[ok]
     where = np.flatnonzero(row == IMAGE_ID)
     start = int(where[0]) if len(where) else -1
-    full = row if start < 0 else np.concatenate([row[:start], np.zeros(num_image, row.dtype), row[start + 1:]])
-    tokens[i, :len(full)] = full
+    full = row if start < 0 else np.concatenate([row[:start], np.zeros(num_image, row.dtype), row[start + 1 :]])
+    tokens[i, : len(full)] = full
     lengths.append(len(full))
     starts.append(start)
-  return Prompt(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jnp.asarray(starts, jnp.int32),
-                jnp.zeros(len(ids), jnp.uint32))
+  return Prompt(
+    jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jnp.asarray(starts, jnp.int32), jnp.zeros(len(ids), jnp.uint32)
+  )
 
 
 class Verifier:
@@ -100,8 +101,9 @@ class Verifier:
       raise ConversionError('verify: the case needs a Dynamic-LLaVA checkpoint, this one has no predictors')
     apply = lambda *args, method: self.model.apply({'params': self.params}, *args, method=method)
     self._prefill = jax.jit(lambda prompt, pixels, spec: self._prefill_impl(apply, prompt, pixels, spec), static_argnums=2)
-    self._extend = jax.jit(lambda tokens, count, cache, judge: self._extend_impl(apply, tokens, count, cache, judge),
-                           static_argnums=3)
+    self._extend = jax.jit(
+      lambda tokens, count, cache, judge: self._extend_impl(apply, tokens, count, cache, judge), static_argnums=3
+    )
     self._apply = apply
     self.pixels = jnp.asarray(case['pixel_values']).transpose(0, 2, 3, 1)
 
@@ -119,6 +121,7 @@ class Verifier:
 
   def _text_logits(self, apply, tokens, cache):
     """Predictor logits of the tokens: the dense stages alone, then the predictor."""
+
     def entry(model: DynLlava):
       x = model.llama.embed(tokens)
       positions = cache.position[:, None] + jnp.arange(tokens.shape[1])
@@ -126,12 +129,20 @@ class Verifier:
         old = cache.stages[i]
         x, _ = model.llama.run_stage(i, x, positions, cache=(old.k, old.v), cache_length=old.length)
       return model.predict_text(x)
+
     return apply(method=entry)
 
   def run(self) -> list[Quantity]:
     """Every quantity of the case that this model can be compared on."""
     groups: tuple[Callable[[], Iterator[Quantity]], ...] = (
-        self.vision, self.prefill, self.decode, self.text_only, self.uncached, self.softmax, self.train)
+      self.vision,
+      self.prefill,
+      self.decode,
+      self.text_only,
+      self.uncached,
+      self.softmax,
+      self.train,
+    )
     return [q for group in groups for q in group()]
 
   def vision(self) -> Iterator[Quantity]:
@@ -161,8 +172,12 @@ class Verifier:
     ids = np.concatenate([case[f'{n}/input_ids'] for n in alone])
     for row, name in enumerate(alone):
       at = f'decode_{name}/'
-      result, cache = self._greedy(case[f'{name}/input_ids'], self.pixels[row:row + 1], case[at + 'tokens'].shape[1],
-                                   later=case['round2/chunk_ids'].shape[1] + case['round2/tokens'].shape[1])
+      result, cache = self._greedy(
+        case[f'{name}/input_ids'],
+        self.pixels[row : row + 1],
+        case[at + 'tokens'].shape[1],
+        later=case['round2/chunk_ids'].shape[1] + case['round2/tokens'].shape[1],
+      )
       yield from self._compare_run(at, result, lambda key: case[at + key])
       if name == 'b1':
         round2 = list(self._second_turn(cache, at))
@@ -170,7 +185,7 @@ class Verifier:
         yield compare(at + 'kept_image_index', result['kept_image_index'], case[at + 'kept_image_index'], EXACT)
     both, _ = self._greedy(ids, self.pixels[:2], case['decode_b1/tokens'].shape[1])
     for row, name in enumerate(alone):
-      one = {k: v[row:row + 1] for k, v in both.items() if not k.startswith('cache_len')}
+      one = {k: v[row : row + 1] for k, v in both.items() if not k.startswith('cache_len')}
       one |= {k: v[:, row] for k, v in both.items() if k.startswith('cache_len')}
       yield from self._compare_run(f'batch of two, row {row}: decode_{name}/', one, lambda key: case[f'decode_{name}/{key}'])
     yield from round2
@@ -230,8 +245,10 @@ class Verifier:
     case, at = self.case, 'text_only/'
     ids = case[at + 'input_ids']
     prompt = prompt_from_ids(ids, self.num_image, spare=self.num_image)
-    logits, _, cache, _ = self._prefill(prompt, jnp.zeros_like(self.pixels[:1]), CacheSpec(max_new_tokens=case[at + 'tokens'].shape[1]))
-    yield compare(at + 'prefill_logits', logits[:, :ids.shape[1]], case[at + 'prefill_logits'], LOGITS)
+    logits, _, cache, _ = self._prefill(
+      prompt, jnp.zeros_like(self.pixels[:1]), CacheSpec(max_new_tokens=case[at + 'tokens'].shape[1])
+    )
+    yield compare(at + 'prefill_logits', logits[:, : ids.shape[1]], case[at + 'prefill_logits'], LOGITS)
     result, _ = self._continue(logits[:, ids.shape[1] - 1], cache, case[at + 'tokens'].shape[1], self._lengths(cache))
     yield from self._compare_without_first(at, result)
 
@@ -268,21 +285,24 @@ class Verifier:
       errors, compared = [], 0
       for j in range(1, steps + 1):
         logits, judgement = call(j)
-        ours = np.array(judgement.keep)[:, slots:slots + j]
+        ours = np.array(judgement.keep)[:, slots : slots + j]
         ours[:, -1] = True
         same = (ours == visible[j][:, :j]).all(1)
         compared += same.sum()
         errors += [np.abs(np.asarray(logits) - case[at + 'last_logits'][j])[same].max()] if same.any() else []
-      margin = np.asarray(judgement.margin)[:, slots:slots + steps - 1]
+      margin = np.asarray(judgement.margin)[:, slots : slots + steps - 1]
       recorded = case[at + 'text_predictor_logits']
       yield compare(at + 'text_predictor_logits keep - drop', margin, recorded[..., 0] - recorded[..., 1], 2 * LOGITS)
       if compared:
-        yield Quantity(f'{at}last_logits ({compared} of {rows * steps} rows keep the same set)', float(max(errors, default=0)), LOGITS)
+        yield Quantity(
+          f'{at}last_logits ({compared} of {rows * steps} rows keep the same set)', float(max(errors, default=0)), LOGITS
+        )
 
   def softmax(self) -> Iterator[Quantity]:
     """The policy softmax alone."""
-    out = policy_softmax(jnp.asarray(self.case['unit_softmax/scores']),
-                         jnp.asarray(self.case['unit_softmax/policy'])[:, None, :, 0])
+    out = policy_softmax(
+      jnp.asarray(self.case['unit_softmax/scores']), jnp.asarray(self.case['unit_softmax/policy'])[:, None, :, 0]
+    )
     yield compare('unit_softmax/out', out, self.case['unit_softmax/out'], 1e-6)
 
   def train(self) -> Iterator[Quantity]:
@@ -292,11 +312,11 @@ class Verifier:
     prompt = prompt_from_ids(ids, n, valid)
     labels = case[at + 'expanded_labels']
     spans = case[at + 'answer_span']
-    rows, width = case[at + 'gumbel_text'].shape[:2]
+    rows, _width = case[at + 'gumbel_text'].shape[:2]
     span = [slice(a, b) for a, b in spans]
     noise = np.zeros((*labels.shape, 2), np.float32)
     for i in range(rows):
-      noise[i, span[i]] = case[at + 'gumbel_text'][i, :spans[i, 1] - spans[i, 0]]
+      noise[i, span[i]] = case[at + 'gumbel_text'][i, : spans[i, 1] - spans[i, 0]]
     starts = jnp.asarray(last_answer_start(labels, np.asarray(prompt.length)))
     yield compare(at + 'valid_len', prompt.length, case[at + 'valid_len'], EXACT)
     yield compare(at + 'answer_span', jnp.stack([starts, prompt.length], 1), spans, EXACT)
@@ -304,9 +324,15 @@ class Verifier:
     def losses(params):
       apply = lambda *args, method: self.model.apply({'params': params}, *args, method=method)
       image = apply(self.pixels, method='encode_images')
-      out = apply(prompt, image, starts, self.info.sparsity.min_answer_len,
-                  (jnp.asarray(case[at + 'gumbel_image']), jnp.asarray(noise)), jnp.asarray(case[at + 'tau']),
-                  method='train_forward')
+      out = apply(
+        prompt,
+        image,
+        starts,
+        self.info.sparsity.min_answer_len,
+        (jnp.asarray(case[at + 'gumbel_image']), jnp.asarray(noise)),
+        jnp.asarray(case[at + 'tau']),
+        method='train_forward',
+      )
       return training_losses(out, prompt, jnp.asarray(labels), starts, self.info.sparsity), out
 
     result, out = jax.jit(losses)(self.params)
@@ -318,12 +344,19 @@ class Verifier:
     yield compare(at + 'image_mask', out.image_mask, case[at + 'image_mask'], EXACT)
     for i in range(rows):
       size = spans[i, 1] - spans[i, 0]
-      yield compare(f'{at}text_predictor_logits[{i}]', inside(out.text_logits, i), case[at + 'text_predictor_logits'][i, :size], LOGITS)
+      yield compare(
+        f'{at}text_predictor_logits[{i}]', inside(out.text_logits, i), case[at + 'text_predictor_logits'][i, :size], LOGITS
+      )
       yield compare(f'{at}text_mask_sampled[{i}]', inside(out.text_mask, i), case[at + 'text_mask_sampled'][i, :size], EXACT)
       yield compare(f'{at}text_mask[{i}]', inside(used, i), case[at + 'text_mask'][i, :size], EXACT)
       end = spans[i, 1]
-      yield compare(f'{at}logits_tail[{i}]', out.logits[i, first:end], case[at + 'logits_tail'][i, :end - first], LOGITS)
-    for ours, key in ((result.total, 'loss'), (result.ce, 'ce_loss'), (result.image_mask, 'image_mask_loss'), (result.text_mask, 'text_mask_loss')):
+      yield compare(f'{at}logits_tail[{i}]', out.logits[i, first:end], case[at + 'logits_tail'][i, : end - first], LOGITS)
+    for ours, key in (
+      (result.total, 'loss'),
+      (result.ce, 'ce_loss'),
+      (result.image_mask, 'image_mask_loss'),
+      (result.text_mask, 'text_mask_loss'),
+    ):
       yield compare(at + key, ours, case[at + key], LOSS, relative=True)
     yield compare(at + 'mask_loss_weight', self.info.sparsity.mask_loss_weight, case[at + 'mask_loss_weight'], 1e-6, relative=True)
     for kind, pick in (('total', lambda r: r.total), ('ce', lambda r: r.ce)):
@@ -337,7 +370,7 @@ class Verifier:
       if name == 'embed_tokens_row_norms':
         ours = jnp.linalg.norm(gradients['llama']['embedding'], axis=-1)
       else:
-        (rule, index), = [(r, i) for r in rules if (i := r.match(name)) is not None]
+        ((rule, index),) = [(r, i) for r in rules if (i := r.match(name)) is not None]
         leaf = gradients
         for step in rule.path:
           leaf = leaf[step]

@@ -36,8 +36,9 @@ class Batch:
   seed: np.ndarray
 
 
-def make_row(sample: Sample, number: int, *, style: Template, tokenizer: Tokenizer, vision: VisionConfig,
-             text_length: int) -> Batch:
+def make_row(
+  sample: Sample, number: int, *, style: Template, tokenizer: Tokenizer, vision: VisionConfig, text_length: int
+) -> Batch:
   """Lays one sample out.
 
   Args:
@@ -51,18 +52,23 @@ def make_row(sample: Sample, number: int, *, style: Template, tokenizer: Tokeniz
   """
   text, spans = render(sample.conversations, style, sample.id)
   if (sample.image is not None) != (IMAGE_TOKEN in text):
-    raise DataError(f'sample {sample.id}: ' + (f'has an image but no {IMAGE_TOKEN}' if sample.image is not None
-                                               else f'has {IMAGE_TOKEN} but no image'))
+    raise DataError(
+      f'sample {sample.id}: '
+      + (f'has an image but no {IMAGE_TOKEN}' if sample.image is not None else f'has {IMAGE_TOKEN} but no image')
+    )
   encoded = encode(text, spans, tokenizer)
   num_image = vision.num_patches
   where = np.flatnonzero(encoded.ids == IMAGE_ID)
   start = int(where[0]) if len(where) else -1
   text_tokens = len(encoded.ids) - len(where)
   if text_tokens > text_length:
-    raise DataError(f'sample {sample.id}: {text_tokens} text tokens, the bucket has {text_length}; raise '
-                    'config.data.text_length or shorten the sample')
+    raise DataError(
+      f'sample {sample.id}: {text_tokens} text tokens, the bucket has {text_length}; raise '
+      'config.data.text_length or shorten the sample'
+    )
+
   def expand(row, filler):
-    full = row if start < 0 else np.concatenate([row[:start], np.full(num_image, filler, np.int32), row[start + 1:]])
+    full = row if start < 0 else np.concatenate([row[:start], np.full(num_image, filler, np.int32), row[start + 1 :]])
     return np.concatenate([full, np.full(text_length + num_image - len(full), filler, np.int32)]), len(full)
 
   tokens, length = expand(encoded.ids, tokenizer.pad_id)

@@ -29,10 +29,11 @@ class Template:
 
 
 TEMPLATES = {
-    'vicuna_v1': Template(
-        'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, '
-        "detailed, and polite answers to the user's questions. "),
-    'plain_turns': Template(''),  # the same turns without a system prompt, for models trained from nothing
+  'vicuna_v1': Template(
+    'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, '
+    "detailed, and polite answers to the user's questions. "
+  ),
+  'plain_turns': Template(''),  # the same turns without a system prompt, for models trained from nothing
 }
 
 

@@ -83,8 +83,8 @@ def make_scene(split: str, rng: np.random.Generator) -> Scene:
   for row, column in np.argwhere(cells >= 0):
     size = rng.integers(11, CELL + 1)
     scan = _scaled(split, rng.choice(_by_label(split)[cells[row, column]]), size)
-    top, left = (np.array([row, column]) * CELL + rng.integers(0, CELL - size + 1, 2))
-    ink[top:top + size, left:left + size] = scan
+    top, left = np.array([row, column]) * CELL + rng.integers(0, CELL - size + 1, 2)
+    ink[top : top + size, left : left + size] = scan
   paper, pen = rng.uniform(0.7, 1.1, 3), rng.uniform(190, 255, 3)
   image = ground[..., None] * paper * (1 - ink[..., None]) + pen * ink[..., None]
   return Scene(np.clip(image, 0, 255).astype(np.uint8), cells)
@@ -136,8 +136,7 @@ def read_scene(text: str) -> dict[tuple[int, int], str]:
 def _turns(pairs: list[tuple[str, str]]) -> tuple[dict[str, str], ...]:
   turns = []
   for i, (question, answer) in enumerate(pairs):
-    turns += [{'from': 'human', 'value': f'{IMAGE_TOKEN}\n{question}' if i == 0 else question},
-              {'from': 'gpt', 'value': answer}]
+    turns += [{'from': 'human', 'value': f'{IMAGE_TOKEN}\n{question}' if i == 0 else question}, {'from': 'gpt', 'value': answer}]
   return tuple(turns)
 
 
@@ -206,5 +205,4 @@ def tokenizer_model() -> bytes:
   style = TEMPLATES['plain_turns']
   indices = [*range(50), *range(source.mix.listed, source.mix.listed + 350)]
   texts = (' ' + render(source[i].conversations, style, '')[0] for i in indices)
-  return train_tokenizer((part for text in texts for part in re.split(f'{IMAGE_TOKEN}\n|</s>', text) if part),
-                         vocab_size=430)
+  return train_tokenizer((part for text in texts for part in re.split(f'{IMAGE_TOKEN}\n|</s>', text) if part), vocab_size=430)

@@ -14,7 +14,7 @@ def preprocess(image: np.ndarray, cfg: VisionConfig) -> np.ndarray:
     square = np.empty((side, side, 3), np.uint8)
     square[:] = [int(255 * m) for m in cfg.image_mean]
     top, left = (side - height) // 2, (side - width) // 2
-    square[top:top + height, left:left + width] = image
+    square[top : top + height, left : left + width] = image
     image = square
   if side == cfg.image_size:
     return image

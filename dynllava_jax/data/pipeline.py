@@ -28,8 +28,14 @@ class LayOut(grain.transforms.MapWithIndex):
   tokenizer_model: bytes
 
   def map_with_index(self, index: int, element: Any) -> Batch:
-    return make_row(element, index % 2**32, style=conversation.template(self.data.conversation),
-                    tokenizer=self._tokenizer(), vision=self.vision, text_length=self.data.text_length)
+    return make_row(
+      element,
+      index % 2**32,
+      style=conversation.template(self.data.conversation),
+      tokenizer=self._tokenizer(),
+      vision=self.vision,
+      text_length=self.data.text_length,
+    )
 
   def _tokenizer(self) -> Tokenizer:
     if '_cached' not in self.__dict__:
@@ -43,7 +49,8 @@ class LayOut(grain.transforms.MapWithIndex):
 def training_batches(source: Any, layout: LayOut, *, batch_size: int, seed: int, step: int) -> Iterator[Batch]:
   """Endless batches of this host's rows, from a global step on.
 
-  Every epoch is a new permutation (unless `data.shuffle` is off); the rows that do not fill a batch at its end differ from epoch to epoch.
+  Every epoch is a new permutation (unless `data.shuffle` is off); the rows that do not fill a batch at its end differ
+  from epoch to epoch.
 
   Args:
     source: random-access source of samples.
@@ -57,7 +64,7 @@ def training_batches(source: Any, layout: LayOut, *, batch_size: int, seed: int,
   if layout.data.shuffle:
     samples = samples.shuffle()
   rows = samples[:whole].repeat().map_with_index(layout)
-  rows = rows[step * batch_size + host::hosts].batch(batch_size // hosts, drop_remainder=True, batch_fn=stack)
+  rows = rows[step * batch_size + host :: hosts].batch(batch_size // hosts, drop_remainder=True, batch_fn=stack)
   batches = rows.to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH))
   if layout.data.workers:
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=layout.data.workers), worker_init_fn=_die_with_parent)

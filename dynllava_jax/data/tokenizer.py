@@ -57,7 +57,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
   """
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type='bpe', byte_fallback=True,
-      normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False,
-      user_defined_symbols=['\n', ',', '.', ':', '?'], num_threads=1, minloglevel=2)
+    sentence_iterator=iter(texts),
+    model_writer=model,
+    vocab_size=vocab_size,
+    model_type='bpe',
+    byte_fallback=True,
+    normalization_rule_name='identity',
+    remove_extra_whitespaces=False,
+    add_dummy_prefix=False,
+    user_defined_symbols=['\n', ',', '.', ':', '?'],
+    num_threads=1,
+    minloglevel=2,
+  )
   return model.getvalue()

@@ -66,8 +66,9 @@ def sample_flops(model: ModelConfig, stages: tuple[Stage, ...], text_tokens: int
   return total + head * (1 + len(kept))
 
 
-def cache_bytes(model: ModelConfig, stages: tuple[Stage, ...], text_length: int, spec: kv.CacheSpec,
-                bytes_per_number: int) -> list[int]:
+def cache_bytes(
+  model: ModelConfig, stages: tuple[Stage, ...], text_length: int, spec: kv.CacheSpec, bytes_per_number: int
+) -> list[int]:
   """Allocated bytes of one row's keys and values, per stage, for a text bucket of `text_length`."""
   llama, num_image = model.llama, model.vision.num_patches
   ends = [s.start for s in stages[1:]] + [llama.num_layers]

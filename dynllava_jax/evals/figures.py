@@ -36,8 +36,11 @@ def tokens_figure(answers: list[Answer], tokenizer: Tokenizer, patch_size: int, 
     side = answer.sample.image.shape[1] // patch_size
     for token in answer.kept_image:
       row, column = divmod(int(token), side)
-      picture.add_patch(matplotlib.patches.Rectangle(
-          (column * patch_size - 0.5, row * patch_size - 0.5), patch_size, patch_size, fill=False, edgecolor='#ffb000', lw=1))
+      picture.add_patch(
+        matplotlib.patches.Rectangle(
+          (column * patch_size - 0.5, row * patch_size - 0.5), patch_size, patch_size, fill=False, edgecolor='#ffb000', lw=1
+        )
+      )
     text = figure.add_axes((0.32, bottom + 0.02, 0.66, height - 0.04))
     text.set_axis_off()
     question = answer.sample.conversations[0]['value'].replace(f'{IMAGE_TOKEN}\n', '')

@@ -28,6 +28,7 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path) -> None:
   path = cfg.runs[name].checkpoint or path
   model = checkpoint.read_info(path).model
   title = f'{name}: image tokens kept (bright) and generated tokens dropped (grey), first questions of the test split'
-  figure = tokens_figure(long[:PICTURED_LONG] + short[:PICTURED_SHORT], Tokenizer(checkpoint.read_tokenizer(path)),
-                         model.vision.patch_size, title)
+  figure = tokens_figure(
+    long[:PICTURED_LONG] + short[:PICTURED_SHORT], Tokenizer(checkpoint.read_tokenizer(path)), model.vision.patch_size, title
+  )
   save_figure(figure, out / 'tokens.png')

@@ -76,17 +76,39 @@ def evaluate(cfg: EvalConfig, path: str, out: pathlib.Path) -> dict[str, list[An
       params = checkpoint.load_params(used, mesh)
       answers[name], seconds, compiled = answer_all(cfg, name, run, info, params, tokenizer, samples, mesh)
       results[name] = summarise(cfg, run, info, answers[name]) | {
-          'checkpoint': used, 'seconds': round(seconds, 1), 'programs_compiled': compiled}
-  directory, step = checkpoint.locate(path)
+        'checkpoint': used,
+        'seconds': round(seconds, 1),
+        'programs_compiled': compiled,
+      }
+  step = checkpoint.locate(path)[1]
   flops = 'flops_per_sample: every matrix product of tower, prefill and generated tokens, true dimensions, 2 per multiply-add'
   paper = 'paper_prefill_flops: 32 C^2 per token and layer + 4 N^2 C, image tokens only (arXiv 2412.00876)'
-  report = {'runs': results, 'questions': len(samples), 'split': 'test', 'checkpoint': str(path), 'step': step,
-            'dtype': cfg.dtype, 'stages': {n: [dataclasses.asdict(s) for s in r.stages] for n, r in cfg.runs.items()},
-            'conventions': [flops, paper, 'kv_bytes_per_sample: allocated, all layers']}
+  report = {
+    'runs': results,
+    'questions': len(samples),
+    'split': 'test',
+    'checkpoint': str(path),
+    'step': step,
+    'dtype': cfg.dtype,
+    'stages': {n: [dataclasses.asdict(s) for s in r.stages] for n, r in cfg.runs.items()},
+    'conventions': [flops, paper, 'kv_bytes_per_sample: allocated, all layers'],
+  }
   checkpoint.write_atomically(out / RESULTS_FILE, (json.dumps(report, indent=1) + '\n').encode())
-  lines = [json.dumps({'run': n, 'id': a.sample.id, 'task': a.sample.task, 'question': a.sample.conversations[0]['value'],
-                       'expected': a.sample.conversations[1]['value'], 'answer': a.text, 'score': a.score})
-           for n, every in answers.items() for a in every]
+  lines = [
+    json.dumps(
+      {
+        'run': n,
+        'id': a.sample.id,
+        'task': a.sample.task,
+        'question': a.sample.conversations[0]['value'],
+        'expected': a.sample.conversations[1]['value'],
+        'answer': a.text,
+        'score': a.score,
+      }
+    )
+    for n, every in answers.items()
+    for a in every
+  ]
   checkpoint.write_atomically(out / ANSWERS_FILE, ('\n'.join(lines) + '\n').encode())
   console.print(results_table(results))
   return answers
@@ -109,19 +131,37 @@ def load_model(name: str, run: EvalRun, path: str) -> tuple[CheckpointInfo, Toke
   return info, Tokenizer(model)
 
 
-def answer_all(cfg: EvalConfig, name: str, run: EvalRun, info: CheckpointInfo, params: dict[str, Any],
-               tokenizer: Tokenizer, samples: list[Sample], mesh: jax.sharding.Mesh) -> tuple[list[Answer], float, int]:
+def answer_all(
+  cfg: EvalConfig,
+  name: str,
+  run: EvalRun,
+  info: CheckpointInfo,
+  params: dict[str, Any],
+  tokenizer: Tokenizer,
+  samples: list[Sample],
+  mesh: jax.sharding.Mesh,
+) -> tuple[list[Answer], float, int]:
   """(answers in the order of `samples`, seconds, programs compiled). Long questions share batches with long ones."""
-  generator = Generator(info.model, run.stages, params, max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.eos_id,
-                        dtype=jnp.dtype(cfg.dtype))
+  generator = Generator(
+    info.model, run.stages, params, max_new_tokens=cfg.max_new_tokens, eos_id=tokenizer.eos_id, dtype=jnp.dtype(cfg.dtype)
+  )
   order = sorted(range(len(samples)), key=lambda i: (samples[i].task in digits.LONG_TASKS, i))
   style = conversation.template(info.conversation)
   answers: list[Answer | None] = [None] * len(samples)
   start = time.monotonic()
-  chunks = [order[i:i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
+  chunks = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
   for chunk in track(chunks, description=f'{name:>10}', transient=True):
-    rows = [make_row(dataclasses.replace(samples[i], conversations=samples[i].conversations[:1]), i, style=style,
-                     tokenizer=tokenizer, vision=info.model.vision, text_length=cfg.data.text_length) for i in chunk]
+    rows = [
+      make_row(
+        dataclasses.replace(samples[i], conversations=samples[i].conversations[:1]),
+        i,
+        style=style,
+        tokenizer=tokenizer,
+        vision=info.model.vision,
+        text_length=cfg.data.text_length,
+      )
+      for i in chunk
+    ]
     padded = stack(rows + rows[-1:] * (cfg.batch_size - len(rows)))  # one shape for all batches
     generated = _generate(generator, padded, mesh)
     for row, i in enumerate(chunk):
@@ -136,13 +176,19 @@ def _generate(generator: Generator, batch: Batch, mesh: jax.sharding.Mesh) -> Ge
 
 
 def _answer(sample: Sample, generated: Generated, row: int, tokenizer: Tokenizer, info: CheckpointInfo, length: int) -> Answer:
-  tokens = generated.tokens[row, :generated.length[row]]
+  tokens = generated.tokens[row, : generated.length[row]]
   text = tokenizer.decode(tokens)
   has_image = sample.image is not None
   return Answer(
-      sample=sample, text=text, score=digits.score(sample, text), tokens=tokens, kept=generated.kept[row, :len(tokens) - 1],
-      kept_image=generated.kept_image[-1][row],
-      prompt_text_tokens=length - has_image * info.model.vision.num_patches, evicted=int(generated.evicted[row]))
+    sample=sample,
+    text=text,
+    score=digits.score(sample, text),
+    tokens=tokens,
+    kept=generated.kept[row, : len(tokens) - 1],
+    kept_image=generated.kept_image[-1][row],
+    prompt_text_tokens=length - has_image * info.model.vision.num_patches,
+    evicted=int(generated.evicted[row]),
+  )
 
 
 def summarise(cfg: EvalConfig, run: EvalRun, info: CheckpointInfo, answers: list[Answer]) -> dict[str, Any]:
@@ -154,17 +200,17 @@ def summarise(cfg: EvalConfig, run: EvalRun, info: CheckpointInfo, answers: list
   per_stage = costs.cache_bytes(info.model, run.stages, cfg.data.text_length, spec, jnp.dtype(cfg.dtype).itemsize)
   flops = [costs.sample_flops(info.model, run.stages, a.prompt_text_tokens, list(a.kept)) for a in answers]
   return {
-      'accuracy': float(np.mean([a.score for a in answers])),
-      'accuracy_by_task': {t: float(np.mean([a.score for a in answers if a.sample.task == t])) for t in tasks},
-      'questions_by_task': {t: sum(a.sample.task == t for a in answers) for t in tasks},
-      'image_tokens': len(answers[0].kept_image),
-      'generated_kept': sum(int(a.kept.sum()) - a.evicted for a in answers) / max(fed, 1),
-      'generated_kept_long_answers': sum(int(a.kept.sum()) - a.evicted for a in long) / max(sum(len(a.kept) for a in long), 1),
-      'flops_per_sample': float(np.mean(flops)),
-      'paper_prefill_flops': costs.paper_flops(costs.paper_setting(info.model, run.stages)),
-      'kv_bytes_per_sample': int(sum(per_stage)),
-      'kv_bytes_per_stage': per_stage,
-      'evicted': sum(a.evicted for a in answers),
+    'accuracy': float(np.mean([a.score for a in answers])),
+    'accuracy_by_task': {t: float(np.mean([a.score for a in answers if a.sample.task == t])) for t in tasks},
+    'questions_by_task': {t: sum(a.sample.task == t for a in answers) for t in tasks},
+    'image_tokens': len(answers[0].kept_image),
+    'generated_kept': sum(int(a.kept.sum()) - a.evicted for a in answers) / max(fed, 1),
+    'generated_kept_long_answers': sum(int(a.kept.sum()) - a.evicted for a in long) / max(sum(len(a.kept) for a in long), 1),
+    'flops_per_sample': float(np.mean(flops)),
+    'paper_prefill_flops': costs.paper_flops(costs.paper_setting(info.model, run.stages)),
+    'kv_bytes_per_sample': int(sum(per_stage)),
+    'kv_bytes_per_stage': per_stage,
+    'evicted': sum(a.evicted for a in answers),
   }
 
 
@@ -175,11 +221,20 @@ def results_table(results: dict[str, dict[str, Any]]) -> Table:
     table.add_column(column, justify='left' if column == 'run' else 'right')
   for name, r in results.items():
     by_task, counts = r['accuracy_by_task'], r['questions_by_task']
+
     def mean(tasks):
       tasks = [t for t in tasks if t in counts]
       total = sum(counts[t] for t in tasks)
       return f'{sum(by_task[t] * counts[t] for t in tasks) / total:.1%}' if total else '-'
-    table.add_row(name, f'{r["accuracy"]:.1%}', mean([t for t in counts if t not in digits.LONG_TASKS]),
-                  mean(digits.LONG_TASKS), str(r['image_tokens']), f'{r["generated_kept"]:.0%}',
-                  f'{r["flops_per_sample"] / 1e6:,.0f}', f'{r["kv_bytes_per_sample"] / 1024:,.0f}')
+
+    table.add_row(
+      name,
+      f'{r["accuracy"]:.1%}',
+      mean([t for t in counts if t not in digits.LONG_TASKS]),
+      mean(digits.LONG_TASKS),
+      str(r['image_tokens']),
+      f'{r["generated_kept"]:.0%}',
+      f'{r["flops_per_sample"] / 1e6:,.0f}',
+      f'{r["kv_bytes_per_sample"] / 1024:,.0f}',
+    )
   return table

@@ -43,15 +43,15 @@ class VisionBlock(nn.Module):
     head_dim = cfg.hidden_size // cfg.num_heads
     init = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1), batch_axis=(-4,))
     y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm1')(x)
-    qkv = self.param('qkv', partitioned(init, None, 'heads', 'embed', 'head_dim'),
-                     (3, cfg.num_heads, cfg.hidden_size, head_dim))
-    bias = self.param('qkv_bias', partitioned(nn.initializers.zeros, None, 'heads', 'head_dim'),
-                      (3, cfg.num_heads, head_dim))
+    qkv = self.param('qkv', partitioned(init, None, 'heads', 'embed', 'head_dim'), (3, cfg.num_heads, cfg.hidden_size, head_dim))
+    bias = self.param('qkv_bias', partitioned(nn.initializers.zeros, None, 'heads', 'head_dim'), (3, cfg.num_heads, head_dim))
     q, k, v = jnp.einsum('btd,cndh->cbtnh', y, qkv.astype(dtype)) + bias.astype(dtype)[:, None, None]
     y = jax.nn.dot_product_attention(q, k, v)
-    out = self.param('out', partitioned(nn.initializers.lecun_normal(in_axis=(-3, -2)),
-                                        'heads', 'head_dim', 'embed'),
-                     (cfg.num_heads, head_dim, cfg.hidden_size))
+    out = self.param(
+      'out',
+      partitioned(nn.initializers.lecun_normal(in_axis=(-3, -2)), 'heads', 'head_dim', 'embed'),
+      (cfg.num_heads, head_dim, cfg.hidden_size),
+    )
     out_bias = self.param('out_bias', partitioned(nn.initializers.zeros, None), (cfg.hidden_size,))
     x = x + jnp.einsum('btnh,nhd->btd', y, out.astype(dtype)) + out_bias.astype(dtype)
     y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm2')(x)
@@ -73,12 +73,11 @@ class VisionTower(nn.Module):
     batch = pixels.shape[0]
     patches = pixels.reshape(batch, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
     patches = patches.reshape(batch, side * side, size * size * 3).astype(dtype)
-    kernel = self.param('patch_embedding', partitioned(nn.initializers.lecun_normal(), None, 'embed'),
-                        (size * size * 3, cfg.hidden_size))
-    class_token = self.param('class_embedding', partitioned(nn.initializers.normal(0.02), None),
-                             (cfg.hidden_size,))
-    positions = self.param('position_embedding', partitioned(grid_embedding, None, 'embed'),
-                           (cfg.num_patches + 1, cfg.hidden_size))
+    kernel = self.param(
+      'patch_embedding', partitioned(nn.initializers.lecun_normal(), None, 'embed'), (size * size * 3, cfg.hidden_size)
+    )
+    class_token = self.param('class_embedding', partitioned(nn.initializers.normal(0.02), None), (cfg.hidden_size,))
+    positions = self.param('position_embedding', partitioned(grid_embedding, None, 'embed'), (cfg.num_patches + 1, cfg.hidden_size))
     first = jnp.broadcast_to(class_token.astype(dtype), (batch, 1, cfg.hidden_size))
     x = jnp.concatenate([first, patches @ kernel.astype(dtype)], 1) + positions.astype(dtype)
     x = LayerNorm(cfg.layer_norm_eps, dtype, name='pre_layernorm')(x)

@@ -205,8 +205,15 @@ class DynLlava(nn.Module):
     newest = jnp.maximum(state.length - 1, 0)[:, None]
     return layout.gather_rows(state.x, newest)[:, 0], state.judgement
 
-  def train_forward(self, prompt: Prompt, image: jax.Array, answer_start: jax.Array, min_answer_len: int,
-                    noise: tuple[jax.Array, jax.Array] | None, tau: jax.Array | None) -> TrainOutput:
+  def train_forward(
+    self,
+    prompt: Prompt,
+    image: jax.Array,
+    answer_start: jax.Array,
+    min_answer_len: int,
+    noise: tuple[jax.Array, jax.Array] | None,
+    tau: jax.Array | None,
+  ) -> TrainOutput:
     """Full-length forward with keep masks in place of gathers (paper section 3.3).
 
     The image mask and the mask of the last answer weigh the keys from the dynamic stage on. Answers shorter
@@ -242,19 +249,19 @@ class DynLlava(nn.Module):
 
   def gate(self, index: int) -> tuple[bool, float]:
     """Whether stage `index` holds only kept generated tokens, and its share of room for them."""
-    judging = [s for s in self.stages[:index + 1] if selectors.get(s.selector).text_margin]
+    judging = [s for s in self.stages[: index + 1] if selectors.get(s.selector).text_margin]
     return (True, judging[-1].text_keep_budget) if judging else (False, 1.0)
 
   def _start(self, x: jax.Array, length: jax.Array) -> '_State':
     batch, size = x.shape[:2]
-    every = jnp.broadcast_to(jnp.arange(self.cfg.vision.num_patches, dtype=jnp.int32),
-                             (batch, self.cfg.vision.num_patches))
+    every = jnp.broadcast_to(jnp.arange(self.cfg.vision.num_patches, dtype=jnp.int32), (batch, self.cfg.vision.num_patches))
     nothing_judged = Judgement(jnp.ones((batch, size), bool), jnp.full((batch, size), jnp.inf, jnp.float32))
     positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
     return _State(x, positions, length, every, nothing_judged)
 
-  def _reduce(self, stage: Stage, state: '_State', prompt: Prompt, answer_start: jax.Array | None,
-              text_slots: int | None = None) -> '_State':
+  def _reduce(
+    self, stage: Stage, state: '_State', prompt: Prompt, answer_start: jax.Array | None, text_slots: int | None = None
+  ) -> '_State':
     """Applies a stage's selector to the sequence that reaches it.
 
     With `answer_start` (no cache) earlier generated tokens are judged too, and `text_slots` is the room
@@ -268,11 +275,14 @@ class DynLlava(nn.Module):
     budget = stage.kept_image_tokens(num_image)
     has_predictors = self.cfg.predictor is not None
     chosen = selector.select(
-        selectors.SelectorInputs(
-            image_hidden=layout.take_image_rows(state.x, prompt.image_start, reached),
-            seed=prompt.seed,
-            image_predictor=self.image_predictor if has_predictors else None,
-            text_predictor=self.text_predictor if has_predictors else None), budget)
+      selectors.SelectorInputs(
+        image_hidden=layout.take_image_rows(state.x, prompt.image_start, reached),
+        seed=prompt.seed,
+        image_predictor=self.image_predictor if has_predictors else None,
+        text_predictor=self.text_predictor if has_predictors else None,
+      ),
+      budget,
+    )
     image_index = layout.gather_rows(state.image_index, chosen)
     keep = layout.keep_mask(state.positions, state.length, prompt.image_start, num_image, image_index)
     judgement = state.judgement
@@ -287,11 +297,11 @@ class DynLlava(nn.Module):
         keep = keep & (~generated | newest | (margin > 0))
         rows = jnp.arange(keep.shape[0])[:, None]
         judgement = Judgement(
-            judgement.keep.at[rows, state.positions].set(~generated | (margin > 0), unique_indices=True),
-            judgement.margin.at[rows, state.positions].set(jnp.where(generated, margin, jnp.inf), unique_indices=True))
+          judgement.keep.at[rows, state.positions].set(~generated | (margin > 0), unique_indices=True),
+          judgement.margin.at[rows, state.positions].set(jnp.where(generated, margin, jnp.inf), unique_indices=True),
+        )
     index, length = layout.compact(keep, size)
-    return _State(layout.gather_rows(state.x, index), layout.gather_rows(state.positions, index), length,
-                  image_index, judgement)
+    return _State(layout.gather_rows(state.x, index), layout.gather_rows(state.positions, index), length, image_index, judgement)
 
 
 @jax.tree_util.register_dataclass
@@ -315,6 +325,7 @@ def answer_mask(positions: jax.Array, length: jax.Array, answer_start: jax.Array
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Random parameters in checkpoint form, with logical axis metadata (`flax.linen.meta.unbox` removes it)."""
+
   def everything(model: DynLlava, pixels, prompt):
     image = model.encode_images(pixels)
     if cfg.predictor is not None:

@@ -24,8 +24,7 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """float[..., in] -> float[..., out]."""
-    kernel = self.param('kernel', partitioned(nn.initializers.lecun_normal(), *self.axes),
-                        (x.shape[-1], self.features))
+    kernel = self.param('kernel', partitioned(nn.initializers.lecun_normal(), *self.axes), (x.shape[-1], self.features))
     bias = self.param('bias', partitioned(nn.initializers.zeros, self.axes[1]), (self.features,))
     return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
@@ -56,5 +55,11 @@ def scan_layers(block: type[nn.Module], length: int, in_axes, remat: bool = Fals
   """`block` repeated `length` times over stacked parameters [length, ...]."""
   if remat:
     block = nn.remat(block, prevent_cse=False)
-  return nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=in_axes,
-                 length=length, metadata_params={nn.PARTITION_NAME: 'layers'})
+  return nn.scan(
+    block,
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    in_axes=in_axes,
+    length=length,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
+  )

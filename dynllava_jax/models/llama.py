@@ -6,6 +6,7 @@ A stage is one `nn.scan` over its layers. Parameters of stage i live under `stag
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,6 @@ from dynllava_jax.config import LlamaConfig, Stage
 from dynllava_jax.models.layers import Dtype, partitioned, scan_layers
 from dynllava_jax.ops.attention import cached_attention, causal_attention, policy_attention
 from dynllava_jax.ops.rope import apply_rope, rope_angles
-
 
 LINEAR_INIT = nn.initializers.lecun_normal()
 HEADS_INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1))  # [N, D, H]
@@ -114,8 +114,9 @@ class Llama(nn.Module):
 
   def setup(self):
     cfg = self.cfg
-    self.embedding = self.param('embedding', partitioned(nn.initializers.normal(1.0), 'vocab', 'embed'),
-                                (cfg.vocab_size, cfg.hidden_size))
+    self.embedding = self.param(
+      'embedding', partitioned(nn.initializers.normal(1.0), 'vocab', 'embed'), (cfg.vocab_size, cfg.hidden_size)
+    )
     ends = [s.start for s in self.stages[1:]] + [cfg.num_layers]
     for i, (stage, end) in enumerate(zip(self.stages, ends)):
       block = scan_layers(Block, end - stage.start, (nn.broadcast, 0), self.remat)
@@ -127,8 +128,16 @@ class Llama(nn.Module):
     """int32[B, T] -> float[B, T, D]."""
     return self.embedding.astype(self.dtype)[tokens]
 
-  def run_stage(self, index: int, x: jax.Array, positions: jax.Array, *, policy: jax.Array | None = None,
-                cache: tuple[jax.Array, jax.Array] | None = None, cache_length: jax.Array | None = None):
+  def run_stage(
+    self,
+    index: int,
+    x: jax.Array,
+    positions: jax.Array,
+    *,
+    policy: jax.Array | None = None,
+    cache: tuple[jax.Array, jax.Array] | None = None,
+    cache_length: jax.Array | None = None,
+  ):
     """Runs the layers of one stage.
 
     Args:
@@ -156,14 +165,16 @@ def cut_layers(llama: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, An
   """
   rest = {k: v for k, v in llama.items() if k != 'layers'}
   starts = [s.start for s in stages] + [None]
-  cuts = zip(starts[:-1], starts[1:])
+  cuts = itertools.pairwise(starts)
   return rest | {f'stage_{i}': jax.tree.map(lambda x: x[a:b], llama['layers']) for i, (a, b) in enumerate(cuts)}
 
 
 def join_layers(llama: dict[str, Any]) -> dict[str, Any]:
   """The inverse of `cut_layers`, for any stage list."""
   names = sorted((k for k in llama if k.startswith('stage_')), key=lambda k: int(k.removeprefix('stage_')))
+
   def join(*parts):
     return parts[0] if len(parts) == 1 else np.concatenate(parts) if isinstance(parts[0], np.ndarray) else jnp.concatenate(parts)
+
   rest = {k: v for k, v in llama.items() if k not in names}
   return rest | {'layers': jax.tree.map(join, *(llama[n] for n in names))}

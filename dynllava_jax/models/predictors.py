@@ -39,8 +39,7 @@ class PredictorBlock(nn.Module):
     cfg, dtype = self.cfg, self.dtype
     head_dim = cfg.d_model // cfg.num_heads
     init = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1), batch_axis=(-4,))
-    qkv = self.param('qkv', partitioned(init, None, None, 'embed', 'head_dim'),
-                     (3, cfg.num_heads, cfg.d_model, head_dim))
+    qkv = self.param('qkv', partitioned(init, None, None, 'embed', 'head_dim'), (3, cfg.num_heads, cfg.d_model, head_dim))
     y = LayerNorm(EPS, dtype, name='norm1')(x)
     q, k, v = jnp.einsum('bpd,cndh->cbpnh', y, qkv.astype(dtype))
     y = jax.nn.dot_product_attention(q, k, v)

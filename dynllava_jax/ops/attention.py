@@ -61,8 +61,9 @@ def policy_attention(q: jax.Array, k: jax.Array, v: jax.Array, policy: jax.Array
   return out.reshape(batch, length, heads, head_dim)
 
 
-def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array,
-                     cache_length: jax.Array) -> jax.Array:
+def cached_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array, cache_length: jax.Array
+) -> jax.Array:
   """New tokens attend to the cache and, causally, to each other.
 
   The cache is read as it was before these tokens: their own keys are joined at the level of the scores, so
@@ -84,6 +85,5 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Arra
   new = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32)
   new = jnp.where(jnp.tril(jnp.ones((length, length), bool)), new, -jnp.inf)
   weights = jax.nn.softmax(jnp.concatenate([old, new], -1), -1).astype(v.dtype)
-  out = (jnp.einsum('bkgtc,bckh->btkgh', weights[..., :slots], cache_v) +
-         jnp.einsum('bkgts,bskh->btkgh', weights[..., slots:], v))
+  out = jnp.einsum('bkgtc,bckh->btkgh', weights[..., :slots], cache_v) + jnp.einsum('bkgts,bskh->btkgh', weights[..., slots:], v)
   return out.reshape(batch, length, heads, head_dim)

@@ -45,8 +45,7 @@ def take_image_rows(x: jax.Array, image_start: jax.Array, num_image: int) -> jax
   return jnp.take_along_axis(x, index[..., None], 1, mode='clip')
 
 
-def keep_mask(positions: jax.Array, length: jax.Array, image_start: jax.Array, num_image: int,
-              kept_image: jax.Array) -> jax.Array:
+def keep_mask(positions: jax.Array, length: jax.Array, image_start: jax.Array, num_image: int, kept_image: jax.Array) -> jax.Array:
   """All text and the chosen image tokens.
 
   Args:

@@ -5,10 +5,10 @@ from dynllava_jax.selectors import dynamic, everything, random, uniform
 from dynllava_jax.selectors.base import Selector, SelectorInputs
 
 SELECTORS = {
-    'all': everything.SELECTOR,
-    'dynamic': dynamic.SELECTOR,
-    'random': random.SELECTOR,
-    'uniform': uniform.SELECTOR,
+  'all': everything.SELECTOR,
+  'dynamic': dynamic.SELECTOR,
+  'random': random.SELECTOR,
+  'uniform': uniform.SELECTOR,
 }
 
 

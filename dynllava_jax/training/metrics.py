@@ -59,9 +59,16 @@ class Display:
     self._console = Console()
     self._steps, self._title, self._last = steps, title, 0.0
     self._bar = Progress(
-        TextColumn('[bold]{task.description}'), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn('{task.fields[numbers]}'), console=self._console, transient=False,
-        disable=not self._console.is_terminal)
+      TextColumn('[bold]{task.description}'),
+      BarColumn(bar_width=24),
+      MofNCompleteColumn(),
+      TimeElapsedColumn(),
+      TimeRemainingColumn(),
+      TextColumn('{task.fields[numbers]}'),
+      console=self._console,
+      transient=False,
+      disable=not self._console.is_terminal,
+    )
     self._task = self._bar.add_task(title, total=steps, completed=first_step, numbers='compiling')
 
   def __enter__(self) -> 'Display':
@@ -72,9 +79,17 @@ class Display:
     self._bar.stop()
 
   def show(self, step: int, values: Mapping[str, float]) -> None:
-    numbers = '  '.join(f'{label} {values[name]:{form}}' for name, label, form in (
-        ('loss', 'loss', '.3f'), ('image_keep', 'image kept', '.0%'), ('text_keep', 'text kept', '.0%'),
-        ('tau', 'tau', '.2f'), ('tokens_per_second', 'tokens/s', ',.0f')) if name in values)
+    numbers = '  '.join(
+      f'{label} {values[name]:{form}}'
+      for name, label, form in (
+        ('loss', 'loss', '.3f'),
+        ('image_keep', 'image kept', '.0%'),
+        ('text_keep', 'text kept', '.0%'),
+        ('tau', 'tau', '.2f'),
+        ('tokens_per_second', 'tokens/s', ',.0f'),
+      )
+      if name in values
+    )
     self._bar.update(self._task, completed=step, numbers=numbers)
     now = time.monotonic()
     if not self._console.is_terminal and (now - self._last > self.PLAIN_EVERY or step == self._steps):

@@ -1,6 +1,6 @@
 """Training curves of one or more runs as one picture.
 
-    python -m dynllava_jax.training.plot runs/digits/training.png runs/digits/base runs/digits/dynamic
+python -m dynllava_jax.training.plot runs/digits/training.png runs/digits/base runs/digits/dynamic
 """
 
 import io
@@ -15,8 +15,11 @@ from dynllava_jax.training.metrics import METRICS_FILE, read_metrics
 
 matplotlib.use('Agg')
 
-PANELS = (('loss', {'ce': 'cross-entropy'}), ('keep rate', {'image_keep': 'image tokens', 'text_keep': 'generated tokens'}),
-          ('temperature', {'tau': 'tau'}))
+PANELS = (
+  ('loss', {'ce': 'cross-entropy'}),
+  ('keep rate', {'image_keep': 'image tokens', 'text_keep': 'generated tokens'}),
+  ('temperature', {'tau': 'tau'}),
+)
 
 
 def training_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:

@@ -42,10 +42,13 @@ def schedule(peak: float, steps: int, cfg: OptimizerConfig) -> optax.Schedule:
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """AdamW with one learning rate for the predictors and one for everything else, gradients clipped together."""
+
   def adamw(peak):
     return optax.adamw(schedule(peak, steps, cfg), b2=cfg.b2, weight_decay=cfg.weight_decay)
+
   def label(params):
     return {group: 'predictor' if group in PREDICTORS else 'model' for group in params}
+
   groups = {'model': adamw(cfg.learning_rate), 'predictor': adamw(cfg.predictor_learning_rate)}
   return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), optax.multi_transform(groups, label))
 
@@ -61,7 +64,7 @@ def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
   boxed, _ = split_frozen(cut_abstract(cfg), cfg.frozen)
   params = sharding.shardings(boxed, mesh)
   whole = sharding.replicated(mesh)
-  by_path = {path: place for path, place in jax.tree_util.tree_leaves_with_path(params)}
+  by_path = dict(jax.tree_util.tree_leaves_with_path(params))
 
   def like_its_parameter(path, leaf):
     # A moment's path ends in its parameter's path; counters match none.
@@ -100,25 +103,36 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
     def loss_fn(trained):
       variables = {'params': trained | frozen}
       image = model.apply(variables, normalize(batch.pixels, cfg.model.vision), method='encode_images')
-      out = model.apply(variables, prompt, image, batch.answer_start, cfg.sparsity.min_answer_len, noise, tau,
-                        method='train_forward')
+      out = model.apply(
+        variables, prompt, image, batch.answer_start, cfg.sparsity.min_answer_len, noise, tau, method='train_forward'
+      )
       losses = training_losses(out, prompt, batch.labels, batch.answer_start, cfg.sparsity)
       return losses.total, losses
 
     (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
-        'loss': losses.total, 'ce': losses.ce, 'grad_norm': optax.tree.norm(grads),
-        'learning_rate': schedule(cfg.optimizer.learning_rate, cfg.steps, cfg.optimizer)(state.step),
-        'supervised_tokens': (batch.labels[:, 1:] != IGNORE).sum().astype(jnp.float32)}
+      'loss': losses.total,
+      'ce': losses.ce,
+      'grad_norm': optax.tree.norm(grads),
+      'learning_rate': schedule(cfg.optimizer.learning_rate, cfg.steps, cfg.optimizer)(state.step),
+      'supervised_tokens': (batch.labels[:, 1:] != IGNORE).sum().astype(jnp.float32),
+    }
     if dynamic:
-      metrics |= {'image_mask': losses.image_mask, 'text_mask': losses.text_mask, 'image_keep': losses.image_keep,
-                  'text_keep': losses.text_keep, 'tau': tau}
+      metrics |= {
+        'image_mask': losses.image_mask,
+        'text_mask': losses.text_mask,
+        'image_keep': losses.image_keep,
+        'text_keep': losses.text_keep,
+        'tau': tau,
+      }
     return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
   places = state_shardings(cfg, optimizer, mesh)
   frozen_boxed = split_frozen(cut_abstract(cfg), cfg.frozen)[1]
   return jax.jit(
-      step_fn, donate_argnums=0,
-      in_shardings=(places, sharding.shardings(frozen_boxed, mesh), sharding.batch_sharding(mesh)),
-      out_shardings=(places, sharding.replicated(mesh)))
+    step_fn,
+    donate_argnums=0,
+    in_shardings=(places, sharding.shardings(frozen_boxed, mesh), sharding.batch_sharding(mesh)),
+    out_shardings=(places, sharding.replicated(mesh)),
+  )

@@ -6,14 +6,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
-from conftest import GOLDEN
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointError
 from dynllava_jax.convert.convert import convert, read_checkpoint
-from dynllava_jax.convert.verify import load_case
 from dynllava_jax.convert.readers import ConversionError, tensors
+from dynllava_jax.convert.verify import load_case
 
 
 @pytest.fixture
@@ -52,17 +52,26 @@ def test_grouped_query_and_a_mapping_that_keeps_every_number(source):
   """Every source number arrives exactly once: sorted values of source and result agree."""
   weights = load_file(source / 'model.safetensors')
   _, params, _, _ = read_checkpoint(source)
-  ours = np.sort(np.concatenate([np.ravel(x) for k, x in params.items() if k not in ('vision', 'vision_tail') for x in jax.tree.leaves(x)]))
+  ours = np.sort(
+    np.concatenate([np.ravel(x) for k, x in params.items() if k not in ('vision', 'vision_tail') for x in jax.tree.leaves(x)])
+  )
   theirs = np.sort(np.concatenate([np.ravel(x) for x in weights.values()]))
   np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize('change, message', [
+@pytest.mark.parametrize(
+  'change, message',
+  [
     (lambda w: w.pop('model.norm.weight'), '- llama/norm/scale: missing'),
     (lambda w: w.pop('model.layers.3.mlp.up_proj.weight'), r'- llama/layers/up\[3\]: missing'),
     (lambda w: w.update({'model.extra.weight': np.zeros(3, np.float32)}), r'\+ model.extra.weight \(3,\): unknown'),
-    (lambda w: w.update({'model.norm.weight': np.zeros(81, np.float32)}), r'! model.norm.weight: shape \(81,\), the config asks for \(80,\)'),
-    (lambda w: w.update({'model.layers.4.mlp.up_proj.weight': np.zeros((112, 80), np.float32)}), 'beyond the 4 layers')])
+    (
+      lambda w: w.update({'model.norm.weight': np.zeros(81, np.float32)}),
+      r'! model.norm.weight: shape \(81,\), the config asks for \(80,\)',
+    ),
+    (lambda w: w.update({'model.layers.4.mlp.up_proj.weight': np.zeros((112, 80), np.float32)}), 'beyond the 4 layers'),
+  ],
+)
 def test_tensors_that_do_not_fit(source, tmp_path, change, message):
   damage(source, change)
   with pytest.raises(ConversionError, match=message):
@@ -71,7 +80,9 @@ def test_tensors_that_do_not_fit(source, tmp_path, change, message):
 
 
 def test_layers_of_different_dtypes_are_refused(source):
-  damage(source, lambda w: w.update({'model.layers.0.mlp.up_proj.weight': w['model.layers.0.mlp.up_proj.weight'].astype(np.float16)}))
+  damage(
+    source, lambda w: w.update({'model.layers.0.mlp.up_proj.weight': w['model.layers.0.mlp.up_proj.weight'].astype(np.float16)})
+  )
   with pytest.raises(ConversionError, match='! model.layers.1.mlp.up_proj.weight: stored as float32, other layers as float16'):
     read_checkpoint(source)
 
@@ -89,7 +100,7 @@ def test_interrupted_conversion_does_not_block_the_next(source, tmp_path):
 
 def test_truncated_case_file(tmp_path):
   content = (GOLDEN / 'public_b' / 'case.npz').read_bytes()
-  (tmp_path / 'case.npz').write_bytes(content[:len(content) // 2])
+  (tmp_path / 'case.npz').write_bytes(content[: len(content) // 2])
   with pytest.raises(ConversionError, match='not a readable case file'):
     load_case(tmp_path / 'case.npz')
 
@@ -97,7 +108,7 @@ def test_truncated_case_file(tmp_path):
 def test_duplicate_key_across_shards(source):
   weights = load_file(source / 'model.safetensors')
   save_file({'model.norm.weight': weights['model.norm.weight']}, source / 'extra.safetensors')
-  index = {'weight_map': {k: 'model.safetensors' for k in weights} | {'twice': 'extra.safetensors'}}
+  index = {'weight_map': dict.fromkeys(weights, 'model.safetensors') | {'twice': 'extra.safetensors'}}
   (source / 'model.safetensors.index.json').write_text(json.dumps(index))
   with pytest.raises(ConversionError, match='model.norm.weight: fills llama/norm/scale a second time'):
     read_checkpoint(source)
@@ -112,7 +123,7 @@ def test_index_that_names_an_absent_shard(source):
 
 def test_truncated_shard(source):
   content = (source / 'model.safetensors').read_bytes()
-  (source / 'model.safetensors').write_bytes(content[:len(content) // 2])
+  (source / 'model.safetensors').write_bytes(content[: len(content) // 2])
   with pytest.raises(ConversionError, match='model.safetensors: unreadable'):
     read_checkpoint(source)
 
@@ -126,14 +137,18 @@ def test_no_weights_and_no_config(source):
     read_checkpoint(source)
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     (dict(mm_vision_tower=None), 'names no vision tower'),
     (dict(mm_vision_tower='../elsewhere'), 'no CLIP vision tower here'),
     (dict(rope_scaling={'type': 'linear', 'factor': 2.0}), 'not supported: rope_scaling'),
     (dict(use_instruct_predictor=True), 'not supported: the instruction predictor'),
     (dict(mm_projector_type='resampler'), "projector 'resampler' is unknown"),
     (dict(sparse_layer=4), 'starts at layer 4, but the decoder has 4 layers'),
-    (dict(image_aspect_ratio='anyres'), 'not supported: any-resolution images')])
+    (dict(image_aspect_ratio='anyres'), 'not supported: any-resolution images'),
+  ],
+)
 def test_configs_that_cannot_be_honoured(source, tmp_path, changes, message):
   reconfigure(source, **changes)
   with pytest.raises((ConversionError, CheckpointError), match=message):
@@ -147,7 +162,7 @@ def test_pickle_that_holds_more_than_tensors_is_refused(tmp_path):
   with pytest.raises(ConversionError, match='x.bin: unreadable, truncated or not a plain tensor file'):
     list(tensors(tmp_path / 'x.bin'))
   torch.save({'a': torch.ones(2, dtype=torch.bfloat16)}, tmp_path / 'y.bin')
-  (key, value), = tensors(tmp_path / 'y.bin')
+  ((key, value),) = tensors(tmp_path / 'y.bin')
   assert key == 'a' and str(value.dtype) == 'bfloat16' and value.astype(np.float32).tolist() == [1, 1]
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-
 from conftest import CASES, GOLDEN
+
 from dynllava_jax.convert.convert import read_checkpoint
 from dynllava_jax.convert.verify import Quantity, compare, load_case, verify
 
@@ -11,9 +11,22 @@ pytest.importorskip('torch', reason='reading the recorded .bin checkpoint needs 
 
 # What a case records, and the tolerances the project promises (logits 1e-4, losses 1e-5 and gradients 5e-4 relative).
 GROUPS = {
-    'vision/': 2, 'prefill_b1/': 5, 'prefill_b2/': 5, 'decode_b1/': 7, 'decode_b1s/': 8, 'batch of two, row 0': 7,
-    'batch of two, row 1': 7, 'round2/': 8, 'text_only/': 7, 'nocache_b1/': 2, 'nocache_b2/': 2, 'unit_softmax/': 1,
-    'train/grad_total/': 6, 'train/grad_ce/': 6, 'train/': 29}
+  'vision/': 2,
+  'prefill_b1/': 5,
+  'prefill_b2/': 5,
+  'decode_b1/': 7,
+  'decode_b1s/': 8,
+  'batch of two, row 0': 7,
+  'batch of two, row 1': 7,
+  'round2/': 8,
+  'text_only/': 7,
+  'nocache_b1/': 2,
+  'nocache_b2/': 2,
+  'unit_softmax/': 1,
+  'train/grad_total/': 6,
+  'train/grad_ce/': 6,
+  'train/': 29,
+}
 
 
 @pytest.fixture(scope='module', params=CASES)

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
+
 from dynllava_jax.config import IGNORE, IMAGE_ID, ConfigError, VisionConfig
 from dynllava_jax.data import digits
 from dynllava_jax.data.batches import make_row
@@ -17,8 +17,12 @@ from dynllava_jax.data.tokenizer import Tokenizer
 VISION = VisionConfig(image_size=56, hidden_size=32, num_heads=4)
 STYLE = TEMPLATES['plain_turns']
 IMAGE = np.zeros((20, 40, 3), np.uint8)
-TURNS = ({'from': 'human', 'value': '<image>\nWhat is the largest digit?'}, {'from': 'gpt', 'value': '9'},
-         {'from': 'human', 'value': 'How many digits are there?'}, {'from': 'gpt', 'value': '11'})
+TURNS = (
+  {'from': 'human', 'value': '<image>\nWhat is the largest digit?'},
+  {'from': 'gpt', 'value': '9'},
+  {'from': 'human', 'value': 'How many digits are there?'},
+  {'from': 'gpt', 'value': '11'},
+)
 
 
 @pytest.fixture(scope='module')
@@ -33,8 +37,9 @@ def row(sample, tokenizer, text_length=60):
 def test_vicuna_text_is_llavas():
   text, spans = render(TURNS, TEMPLATES['vicuna_v1'], 'x')
   assert text.startswith('A chat between a curious user')
-  assert text.endswith("questions. USER: <image>\nWhat is the largest digit? ASSISTANT: 9</s>USER: How many digits "
-                       'are there? ASSISTANT: 11</s>')
+  assert text.endswith(
+    'questions. USER: <image>\nWhat is the largest digit? ASSISTANT: 9</s>USER: How many digits are there? ASSISTANT: 11</s>'
+  )
   assert [text[a:b] for a, b in spans] == [' 9</s>', ' 11</s>']
 
 
@@ -51,7 +56,7 @@ def test_prompt_is_a_prefix_of_the_conversation(tokenizer):
   """What generation is given equals what training saw before the answer."""
   whole = encode(*render(TURNS[:2], STYLE, 'x'), tokenizer)
   prompt = encode(*render(TURNS[:1], STYLE, 'x'), tokenizer)
-  np.testing.assert_array_equal(prompt.ids, whole.ids[:len(prompt.ids)])
+  np.testing.assert_array_equal(prompt.ids, whole.ids[: len(prompt.ids)])
   assert whole.labels[len(prompt.ids)] != IGNORE
 
 
@@ -59,8 +64,8 @@ def test_row_layout(tokenizer):
   batch = row(Sample('x', IMAGE, TURNS), tokenizer)
   start, length = int(batch.image_start), int(batch.length)
   assert batch.tokens.shape == (76,) and (batch.tokens[length:] == tokenizer.pad_id).all()
-  assert (batch.labels[start:start + 16] == IGNORE).all() and (batch.labels[length:] == IGNORE).all()
-  assert tokenizer.decode(batch.labels[int(batch.answer_start):length]) == '11'
+  assert (batch.labels[start : start + 16] == IGNORE).all() and (batch.labels[length:] == IGNORE).all()
+  assert tokenizer.decode(batch.labels[int(batch.answer_start) : length]) == '11'
   assert batch.pixels.shape == (56, 56, 3) and batch.seed == 5
 
 
@@ -70,7 +75,9 @@ def test_row_without_image(tokenizer):
   assert batch.image_start == -1 and batch.length < 20
 
 
-@pytest.mark.parametrize('sample, message', [
+@pytest.mark.parametrize(
+  'sample, message',
+  [
     (Sample('s9', None, TURNS), 'sample s9: has <image> but no image'),
     (Sample('s9', IMAGE, TURNS[2:]), 'sample s9: has an image but no <image>'),
     (Sample('s9', IMAGE, TURNS[1:]), "sample s9, turn 0: role 'gpt', expected 'human'"),
@@ -79,7 +86,9 @@ def test_row_without_image(tokenizer):
     (Sample('s9', IMAGE, (TURNS[0], {'from': 'gpt', 'value': '<image>'})), 'sample s9, turn 1: <image> in an answer'),
     (Sample('s9', IMAGE, TURNS[:2] + TURNS[:2]), 'sample s9: 2 image tokens'),
     (Sample('s9', IMAGE, ()), 'sample s9: has no turns'),
-    (Sample('s9', IMAGE, TURNS[:3]), 'sample s9: no supervised token')])
+    (Sample('s9', IMAGE, TURNS[:3]), 'sample s9: no supervised token'),
+  ],
+)
 def test_bad_samples_are_named(tokenizer, sample, message):
   with pytest.raises(DataError, match=message):
     row(sample, tokenizer)
@@ -106,8 +115,11 @@ def test_unknown_template_names_the_known_ones():
 def test_non_legacy_tokenization_is_the_recorded_one():
   folder = ROOT.parent / 'shared' / 'golden' / 'text'
   tokenizer = Tokenizer((folder / 'tok_nonlegacy' / 'tokenizer.model').read_bytes())
-  cases = [c for c in json.loads((folder / 'text_cases.json').read_text())['inference_prompts']
-           if c['conv_mode'] in ('vicuna_v1', 'v1', 'llava_v1') and 'results' in c]
+  cases = [
+    c
+    for c in json.loads((folder / 'text_cases.json').read_text())['inference_prompts']
+    if c['conv_mode'] in ('vicuna_v1', 'v1', 'llava_v1') and 'results' in c
+  ]
   assert cases
   for case in cases:
     assert encode(case['prompt'], [], tokenizer).ids.tolist() == case['results']['nonlegacy']['input_ids'], case['prompt']

@@ -18,7 +18,11 @@ CFG = presets.TINY
 P = CFG.vision.num_patches
 TEXT, NEW = 12, 10
 DYNAMIC = (Stage(), Stage(start=2, selector='dynamic', image_keep_rate=0.25))
-PYRAMID = (Stage(), Stage(start=1, selector='uniform', image_keep_rate=0.5), Stage(start=3, selector='dynamic', image_keep_rate=0.25))
+PYRAMID = (
+  Stage(),
+  Stage(start=1, selector='uniform', image_keep_rate=0.5),
+  Stage(start=3, selector='dynamic', image_keep_rate=0.25),
+)
 FRONT = (Stage(start=0, selector='dynamic', image_keep_rate=0.25),)
 RANDOM = (Stage(), Stage(start=2, selector='random', image_keep_rate=0.25))
 # (text tokens, image position or -1) of four rows: long, short, without image, image first.
@@ -32,11 +36,13 @@ def batch(rows=ROWS, text=TEXT, numbers=None):
   lengths = [n + (P if at >= 0 else 0) for n, at in rows]
   for i, number in enumerate(numbers):
     rng = np.random.default_rng(number)
-    tokens[i, :lengths[i]] = rng.integers(3, CFG.llama.vocab_size, lengths[i])
+    tokens[i, : lengths[i]] = rng.integers(3, CFG.llama.vocab_size, lengths[i])
     pixels.append(rng.integers(0, 256, (CFG.vision.image_size,) * 2 + (3,), np.uint8))
   as_int = lambda x: jnp.asarray(x, jnp.int32)
   starts = [at for _, at in rows]
-  return Prompt(jnp.asarray(tokens), as_int(lengths), as_int(starts), jnp.asarray(numbers, jnp.uint32)), jnp.asarray(np.stack(pixels))
+  return Prompt(jnp.asarray(tokens), as_int(lengths), as_int(starts), jnp.asarray(numbers, jnp.uint32)), jnp.asarray(
+    np.stack(pixels)
+  )
 
 
 @pytest.fixture(scope='module')
@@ -110,7 +116,7 @@ def test_prefill_plus_steps_equals_one_forward(params):
   stepped, _ = step_by_step(generator, prompt, pixels, tokens)
   whole = np.pad(np.asarray(prompt.tokens), [(0, 0), (0, 4)])
   for row, length in enumerate(np.asarray(prompt.length)):
-    whole[row, length:length + 4] = tokens[row]
+    whole[row, length : length + 4] = tokens[row]
   full = dataclasses.replace(prompt, tokens=jnp.asarray(whole), length=prompt.length + 3)
   last, _ = generator.start(full, pixels)
   np.testing.assert_allclose(stepped[:, -1], last.logits, atol=1e-4)
@@ -168,7 +174,7 @@ def test_later_turn_equals_one_longer_prompt(params):
   turn, _ = generator.append(turn, chunk, counts)
   whole = np.pad(np.asarray(prompt.tokens), [(0, 0), (0, 4)])
   for row, length in enumerate(np.asarray(prompt.length)):
-    whole[row, length:length + counts[row]] = chunk[row, :counts[row]]
+    whole[row, length : length + counts[row]] = chunk[row, : counts[row]]
   longer = dataclasses.replace(prompt, tokens=jnp.asarray(whole), length=prompt.length + counts)
   expected, _ = generator.start(longer, pixels)
   np.testing.assert_allclose(turn.logits, expected.logits, atol=1e-4)
@@ -195,7 +201,7 @@ def test_rows_stop_at_eos_one_by_one(params, together):
     assert result.length[row] == uncached.length[row] == length
     np.testing.assert_array_equal(result.tokens[row], np.where(np.arange(NEW) < length, tokens, 0))
   np.testing.assert_array_equal(result.tokens, uncached.tokens)
-  np.testing.assert_array_equal(np.stack(list(generator.stream(*batch())), 1), result.tokens[:, :result.length.max()])
+  np.testing.assert_array_equal(np.stack(list(generator.stream(*batch())), 1), result.tokens[:, : result.length.max()])
 
 
 def test_sampling_is_reproducible_per_row_and_obeys_its_limits(params):

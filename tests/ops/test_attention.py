@@ -48,8 +48,10 @@ def test_policy_softmax_rows_sum_to_one_even_if_all_but_self_are_dropped():
 
 def test_rope_scores_depend_on_distance_only():
   x = jax.random.normal(jax.random.key(1), (1, 1, 1, 16))
+
   def score(a, b):
     rotate = lambda p: apply_rope(x, *rope_angles(jnp.array([[p]]), 16, 1e4))
     return float((rotate(a) * rotate(b)).sum())
+
   assert score(3, 10) == pytest.approx(score(103, 110), abs=1e-3)
   assert abs(score(3, 10) - score(3, 11)) > 1e-2

@@ -10,26 +10,45 @@ import numpy as np
 import pytest
 
 from dynllava_jax import checkpoint, loop, sharding
-from dynllava_jax.config import (ConfigError, DataConfig, LlamaConfig, MeshConfig, ModelConfig, OptimizerConfig, PredictorConfig,
-                                 SparsityConfig, Stage, TrainConfig, VisionConfig)
+from dynllava_jax.config import (
+  ConfigError,
+  DataConfig,
+  LlamaConfig,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  PredictorConfig,
+  SparsityConfig,
+  Stage,
+  TrainConfig,
+  VisionConfig,
+)
 from dynllava_jax.evals import report
 from dynllava_jax.training import plot
 from dynllava_jax.training.metrics import MetricsLog, read_metrics
 from dynllava_jax.training.step import make_optimizer, schedule, temperature
 
 MODEL = ModelConfig(
-    vision=VisionConfig(image_size=98, hidden_size=32, mlp_dim=32, num_layers=2, num_heads=2),
-    llama=LlamaConfig(vocab_size=430, hidden_size=32, mlp_dim=48, num_layers=3, num_heads=2, num_kv_heads=2))
+  vision=VisionConfig(image_size=98, hidden_size=32, mlp_dim=32, num_layers=2, num_heads=2),
+  llama=LlamaConfig(vocab_size=430, hidden_size=32, mlp_dim=48, num_layers=3, num_heads=2, num_kv_heads=2),
+)
 DYNAMIC = (Stage(), Stage(start=1, selector='dynamic', image_keep_rate=0.2))
 BASE = TrainConfig(
-    model=MODEL, data=DataConfig(text_length=104), optimizer=OptimizerConfig(learning_rate=3e-3), batch_size=8, steps=8,
-    log_every=2, save_every=4)
+  model=MODEL,
+  data=DataConfig(text_length=104),
+  optimizer=OptimizerConfig(learning_rate=3e-3),
+  batch_size=8,
+  steps=8,
+  log_every=2,
+  save_every=4,
+)
 
 
 def dynamic(**changes):
   model = dataclasses.replace(MODEL, predictor=PredictorConfig(d_model=16, num_heads=2, num_layers=1, mlp_dim=16))
-  return dataclasses.replace(BASE, model=model, stages=DYNAMIC, frozen=('vision', 'projector'),
-                             sparsity=SparsityConfig(min_answer_len=20), **changes)
+  return dataclasses.replace(
+    BASE, model=model, stages=DYNAMIC, frozen=('vision', 'projector'), sparsity=SparsityConfig(min_answer_len=20), **changes
+  )
 
 
 def parameters(workdir):
@@ -77,10 +96,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(one_device, tmp_path, monk
 
   def interrupting(*args):
     step_fn = real(*args)
+
     def step(state, frozen, batch):
       if int(state.step) == 2:
         signal.raise_signal(signal.SIGTERM)
       return step_fn(state, frozen, batch)
+
     return step
 
   monkeypatch.setattr(loop, 'make_train_step', interrupting)
@@ -160,9 +181,15 @@ def test_loss_that_is_not_a_number_stops_the_run(tmp_path):
 
 def test_evaluation_of_the_trained_checkpoint(dynamic_run, tmp_path):
   from dynllava_jax.config import EvalConfig, EvalRun
+
   uniform = (Stage(), Stage(start=1, selector='uniform', image_keep_rate=0.2))
-  cfg = EvalConfig(runs={'dense': EvalRun(stages=(Stage(),)), 'dynamic': EvalRun(stages=DYNAMIC), 'uniform': EvalRun(stages=uniform)},
-                   data=DataConfig(text_length=32), questions=20, batch_size=8, max_new_tokens=12)
+  cfg = EvalConfig(
+    runs={'dense': EvalRun(stages=(Stage(),)), 'dynamic': EvalRun(stages=DYNAMIC), 'uniform': EvalRun(stages=uniform)},
+    data=DataConfig(text_length=32),
+    questions=20,
+    batch_size=8,
+    max_new_tokens=12,
+  )
   report.run(cfg, str(dynamic_run / loop.CHECKPOINTS), tmp_path)
   results = json.loads((tmp_path / 'results.json').read_text())
   runs = results['runs']
