@@ -63,6 +63,7 @@ def dynamic() -> dict:
       min_answer_len=50,
       tau_start=1.0,
       tau_end=0.1,
+      dense_share=0.0,
     ),
     log_every=10,
     save_every=100,

@@ -261,7 +261,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
-  """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts)."""
+  """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts).
+
+  Attributes:
+    image_keep_rate, text_keep_rate: shares of the image and of the generated tokens to keep.
+    mask_loss_weight: of the squared distances from these shares.
+    min_answer_len: tokens; shorter answers are kept whole.
+    tau_start, tau_end: temperature of the first and of the last step.
+    dense_share: chance of a row to be trained with all its tokens, so that the same weights also run dense (ours; the
+      paper has none).
+  """
 
   image_keep_rate: float = 0.2
   text_keep_rate: float = 0.5
@@ -269,8 +278,10 @@ class SparsityConfig:
   min_answer_len: int = 50
   tau_start: float = 1.0
   tau_end: float = 0.1
+  dense_share: float = 0.0
 
   def __post_init__(self):
+    _require(0 <= self.dense_share < 1, f'sparsity.dense_share is {self.dense_share}, expected a share in [0, 1)')
     for name in ('image_keep_rate', 'text_keep_rate'):
       value = getattr(self, name)
       _require(0 < value <= 1, f'sparsity.{name} is {value}, expected a share in (0, 1]')
