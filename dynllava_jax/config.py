@@ -76,6 +76,27 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+  """Stretching of rotary frequencies for longer contexts, as transformers' `rope_scaling` describes it.
+
+  Attributes:
+    kind: 'linear' (positions divided by `factor`) or 'llama3' (low frequencies divided, high ones left alone).
+    low_freq_factor, high_freq_factor, original_max_positions: of 'llama3' alone.
+  """
+
+  kind: str
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_positions: int = 8192
+
+  def __post_init__(self):
+    _require(self.kind in ('linear', 'llama3'), f'rope_scaling: kind {self.kind!r} is unknown; expected linear or llama3')
+    _require_positive(self, 'rope_scaling: ', 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_positions')
+    _require(self.high_freq_factor > self.low_freq_factor, 'rope_scaling: high_freq_factor must be above low_freq_factor')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
   """LLaMA decoder; defaults are Vicuna-7B v1.5."""
 
@@ -87,6 +108,8 @@ class LlamaConfig:
   num_kv_heads: int = 32
   rms_norm_eps: float = 1e-5
   rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  tie_embeddings: bool = False  # the output head is the embedding
 
   def __post_init__(self):
     _require_positive(

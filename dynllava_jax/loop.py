@@ -18,7 +18,15 @@ from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
 from dynllava_jax.data.sources import new_tokenizer, training_source
 from dynllava_jax.models.dynllava import abstract_params, cut_params, init_params, join_params
 from dynllava_jax.training.metrics import Display, MetricsLog
-from dynllava_jax.training.step import PREDICTORS, State, make_optimizer, make_train_step, split_frozen, state_shardings
+from dynllava_jax.training.step import (
+  NEVER_TRAINED,
+  PREDICTORS,
+  State,
+  make_optimizer,
+  make_train_step,
+  split_frozen,
+  state_shardings,
+)
 
 CHECKPOINTS = 'checkpoints'
 CONFIG_FILE = 'config.json'
@@ -44,24 +52,39 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   directory = (workdir / CHECKPOINTS).absolute()
   if checkpoint.all_steps(directory):
     check_same_run(cfg, workdir)
-    tokenizer_model = checkpoint.read_tokenizer(directory)
+    tokenizer_model, assets = checkpoint.read_tokenizer(directory), checkpoint.read_assets(directory)
+  elif cfg.init_from:
+    tokenizer_model, assets = inherited_tokenizer(cfg.init_from), checkpoint.read_assets(cfg.init_from)
   else:
-    tokenizer_model = inherited_tokenizer(cfg.init_from) if cfg.init_from else new_tokenizer(cfg.data, cfg.model.llama.vocab_size)
+    tokenizer_model, assets = new_tokenizer(cfg.data, cfg.model.llama.vocab_size), {}
   layout = LayOut(cfg.data, cfg.model.vision, tokenizer_model)
 
   # 2. State: the run's own newest step, else `init_from`, else random numbers.
   optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-  info = CheckpointInfo(model=cfg.model, stages=cfg.stages, sparsity=cfg.sparsity, conversation=cfg.data.conversation)
   with sharding.on_mesh(mesh):
     state, frozen = initial_state(cfg, optimizer, mesh, directory)
     first = int(state.step)
-    checkpoint.write_info(directory, info, tokenizer_model)
+    # The top of a CLIP tower that is never run: no use for the step, but an export needs it.
+    tail = {k: frozen.pop(k) for k in NEVER_TRAINED if k in frozen}
+    info = CheckpointInfo(
+      model=cfg.model,
+      stages=cfg.stages,
+      sparsity=cfg.sparsity,
+      conversation=cfg.data.conversation,
+      unused_vision_layers=bool(tail),
+    )
+    checkpoint.write_info(directory, info, tokenizer_model, assets)
     checkpoint.write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(cfg), indent=1).encode())
 
     # 3. The step, and what watches it.
     train_step = make_train_step(cfg, optimizer, mesh)
     policies = ocp.training.preservation_policies
-    saver = ocp.training.Checkpointer(directory, preservation_policy=policies.LatestN(1), cleanup_tmp_directories=True)
+    saver = ocp.training.Checkpointer(
+      directory,
+      preservation_policy=policies.LatestN(1),
+      cleanup_tmp_directories=True,
+      context=checkpoint.sealing_context(directory),
+    )
     stop = _StopRequest()
     log = MetricsLog(workdir, first)
 
@@ -69,7 +92,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       # force: by default Orbax passes over a step while the one before is still being written, the last one too.
       saver.save_checkpointables_async(
         int(state.step),
-        {'params': join_params(state.params | frozen), 'optimizer': {'step': state.step, 'opt_state': state.opt_state}},
+        {'params': join_params(state.params | frozen) | tail, 'optimizer': {'step': state.step, 'opt_state': state.opt_state}},
         force=True,
       )
 
@@ -116,7 +139,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
 def initial_state(
   cfg: TrainConfig, optimizer: Any, mesh: jax.sharding.Mesh, directory: pathlib.Path
 ) -> tuple[State, dict[str, Any]]:
-  """(state, frozen groups) of a new or resumed run, placed on the mesh.
+  """(state, frozen groups and, if there is one, the unused top of the CLIP tower) of a new or resumed run, on the mesh.
 
   Raises:
     ConfigError: `init_from` holds another model.
@@ -132,6 +155,7 @@ def initial_state(
       {'step': places.step, 'opt_state': places.opt_state},
     )
     folder, step = checkpoint.locate(directory)
+    checkpoint.check_integrity(folder / str(step), 'optimizer')
     stored = ocp.load_checkpointables(folder / str(step), {'optimizer': target})['optimizer']
     return State(stored['step'], trained, stored['opt_state']), frozen
 
@@ -160,10 +184,7 @@ def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
 
 
 def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Parameters of `init_from`. Predictors may be missing there; everything else must fit.
-
-  Layers of a CLIP tower that are never run are left behind: training has no use for them.
-  """
+  """Parameters of `init_from`. Predictors may be missing there; everything else must fit."""
   found = checkpoint.read_info(cfg.init_from)
   for part in ('vision', 'projector', 'llama'):
     ours, theirs = getattr(cfg.model, part), getattr(found.model, part)
@@ -171,7 +192,7 @@ def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
       raise ConfigError(f'config.init_from: {cfg.init_from} has another {part}: {theirs}, the config says {ours}')
   if found.model.predictor not in (None, cfg.model.predictor):
     raise ConfigError(f'config.init_from: {cfg.init_from} has other predictors: {found.model.predictor}')
-  left_out = ('vision_tail',) if cfg.model.predictor else ('vision_tail', *PREDICTORS)
+  left_out = () if cfg.model.predictor else PREDICTORS
   return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
 
 

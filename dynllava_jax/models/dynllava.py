@@ -22,6 +22,7 @@ from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.selection import gumbel_keep
+from dynllava_jax.sharding import unboxed
 
 
 @jax.tree_util.register_dataclass
@@ -344,6 +345,24 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
   prompt = Prompt(jnp.zeros((1, size), jnp.int32), jnp.full(1, size), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.uint32))
   params = DynLlava(cfg).init(key, pixels, prompt, method=everything)['params']
   return params | {'llama': {k.replace('stage_0', 'layers'): v for k, v in params['llama'].items()}}
+
+
+def init_predictors(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """Random `image_predictor` and `text_predictor` for a model that has none yet, without axis names."""
+  image_key, text_key = jax.random.split(key)
+  x = jnp.zeros((1, cfg.vision.num_patches, cfg.llama.hidden_size))
+  return unboxed(
+    {
+      'image_predictor': ImagePredictor(cfg.predictor, jnp.float32).init(image_key, x)['params'],
+      'text_predictor': TextPredictor(cfg.predictor, jnp.float32).init(text_key, x)['params'],
+    }
+  )
+
+
+def init_projector(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """A random `projector`, without axis names."""
+  x = jnp.zeros((1, cfg.vision.num_patches, cfg.vision.hidden_size))
+  return unboxed({'projector': Projector(cfg, jnp.float32).init(key, x)['params']})
 
 
 class VisionTail(nn.Module):
