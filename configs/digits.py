@@ -74,14 +74,9 @@ def dynamic() -> dict:
 
 
 def evaluate() -> dict:
-  runs = {name: dict(stages=stages(name)) for name in ('dynamic', 'uniform', 'random')}
-  # The dense reference is the model before it was made dynamic; the other rows are the dynamic checkpoint's.
-  dense = dict(dense=dict(stages=[dict(start=0)], checkpoint='runs/digits/base/checkpoints'))
-  runs['all_tokens'] = dict(stages=[dict(start=0)])
+  runs = dict(dense=dict(stages=[dict(start=0)])) | {n: dict(stages=stages(n)) for n in ('dynamic', 'uniform', 'random')}
   runs['dynamic']['stages'][1]['text_keep_budget'] = TEXT_KEEP_RATE
-  return dict(
-    data=DATA | dict(text_length=32), runs=dense | runs, questions=600, batch_size=100, max_new_tokens=96, seed=0, **HARDWARE
-  )
+  return dict(data=DATA | dict(text_length=32), runs=runs, questions=600, batch_size=100, max_new_tokens=96, seed=0, **HARDWARE)
 
 
 def get_config(name: str = 'base') -> ConfigDict:
