@@ -1,7 +1,7 @@
 """Checkpoints on disk.
 
     DIR/model.json            model, stage list and objective it was made for, conversation template, checksums
-    DIR/tokenizer.model       if the model has one
+    DIR/tokenizer.model       and the other files of its tokenizer (`config.TOKENIZER_FILES`), if it has one
     DIR/assets/...            files of the PyTorch checkpoint it came from, for the way back
     DIR/500/params/...        Orbax, parameters in checkpoint form (decoder layers in one stack)
     DIR/500/optimizer/...     only in training
@@ -18,19 +18,19 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from dynllava_jax.config import DENSE, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict
+from dynllava_jax.config import DENSE, TOKENIZER_FILES, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict
 from dynllava_jax.models.dynllava import abstract_params
 from dynllava_jax.sharding import shardings, unboxed
 
 FORMAT = 1
 MODEL_FILE = 'model.json'
-TOKENIZER_FILE = 'tokenizer.model'
 INTEGRITY_FILE = 'integrity.json'
 ASSETS = 'assets'
 UNFINISHED = '.orbax-checkpoint-tmp'  # what Orbax adds to the name of a step that it is writing
@@ -60,12 +60,13 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_info(
-  directory: pathlib.Path, info: CheckpointInfo, tokenizer: bytes | None = None, assets: dict[str, bytes] | None = None
+  directory: pathlib.Path,
+  info: CheckpointInfo,
+  tokenizer: Mapping[str, bytes] | None = None,
+  assets: Mapping[str, bytes] | None = None,
 ) -> None:
-  """Writes `model.json` and, if given, the tokenizer and the assets (by their path below `assets/`)."""
-  files = {f'{ASSETS}/{name}': content for name, content in (assets or {}).items()}
-  if tokenizer is not None:
-    files[TOKENIZER_FILE] = tokenizer
+  """Writes `model.json` and, if given, the files of the tokenizer and the assets (by their path below `assets/`)."""
+  files = {f'{ASSETS}/{name}': content for name, content in (assets or {}).items()} | dict(tokenizer or {})
   for name, content in files.items():
     write_atomically(directory / name, content)
   content = {'format': FORMAT} | to_dict(info) | {'files': {n: hashlib.sha256(c).hexdigest() for n, c in sorted(files.items())}}
@@ -137,10 +138,10 @@ def _read_model_file(directory: pathlib.Path) -> dict[str, Any]:
   return {'files': {}} | content
 
 
-def read_tokenizer(path: str | pathlib.Path) -> bytes | None:
-  """The tokenizer model stored with a checkpoint, if any."""
+def read_tokenizer(path: str | pathlib.Path) -> dict[str, bytes] | None:
+  """The files of the tokenizer stored with a checkpoint, for `data.tokenizer.load_tokenizer`; None if it has none."""
   directory = locate(path)[0]
-  return _read_file(directory, TOKENIZER_FILE) if (directory / TOKENIZER_FILE).exists() else None
+  return {name: _read_file(directory, name) for name in TOKENIZER_FILES if (directory / name).exists()} or None
 
 
 def read_assets(path: str | pathlib.Path) -> dict[str, bytes]:

@@ -17,6 +17,16 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_ID = -200  # stands for the image in token ids, as in LLaVA
 IGNORE = -100  # label of positions that are not supervised
+# Files that make up a tokenizer beside a Hugging Face model, and beside a checkpoint.
+TOKENIZER_FILES = (
+  'tokenizer.model',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+)
 
 
 class ConfigError(ValueError):
@@ -251,17 +261,57 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """Where samples come from and how they are batched."""
+  """Where samples come from and how they are batched.
+
+  Attributes:
+    source: name in `data.sources`: 'prepared', or one of the embedded ones.
+    path: folder written by `python -m dynllava_jax.data.prepare`, for 'prepared'.
+    images: where the image files lie, if the prepared folder holds only their paths.
+    tokenizer: folder with the tokenizer's files, if `init_from` brings none.
+    conversation: template, a name in `data.conversation.TEMPLATES`.
+    text_length: largest text bucket, in tokens besides the image's.
+    buckets: further, smaller ones; each is one more compiled program.
+    group_lengths: put samples of like lengths into one batch.
+    truncate: cut what is longer than the largest bucket, as LLaVA does, instead of counting it as bad.
+    on_bad_sample: 'error' starts no run on data with samples that cannot be used, 'skip' leaves them out and counts them.
+    images_only: leave samples without image out.
+    image_aspect: 'pad' (LLaVA-1.5) or 'square', see `data.images.preprocess`.
+    rotate_images: turn pictures as their EXIF orientation says; LLaVA does not.
+    shuffle: a new permutation every epoch; off where the source's order is a curriculum.
+    workers: grain worker processes; 0 reads in threads.
+  """
 
   source: str = 'digits'
+  path: str = ''
+  images: str = ''
+  tokenizer: str = ''
   conversation: str = 'plain_turns'
-  text_length: int = 128  # text bucket: tokens besides the image tokens
-  shuffle: bool = True  # a new permutation every epoch; off where the source's order is a curriculum
-  workers: int = 0  # grain worker processes; 0 reads in threads
+  text_length: int = 128
+  buckets: tuple[int, ...] = ()
+  group_lengths: bool = False
+  truncate: bool = False
+  on_bad_sample: str = 'error'
+  images_only: bool = False
+  image_aspect: str = 'pad'
+  rotate_images: bool = False
+  shuffle: bool = True
+  workers: int = 0
 
   def __post_init__(self):
     _require_positive(self, 'data: ', 'text_length')
     _require(self.workers >= 0, f'data: workers is {self.workers}, expected 0 or more')
+    lengths = (0, *self.buckets, self.text_length)
+    _require(
+      list(lengths) == sorted(set(lengths)),
+      f'data: buckets {self.buckets} must ascend and stay below text_length {self.text_length}',
+    )
+    _require(self.on_bad_sample in ('error', 'skip'), f'data: on_bad_sample is {self.on_bad_sample!r}, expected error or skip')
+    _require(self.image_aspect in ('pad', 'square'), f'data: image_aspect is {self.image_aspect!r}, expected pad or square')
+
+  @property
+  def text_buckets(self) -> tuple[int, ...]:
+    """All text buckets, ascending."""
+    return (*self.buckets, self.text_length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,7 +334,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
-  """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts)."""
+  """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts).
+
+  Attributes:
+    image_keep_rate, text_keep_rate: shares of the image and of the generated tokens to keep.
+    mask_loss_weight: of the squared distances from these shares.
+    min_answer_len: tokens; shorter answers are kept whole.
+    tau_start, tau_end: temperature of the first and of the last step.
+    dense_share: chance of a row to be trained with all its tokens, so that the same weights also run dense (ours; the
+      paper has none).
+  """
 
   image_keep_rate: float = 0.2
   text_keep_rate: float = 0.5
@@ -292,8 +351,10 @@ class SparsityConfig:
   min_answer_len: int = 50
   tau_start: float = 1.0
   tau_end: float = 0.1
+  dense_share: float = 0.0
 
   def __post_init__(self):
+    _require(0 <= self.dense_share < 1, f'sparsity.dense_share is {self.dense_share}, expected a share in [0, 1)')
     for name in ('image_keep_rate', 'text_keep_rate'):
       value = getattr(self, name)
       _require(0 < value <= 1, f'sparsity.{name} is {value}, expected a share in (0, 1]')
@@ -323,6 +384,7 @@ class TrainConfig:
   def __post_init__(self):
     check_stages(self.stages, self.model)
     check_trainable_stages(self.stages)
+    _require(not (self.init_from and self.data.tokenizer), 'data.tokenizer: init_from brings its own; leave one of them empty')
     _require_positive(self, '', 'batch_size', 'steps', 'log_every', 'save_every')
     _require(self.seed >= 0, f'seed is {self.seed}, expected 0 or more')
     for stage in self.stages:

@@ -1,5 +1,6 @@
 """Training, from top to bottom."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -13,9 +14,9 @@ from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
-from dynllava_jax.config import ConfigError, TrainConfig, to_dict
+from dynllava_jax.config import TOKENIZER_FILES, ConfigError, TrainConfig, to_dict
 from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
-from dynllava_jax.data.sources import new_tokenizer, training_source
+from dynllava_jax.data.sources import TrainingData, new_tokenizer, training_data
 from dynllava_jax.models.dynllava import abstract_params, cut_params, init_params, join_params
 from dynllava_jax.training.metrics import Display, MetricsLog
 from dynllava_jax.training.step import (
@@ -30,6 +31,7 @@ from dynllava_jax.training.step import (
 
 CHECKPOINTS = 'checkpoints'
 CONFIG_FILE = 'config.json'
+SKIPPED_FILE = 'skipped.json'  # samples left out, by reason
 MAY_CHANGE = ('mesh', 'log_every', 'save_every', 'init_from', 'remat')  # between start and resumption
 
 
@@ -48,16 +50,16 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   # 1. Mesh and data.
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_batch(cfg.batch_size, mesh)
-  source = training_source(cfg.data, cfg.seed)
   directory = (workdir / CHECKPOINTS).absolute()
   if checkpoint.all_steps(directory):
     check_same_run(cfg, workdir)
-    tokenizer_model, assets = checkpoint.read_tokenizer(directory), checkpoint.read_assets(directory)
+    tokenizer, assets = checkpoint.read_tokenizer(directory), checkpoint.read_assets(directory)
   elif cfg.init_from:
-    tokenizer_model, assets = inherited_tokenizer(cfg.init_from), checkpoint.read_assets(cfg.init_from)
+    tokenizer, assets = inherited_tokenizer(cfg.init_from), checkpoint.read_assets(cfg.init_from)
   else:
-    tokenizer_model, assets = new_tokenizer(cfg.data, cfg.model.llama.vocab_size), {}
-  layout = LayOut(cfg.data, cfg.model.vision, tokenizer_model)
+    tokenizer, assets = new_tokenizer(cfg.data, cfg.model.llama.vocab_size), {}
+  training = training_data(cfg.data, cfg.model.vision, tokenizer, batch_size=cfg.batch_size, seed=cfg.seed)
+  layout = LayOut(cfg.data, cfg.model.vision, tokenizer)
 
   # 2. State: the run's own newest step, else `init_from`, else random numbers.
   optimizer = make_optimizer(cfg.optimizer, cfg.steps)
@@ -73,7 +75,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       conversation=cfg.data.conversation,
       unused_vision_layers=bool(tail),
     )
-    checkpoint.write_info(directory, info, tokenizer_model, assets)
+    checkpoint.write_info(directory, info, tokenizer, assets)
     checkpoint.write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(cfg), indent=1).encode())
 
     # 3. The step, and what watches it.
@@ -98,10 +100,11 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
 
     # 4. The loop: batch, step, log, save.
     try:
-      with Display(workdir.name, cfg.steps, first) as display:
+      batches = training_batches(training, layout, batch_size=cfg.batch_size, step=first)
+      with contextlib.closing(batches), Display(workdir.name, cfg.steps, first) as display:
+        display.say(describe_data(training, workdir))
         if first:
           display.say(f'{workdir}: ' + ('finished already' if first >= cfg.steps else f'goes on from step {first}'))
-        batches = training_batches(source, layout, batch_size=cfg.batch_size, seed=cfg.seed, step=first)
         since, tokens = time.monotonic(), 0
         for step in range(first + 1, cfg.steps + 1):
           batch = next(batches)
@@ -134,6 +137,17 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       saver.close()
       log.close()
       stop.restore()
+
+
+def describe_data(training: TrainingData, workdir: pathlib.Path) -> str:
+  """What an epoch is made of, as text; the ids of samples left out go to `skipped.json`."""
+  lines = [f'data: {training.order.whole:,} of {len(training.source):,} samples per epoch']
+  if training.skipped:
+    checkpoint.write_atomically(workdir / SKIPPED_FILE, json.dumps(training.skipped, indent=1).encode())
+    counts = ', '.join(f'{len(ids)} {reason}' for reason, ids in training.skipped.items())
+    lines.append(f'left out: {counts}; ids in {workdir / SKIPPED_FILE}')
+  lines += [f'text bucket {u.text_length}: {u.batches:,} batches, {u.padding:.0%} padding' for u in training.order.bucket_plan()]
+  return '\n'.join(lines)
 
 
 def initial_state(
@@ -196,14 +210,14 @@ def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
 
 
-def inherited_tokenizer(path: str) -> bytes:
+def inherited_tokenizer(path: str) -> dict[str, bytes]:
   """The tokenizer that `init_from` was trained with; ConfigError if it has none."""
   try:
     tokenizer = checkpoint.read_tokenizer(path)
   except CheckpointError as e:
     raise ConfigError(f'config.init_from: {e}') from None
   if tokenizer is None:
-    raise ConfigError(f"config.init_from: {path} has no {checkpoint.TOKENIZER_FILE}; put the model's tokenizer there")
+    raise ConfigError(f'config.init_from: {path} has no tokenizer; put its files there: {", ".join(TOKENIZER_FILES[:3])}')
   return tokenizer
 
 

@@ -20,7 +20,7 @@ def written(tmp_path_factory, tiny_params):
   """One converted checkpoint, and one as training writes it."""
   converted, trained = tmp_path_factory.mktemp('converted') / 'c', tmp_path_factory.mktemp('trained') / 't'
   convert(Request(src=GOLDEN / 'public_b' / 'checkpoint'), converted)
-  checkpoint.write_info(trained, CheckpointInfo(model=presets.TINY), b'tokenizer', {'config.json': b'{}'})
+  checkpoint.write_info(trained, CheckpointInfo(model=presets.TINY), {'tokenizer.model': b'tokenizer'}, {'config.json': b'{}'})
   with ocp.training.Checkpointer(trained, context=checkpoint.sealing_context(trained)) as saver:
     for step in (1, 2):
       saver.save_checkpointables_async(step, {'params': tiny_params, 'optimizer': {'step': jax.numpy.int32(step)}}, force=True)
@@ -89,7 +89,8 @@ def test_damaged_checksums(damaged):
 
 def test_damaged_tokenizer_and_assets(written, tmp_path):
   directory = shutil.copytree(written['trained'], tmp_path / 'copy')
-  assert checkpoint.read_tokenizer(directory) == b'tokenizer' and checkpoint.read_assets(directory) == {'config.json': b'{}'}
+  assert checkpoint.read_tokenizer(directory) == {'tokenizer.model': b'tokenizer'}
+  assert checkpoint.read_assets(directory) == {'config.json': b'{}'}
   (directory / 'tokenizer.model').write_bytes(b'Tokenizer')
   (directory / 'assets' / 'config.json').unlink()
   with pytest.raises(CheckpointError, match='tokenizer.model: damaged'):

@@ -12,7 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 from dynllava_jax import checkpoint
-from dynllava_jax.checkpoint import TOKENIZER_FILE, CheckpointInfo
+from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert import export_configs
 from dynllava_jax.convert.convert import DTYPES, check_destination, new_directory, with_progress
 from dynllava_jax.convert.layouts import Layout, canonical, to_llava_hf
@@ -100,7 +100,7 @@ def export(
   dst = dst.absolute()
   check_destination(dst, overwrite, src, vision)
   info, assets = checkpoint.read_info(src), checkpoint.read_assets(src)
-  tokenizer = checkpoint.read_tokenizer(src)
+  tokenizer = checkpoint.read_tokenizer(src) or {}
   directory, step = checkpoint.locate(src)
   info = _exported_model(info, layout, drop_predictors)
   checkpoint.check_integrity(directory / str(step), 'params')
@@ -202,17 +202,15 @@ def base_config(layout: str, assets: dict[str, bytes]) -> dict:
 
 
 def _files(
-  info: CheckpointInfo, layout: str, dtype: str, dst: pathlib.Path, tokenizer: bytes | None, assets: dict[str, bytes]
+  info: CheckpointInfo, layout: str, dtype: str, dst: pathlib.Path, tokenizer: dict[str, bytes], assets: dict[str, bytes]
 ) -> dict[str, bytes]:
   base = base_config(layout, assets)
-  own = {n: c for n, c in assets.items() if '/' not in n and n != 'config.json'}
+  own = tokenizer | {n: c for n, c in assets.items() if '/' not in n and n != 'config.json'}
   generic = {
     'config.json': export_configs.clip_config(info.model.vision, dtype),
     'preprocessor_config.json': export_configs.preprocessor_config(info.model.vision),
   }
   tower = {n: assets.get(f'vision/{n}') or json.dumps(c, indent=1).encode() for n, c in generic.items()}
-  if tokenizer is not None:
-    own[TOKENIZER_FILE] = tokenizer
   if layout == 'llava-hf':
     config = export_configs.llava_hf_config(info, base, dtype)
     if export_configs.UNPADDED in config:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dynllava_jax.checkpoint import TOKENIZER_FILE, CheckpointInfo
-from dynllava_jax.config import ConfigError, ModelConfig, PredictorConfig, SparsityConfig, VisionConfig
+from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import TOKENIZER_FILES, ConfigError, ModelConfig, PredictorConfig, SparsityConfig, VisionConfig
 from dynllava_jax.convert.configs import PUBLISHED_TOWERS, dynamic_stages, model_info, vision_config
 from dynllava_jax.convert.export_configs import UNPADDED
 from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical, detect
@@ -21,10 +21,6 @@ from dynllava_jax.models.dynllava import init_predictors, init_projector
 CARRIED = (
   'config.json',
   'generation_config.json',
-  'tokenizer_config.json',
-  'tokenizer.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
   'preprocessor_config.json',
   'processor_config.json',
   'chat_template.json',
@@ -73,7 +69,7 @@ class Source:
   layout: str
   info: CheckpointInfo
   tensors: list[tuple[str, Tensor]]
-  tokenizer: bytes | None
+  tokenizer: dict[str, bytes]
   assets: dict[str, bytes]
   notes: list[str]
 
@@ -265,13 +261,16 @@ def _fresh(params: dict[str, Any], rules, dtype: np.dtype, seed: int) -> list[tu
   return fresh
 
 
-def _carried(directories: list[pathlib.Path], tower: pathlib.Path | None) -> tuple[bytes | None, dict[str, bytes]]:
-  """(tokenizer.model, other files to carry along); later directories win."""
-  assets, tokenizer = {}, None
+def _carried(directories: list[pathlib.Path], tower: pathlib.Path | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
+  """(the tokenizer's files, other files to carry along); later directories win."""
+  tokenizer, assets = {}, {}
   for directory in directories:
-    assets |= {n: (directory / n).read_bytes() for n in CARRIED if (directory / n).exists()}
-    if (directory / TOKENIZER_FILE).exists():
-      tokenizer = (directory / TOKENIZER_FILE).read_bytes()
+    assets |= _read_present(directory, CARRIED)
+    tokenizer |= _read_present(directory, TOKENIZER_FILES)
   if tower is not None:
-    assets |= {f'vision/{n}': (tower / n).read_bytes() for n in TOWER_CARRIED if (tower / n).exists()}
+    assets |= {f'vision/{n}': content for n, content in _read_present(tower, TOWER_CARRIED).items()}
   return tokenizer, assets
+
+
+def _read_present(directory: pathlib.Path, names: tuple[str, ...]) -> dict[str, bytes]:
+  return {n: (directory / n).read_bytes() for n in names if (directory / n).is_file()}

@@ -4,7 +4,7 @@ import pathlib
 
 from dynllava_jax import checkpoint
 from dynllava_jax.config import EvalConfig
-from dynllava_jax.data.tokenizer import Tokenizer
+from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.evals import digits
 from dynllava_jax.evals.figures import tokens_figure
 from dynllava_jax.evals.runner import evaluate
@@ -29,6 +29,6 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path) -> None:
   model = checkpoint.read_info(path).model
   title = f'{name}: image tokens kept (bright) and generated tokens dropped (grey), first questions of the test split'
   figure = tokens_figure(
-    long[:PICTURED_LONG] + short[:PICTURED_SHORT], Tokenizer(checkpoint.read_tokenizer(path)), model.vision.patch_size, title
+    long[:PICTURED_LONG] + short[:PICTURED_SHORT], load_tokenizer(checkpoint.read_tokenizer(path)), model.vision.patch_size, title
   )
   save_figure(figure, out / 'tokens.png')

@@ -22,7 +22,7 @@ from dynllava_jax.data.batches import Batch, make_row, stack
 from dynllava_jax.data.pipeline import to_mesh
 from dynllava_jax.data.samples import Sample
 from dynllava_jax.data.sources import questions
-from dynllava_jax.data.tokenizer import Tokenizer
+from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dynllava_jax.evals import costs, digits
 from dynllava_jax.generate import Generated, Generator
 from dynllava_jax.models.dynllava import Prompt
@@ -125,10 +125,10 @@ def load_model(name: str, run: EvalRun, path: str) -> tuple[CheckpointInfo, Toke
     check_stages(run.stages, info.model)
   except ConfigError as e:
     raise ConfigError(f'config.runs.{name}: {e}') from None
-  model = checkpoint.read_tokenizer(path)
-  if model is None:
-    raise CheckpointError(f'{path}: has no {checkpoint.TOKENIZER_FILE}; this evaluation needs the one it was trained with')
-  return info, Tokenizer(model)
+  files = checkpoint.read_tokenizer(path)
+  if files is None:
+    raise CheckpointError(f'{path}: has no tokenizer; this evaluation needs the one it was trained with')
+  return info, load_tokenizer(files)
 
 
 def answer_all(
