@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-WORDS = 'a red bus on the street near two small dogs and an old house with green trees'.split()
+WORDS = ('a', 'red', 'bus', 'on', 'the', 'street', 'near', 'two', 'small', 'dogs', 'and', 'an', 'old', 'house', 'with', 'trees')
 
 
 def turns(*texts):
