@@ -11,7 +11,6 @@ a temporary name and renames it, so an interrupted save leaves no step behind.
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -20,6 +19,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax.config import DENSE, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict
+from dynllava_jax.files import write_atomically
 from dynllava_jax.models.dynllava import abstract_params
 from dynllava_jax.sharding import shardings, unboxed
 
@@ -41,14 +41,6 @@ class CheckpointInfo:
   sparsity: SparsityConfig = SparsityConfig()
   conversation: str = 'vicuna_v1'
   unused_vision_layers: bool = False  # the never-run top of the CLIP tower is stored too
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-  """Writes to a temporary name in the same folder, then renames."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_bytes(content)
-  os.replace(temporary, path)
 
 
 def write_info(directory: pathlib.Path, info: CheckpointInfo, tokenizer: bytes | None = None) -> None:
