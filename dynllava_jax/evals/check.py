@@ -21,7 +21,7 @@ def inspect(benchmark: Benchmark, root: pathlib.Path) -> list[tuple[str, str, st
   found = []
   for needed in benchmark.needed:
     path = folder.find(*needed.paths)
-    where = f'{needed.what}: {path or root / benchmark.folders[0] / needed.paths[0]}'
+    where = f'{needed.what}: {path.relative_to(root) if path else pathlib.Path(benchmark.folders[0], needed.paths[0])}'
     found.append((where, OK if path else MISSING, '' if path else needed.source))
   try:
     questions = benchmark.questions(folder)

@@ -17,6 +17,8 @@ def prediction(text: str) -> str:
 
 
 class Gqa(Lines):
+  """Exact match on testdev balanced; `binary` and `open` questions apart."""
+
   name = 'gqa'
   metric = 'accuracy in %, exact match'
   folders = ('gqa',)

@@ -9,6 +9,8 @@ from dynllava_jax.evals.folders import Folder
 
 
 class LlavaBench(Lines):
+  """Sixty open questions over 24 images."""
+
   name = 'llava_bench'
   metric = 'none offline: GPT-4-0314 judges (eval_gpt_review_bench.py of LLaVA)'
   folders = ('llava-bench-in-the-wild',)
@@ -25,6 +27,8 @@ class LlavaBench(Lines):
 
 
 class MmVet(Lines):
+  """218 open questions; the submission is what its notebook reads."""
+
   name = 'mmvet'
   metric = 'none offline: GPT-4 grades (mm-vet_evaluator of MM-Vet)'
   folders = ('mm-vet', 'mmvet')

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Stands in for the Punkt model where that is absent: a period after these does not end a sentence.
-ABBREVIATIONS = frozenset('a.m p.m e.g i.e etc vs mr mrs ms dr st no u.s u.k jr sr prof inc ltd co approx fig'.split())
+ABBREVIATIONS = frozenset('a.m p.m e.g i.e etc vs mr mrs ms dr st no u.s u.k jr sr prof inc ltd co approx fig'.split())  # noqa: SIM905
 
 
 class Synonyms:

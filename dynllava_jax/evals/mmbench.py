@@ -42,6 +42,8 @@ def is_empty(cell: str | None) -> bool:
 
 
 class MmBench(Benchmark):
+  """The English dev split."""
+
   name = 'mmbench'
   metric = 'plain accuracy in % on dev, by letter (not the CircularEval with ChatGPT of the leaderboard)'
   folders = ('mmbench',)
@@ -118,6 +120,8 @@ class MmBench(Benchmark):
 
 
 class MmBenchCn(MmBench):
+  """The Chinese dev split."""
+
   name = 'mmbench_cn'
   folders = ('mmbench_cn', 'mmbench')
   table = 'mmbench_dev_cn_20231003.tsv'

@@ -58,6 +58,8 @@ def _key(category: str, stem: str, question: str) -> Hashable:
 
 
 class Mme(Lines):
+  """Per category accuracy and accuracy+ (both questions of an image right)."""
+
   name = 'mme'
   metric = 'perception: sum over 10 categories of accuracy + accuracy+, of 2000'
   headline = 'perception'

@@ -41,6 +41,8 @@ def rates(c: Mapping[str, float]) -> dict[str, float]:
 
 
 class Pope(Lines):
+  """Questions and labels are joined by category, image and wording."""
+
   name = 'pope'
   metric = 'mean F1 of adversarial, popular and random, in %'
   headline = 'f1'

@@ -41,6 +41,8 @@ def choice(letter: str, count: int) -> int:
 
 
 class ScienceQa(Benchmark):
+  """Questions with and without image; right letters from the question file's own answers."""
+
   name = 'scienceqa'
   metric = 'accuracy in % on questions with an image'
   headline = 'image'

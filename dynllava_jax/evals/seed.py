@@ -20,6 +20,8 @@ def number(question_id: str | int) -> str:
 
 
 class Seed(Lines):
+  """Exact match of the letter, per question type and medium."""
+
   name = 'seed'
   metric = 'accuracy in % over images and videos'
   folders = ('seed_bench',)
@@ -31,9 +33,7 @@ class Seed(Lines):
     Needed((question_file,), LLAVA_EVAL),
     Needed((LABELS,), SITE, 'labels'),
     Needed(('SEED-Bench-image',), SITE, 'images'),
-    Needed(
-      ('SEED-Bench-video-image',), f'{SITE}, then the middle frame of every video (extract_video_frames.py of LLaVA)', 'images'
-    ),
+    Needed(('SEED-Bench-video-image',), f'{SITE}, then the middle frame of every video', 'images'),
   )
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:

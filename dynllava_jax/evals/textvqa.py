@@ -28,6 +28,8 @@ def question_of(prompt: str) -> str:
 
 
 class TextVqa(VqaAccuracy, Lines):
+  """Joined by image and question, since image ids repeat."""
+
   name = 'textvqa'
   metric = 'VQA accuracy in %, OCR tokens in the prompt'
   folders = ('textvqa',)

@@ -37,6 +37,8 @@ class VqaAccuracy(Benchmark):
 
 
 class Vqav2(Lines):
+  """The test-dev questions; the server wants all of the test split."""
+
   name = 'vqav2'
   metric = 'none offline: submit to https://eval.ai/web/challenges/challenge-page/830'
   folders = ('vqav2',)
@@ -59,6 +61,8 @@ class Vqav2(Lines):
 
 
 class Vizwiz(Lines):
+  """The test questions."""
+
   name = 'vizwiz'
   metric = 'none offline: submit to https://eval.ai/web/challenges/challenge-page/2185'
   folders = ('vizwiz',)
@@ -79,6 +83,8 @@ class Vizwiz(Lines):
 
 
 class Vqav2Val(VqaAccuracy):
+  """The validation questions of the VQA site with the suffix of LLaVA."""
+
   name = 'vqav2_val'
   folders = ('vqav2',)
   images = ('val2014',)
@@ -115,6 +121,8 @@ class Vqav2Val(VqaAccuracy):
 
 
 class VizwizVal(VqaAccuracy):
+  """The validation questions of the VizWiz site with the suffixes of LLaVA."""
+
   name = 'vizwiz_val'
   folders = ('vizwiz',)
   images = ('val',)
@@ -127,7 +135,7 @@ class VizwizVal(VqaAccuracy):
 
   def _rows(self, folder: Folder) -> list[tuple]:
     path = folder.need_labels('val.json', 'Annotations/val.json')
-    return [fields(r, ('image', 'question', 'answers'), f'{path}, row {i}') + (r,) for i, r in enumerate(read_json(path), 1)]
+    return [(*fields(r, ('image', 'question', 'answers'), f'{path}, row {i}'), r) for i, r in enumerate(read_json(path), 1)]
 
   def questions(self, folder: Folder) -> list[Question]:
     result = []

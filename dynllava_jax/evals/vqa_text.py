@@ -12,7 +12,7 @@ ANNOTATORS = 10
 PERIODS_REMOVED = 32  # the original passes a regex flag of this value where a count belongs
 PERIOD = re.compile(r'\.(?!\d)')
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-NUMBERS = dict(zip('none zero one two three four five six seven eight nine ten'.split(), map(str, [0, *range(11)])))
+NUMBERS = dict(zip('none zero one two three four five six seven eight nine ten'.split(), map(str, [0, *range(11)])))  # noqa: SIM905
 ARTICLES = ('a', 'an', 'the')
 
 # Every contraction is also known without any one of its apostrophes, but not without all of several.
@@ -24,7 +24,7 @@ someone'll someone's something'd something'd've something'll that's there'd ther
 they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
 who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
 you'd've you'll you're you've
-""".split()
+""".split()  # noqa: SIM905
 CONTRACTIONS = {w[:i] + w[i + 1 :]: w for w in _CONTRACTIONS for i, c in enumerate(w) if c == "'"}
 CONTRACTIONS |= {"somebody'd": 'somebodyd'}  # backwards in the original too
 

@@ -187,7 +187,7 @@ def test_shares_of_hosts(case):
   else:
     shares = [share(items, count, i) for i in range(count)]
     assert [s for s in shares if s] == case.get('chunks', [])
-    assert sum(shares, []) == items
+    assert [i for s in shares for i in s] == items
 
 
 def test_perplexity():
