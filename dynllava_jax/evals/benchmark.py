@@ -6,6 +6,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from dynllava_jax.config import EvalConfig
 from dynllava_jax.evals.folders import Folder, fields, read_lines
 
 WORD = 'Answer the question using a single word or phrase.'
@@ -27,6 +28,7 @@ class Question:
     image: file, encoded bytes, decoded uint8[H, W, 3] array, or None.
     extra: further fields of an answer row.
     reference: answer(s) that perplexity is computed for, one per round; empty for none.
+    long: a long answer is expected; such questions share batches.
   """
 
   id: str | int
@@ -35,6 +37,7 @@ class Question:
   image: Any = None
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   reference: tuple[str, ...] = ()
+  long: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,11 @@ class Benchmark:
   last_answer_wins: ClassVar[bool] = False
   notes: ClassVar[tuple[str, ...]] = ()
 
+  def configured(self, cfg: EvalConfig) -> 'Benchmark':
+    """The benchmark as a config wants it."""
+    del cfg
+    return self
+
   def questions(self, folder: Folder) -> list[Question]:
     """Questions in file order; DataError for what is missing or malformed."""
     raise NotImplementedError
@@ -140,18 +148,17 @@ class Lines(Benchmark):
   question_file: ClassVar[str]
 
   def questions(self, folder: Folder) -> list[Question]:
-    path = folder.need(self.question_file)
+    path, images = folder.need(self.question_file), image_folder(folder, self.images)
     result = []
     for i, row in enumerate(read_lines(path), 1):
       id_, image, text = fields(row, ('question_id', 'image', 'text'), f'{path}, row {i}')
-      result.append(Question(id_, (text,), text, find_image(folder, self.images, image)))
+      result.append(Question(id_, (text,), text, images / image))
     return result
 
 
-def find_image(folder: Folder, places: tuple[str, ...], name: str) -> pathlib.Path:
-  """Path of an image in the first of the benchmark's image folders; it need not exist yet."""
-  base = folder.find(*places)
-  return (base or folder.root / folder.names[0] / places[0]) / name
+def image_folder(folder: Folder, places: tuple[str, ...]) -> pathlib.Path:
+  """The first of the benchmark's image folders that exists, else where it should be."""
+  return folder.find(*places) or folder.root / folder.names[0] / places[0]
 
 
 def canonical(prompt: str) -> str:

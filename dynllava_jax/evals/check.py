@@ -52,7 +52,7 @@ def run(root: pathlib.Path, names: list[str]) -> int:
   for column in ('benchmark', 'what', 'state', 'where to get it'):
     table.add_column(column, overflow='fold')
   complete = 0
-  chosen = [suite.get(n) for n in names] if names else list(suite.BENCHMARKS.values())
+  chosen = [suite.get(n) for n in names] if names else [b for b in suite.BENCHMARKS.values() if b.needed]
   for benchmark in chosen:
     rows = inspect(benchmark, root)
     complete += all(state == OK for _, state, _ in rows)

@@ -13,7 +13,7 @@ COGNITION = ('commonsense_reasoning', 'numerical_calculation', 'text_translation
 CATEGORIES = PERCEPTION + COGNITION
 SITE = 'https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation'
 RELEASE = ('MME_Benchmark_release_version/MME_Benchmark', 'MME_Benchmark_release_version')
-RESULTS = ('eval_tool/Your_Results', 'eval_tool/LaVIN', 'eval_tool/answers/llava-v1.5-13b')
+RESULTS = ('eval_tool/Your_Results', 'eval_tool/LaVIN', 'eval_tool/answers/llava-v1.5-13b', 'eval_tool')
 
 
 def parse(text: str) -> str:
@@ -53,6 +53,17 @@ def _lines(path: pathlib.Path) -> list[list[str]]:
   return [[c.strip() for c in line.split('\t')] for line in path.read_text(encoding='utf-8').split('\n') if line.strip()]
 
 
+def find_labels(folder: Folder) -> pathlib.Path:
+  """The first place that has labels of every category; the release may be there with its images alone."""
+  if folder.labels:
+    return folder.need_labels()
+  for place in RELEASE + RESULTS:
+    path = folder.find(place)
+    if path and all((path / f'{c}.txt').is_file() or next((path / c).rglob('*.txt'), None) for c in CATEGORIES):
+      return path
+  return folder.need(*RELEASE, *RESULTS)
+
+
 def _key(category: str, stem: str, question: str) -> Hashable:
   return category, stem, canonical(question)
 
@@ -77,7 +88,7 @@ class Mme(Lines):
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
     del problems
     golds = {}
-    for category, stem, question, label in read_labels(folder.need_labels(*RELEASE, *RESULTS)):
+    for category, stem, question, label in read_labels(find_labels(folder)):
       key = _key(category, stem, question)
       golds[key] = Gold(key, (category, label), cluster=(category, stem))
     return list(golds.values())
@@ -103,7 +114,7 @@ class Mme(Lines):
     return {'perception': total(PERCEPTION), 'cognition': total(COGNITION)} | scores
 
   def submission(self, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
-    labels = {_key(c, s, q): (c, s, q, a) for c, s, q, a in read_labels(folder.need_labels(*RELEASE, *RESULTS))}
+    labels = {_key(c, s, q): (c, s, q, a) for c, s, q, a in read_labels(find_labels(folder))}
     tables = {c: [] for c in CATEGORIES}
     for row in sorted(rows, key=lambda r: str(r['question_id'])):
       category, stem, question, label = labels[self.key(row)]

@@ -1,5 +1,6 @@
 """ScienceQA, test split: multiple choice; the reported number is that of the questions with an image."""
 
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,13 +16,14 @@ from dynllava_jax.evals.benchmark import (
   Question,
   add_counts,
   canonical,
+  image_folder,
   rates,
 )
 from dynllava_jax.evals.folders import Folder, fields, read_json
 
 OPTIONS = 'ABCDE'
 FAILED = 'FAILED'
-QUESTIONS = 'llava_test_CQM-A.json'
+QUESTIONS, PROBLEMS, SPLITS = 'llava_test_CQM-A.json', 'problems.json', 'pid_splits.json'
 SITE = 'https://github.com/lupantech/ScienceQA'
 
 
@@ -55,7 +57,7 @@ class ScienceQa(Benchmark):
     Needed(('images/test', 'images'), SITE, 'images'),
   )
 
-  def _rows(self, folder: Folder, path) -> list[tuple[str, str, str, str | None]]:
+  def _rows(self, path: pathlib.Path) -> list[tuple[str, str, str, str | None]]:
     """(id, question, right letter, image) of every question."""
     rows = []
     for i, row in enumerate(read_json(path), 1):
@@ -67,19 +69,30 @@ class ScienceQa(Benchmark):
     return rows
 
   def questions(self, folder: Folder) -> list[Question]:
-    base = folder.find(*self.images) or folder.root / self.folders[0] / self.images[0]
+    base = image_folder(folder, self.images)
     result = []
-    for id_, text, _, image in self._rows(folder, folder.need(QUESTIONS)):
+    for id_, text, _, image in self._rows(folder.need(QUESTIONS)):
       text = f'{text}\n{LETTER}'
       result.append(Question(id_, (text,), f'<image>\n{text}' if image else text, base / image if image else None))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
     del problems
+    path = folder.need_labels(QUESTIONS, PROBLEMS)
+    if path.name == PROBLEMS:
+      return self._from_problems(path, folder.need(SPLITS))
     return [
-      Gold(id_, (['image' if image else 'text'], letter), canonical(text))
-      for id_, text, letter, image in self._rows(folder, folder.need_labels(QUESTIONS))
+      Gold(id_, (['image' if image else 'text'], letter), canonical(text)) for id_, text, letter, image in self._rows(path)
     ]
+
+  def _from_problems(self, path: pathlib.Path, splits: pathlib.Path) -> list[Gold]:
+    """The labels as ScienceQA publishes them."""
+    problems, golds = read_json(path), []
+    for id_ in fields(read_json(splits), ('test',), str(splits))[0]:
+      answer, question = fields(problems.get(id_, {}), ('answer', 'question'), f'{path}, problem {id_}')
+      kind = 'image' if problems[id_].get('image') else 'text'
+      golds.append(Gold(str(id_), ([kind], OPTIONS[answer]), canonical(question)))
+    return golds
 
   def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:
     ((groups, letter), text), *_ = answers

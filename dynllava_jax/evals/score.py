@@ -125,7 +125,7 @@ def run(cfg: EvalConfig, path: pathlib.Path, data: pathlib.Path, allow_partial: 
     ConfigError: unknown benchmark.
     DataError: see `score_file`.
   """
-  benchmark = suite.get(cfg.benchmark)
+  benchmark = suite.get(cfg.benchmark).configured(cfg)
   folder = Folder(data, benchmark.folders, cfg.labels)
   result = score_file(benchmark, folder, path, allow_partial)
   if out is None:

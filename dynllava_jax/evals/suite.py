@@ -2,6 +2,7 @@
 
 from dynllava_jax.config import ConfigError
 from dynllava_jax.evals.benchmark import Benchmark
+from dynllava_jax.evals.digits import Digits
 from dynllava_jax.evals.gqa import Gqa
 from dynllava_jax.evals.judged import LlavaBench, MmVet
 from dynllava_jax.evals.mmbench import MmBench, MmBenchCn
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     Seed,
     LlavaBench,
     MmVet,
+    Digits,
   )
 }
 

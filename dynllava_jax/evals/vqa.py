@@ -17,7 +17,7 @@ from dynllava_jax.evals.benchmark import (
   Question,
   add_counts,
   canonical,
-  find_image,
+  image_folder,
   rates,
 )
 from dynllava_jax.evals.folders import Folder, fields, read_json, read_lines
@@ -99,12 +99,12 @@ class Vqav2Val(VqaAccuracy):
   notes = ('The 78.5 and 80.0 of the LLaVA table are test-dev; val2014 is in the training mixture of LLaVA-1.5.',)
 
   def questions(self, folder: Folder) -> list[Question]:
-    path = folder.need(self.question_file)
+    path, images = folder.need(self.question_file), image_folder(folder, self.images)
     result = []
     for i, row in enumerate(read_json(path)['questions'], 1):
       id_, image, text = fields(row, ('question_id', 'image_id', 'question'), f'{path}, question {i}')
       prompt = f'{text}\n{WORD}'
-      result.append(Question(id_, (prompt,), prompt, find_image(folder, self.images, f'COCO_val2014_{image:012}.jpg')))
+      result.append(Question(id_, (prompt,), prompt, images / f'COCO_val2014_{image:012}.jpg'))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
@@ -138,10 +138,10 @@ class VizwizVal(VqaAccuracy):
     return [(*fields(r, ('image', 'question', 'answers'), f'{path}, row {i}'), r) for i, r in enumerate(read_json(path), 1)]
 
   def questions(self, folder: Folder) -> list[Question]:
-    result = []
+    images, result = image_folder(folder, self.images), []
     for image, question, _, _ in self._rows(folder):
       prompt = f'{question}\n{UNANSWERABLE}\n{WORD}'
-      result.append(Question(image, (prompt,), prompt, find_image(folder, self.images, image)))
+      result.append(Question(image, (prompt,), prompt, images / image))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
