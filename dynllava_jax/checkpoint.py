@@ -1,7 +1,7 @@
 """Checkpoints on disk.
 
     DIR/model.json         model, stage list and objective it was made for, conversation template
-    DIR/tokenizer.model    if the model has one
+    DIR/tokenizer.model    and the other files of its tokenizer (`config.TOKENIZER_FILES`), if it has one
     DIR/500/params/...     Orbax, parameters in checkpoint form (decoder layers in one stack)
     DIR/500/optimizer/...  only in training
 
@@ -12,20 +12,20 @@ a temporary name and renames it, so an interrupted save leaves no step behind.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from dynllava_jax.config import DENSE, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict
+from dynllava_jax.config import DENSE, TOKENIZER_FILES, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict
 from dynllava_jax.files import write_atomically
 from dynllava_jax.models.dynllava import abstract_params
 from dynllava_jax.sharding import shardings, unboxed
 
 FORMAT = 1
 MODEL_FILE = 'model.json'
-TOKENIZER_FILE = 'tokenizer.model'
 
 
 class CheckpointError(RuntimeError):
@@ -43,10 +43,10 @@ class CheckpointInfo:
   unused_vision_layers: bool = False  # the never-run top of the CLIP tower is stored too
 
 
-def write_info(directory: pathlib.Path, info: CheckpointInfo, tokenizer: bytes | None = None) -> None:
-  """Writes `model.json` and, if given, the tokenizer."""
-  if tokenizer is not None:
-    write_atomically(directory / TOKENIZER_FILE, tokenizer)
+def write_info(directory: pathlib.Path, info: CheckpointInfo, tokenizer: Mapping[str, bytes] | None = None) -> None:
+  """Writes `model.json` and, if given, the tokenizer's files."""
+  for name, content in (tokenizer or {}).items():
+    write_atomically(directory / name, content)
   text = json.dumps({'format': FORMAT} | to_dict(info), indent=1)
   write_atomically(directory / MODEL_FILE, text.encode())
 
@@ -92,10 +92,10 @@ def read_info(path: str | pathlib.Path) -> CheckpointInfo:
     raise CheckpointError(f'{file}: unreadable ({e}); write the checkpoint again') from e
 
 
-def read_tokenizer(path: str | pathlib.Path) -> bytes | None:
-  """The tokenizer model stored with a checkpoint, if any."""
-  file = locate(path)[0] / TOKENIZER_FILE
-  return file.read_bytes() if file.exists() else None
+def read_tokenizer(path: str | pathlib.Path) -> dict[str, bytes] | None:
+  """The files of the tokenizer stored with a checkpoint, for `data.tokenizer.load_tokenizer`; None if it has none."""
+  folder = locate(path)[0]
+  return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()} or None
 
 
 def load_params(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:

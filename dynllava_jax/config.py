@@ -17,6 +17,16 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_ID = -200  # stands for the image in token ids, as in LLaVA
 IGNORE = -100  # label of positions that are not supervised
+# Files that make up a tokenizer beside a Hugging Face model, and beside a checkpoint.
+TOKENIZER_FILES = (
+  'tokenizer.model',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+)
 
 
 class ConfigError(ValueError):

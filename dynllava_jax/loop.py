@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
-from dynllava_jax.config import ConfigError, TrainConfig, to_dict
+from dynllava_jax.config import TOKENIZER_FILES, ConfigError, TrainConfig, to_dict
 from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
 from dynllava_jax.data.sources import new_tokenizer, training_source
 from dynllava_jax.models.dynllava import abstract_params, cut_params, init_params, join_params
@@ -44,10 +44,10 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   directory = (workdir / CHECKPOINTS).absolute()
   if checkpoint.all_steps(directory):
     check_same_run(cfg, workdir)
-    tokenizer_model = checkpoint.read_tokenizer(directory)
+    tokenizer = checkpoint.read_tokenizer(directory)
   else:
-    tokenizer_model = inherited_tokenizer(cfg.init_from) if cfg.init_from else new_tokenizer(cfg.data, cfg.model.llama.vocab_size)
-  layout = LayOut(cfg.data, cfg.model.vision, tokenizer_model)
+    tokenizer = inherited_tokenizer(cfg.init_from) if cfg.init_from else new_tokenizer(cfg.data, cfg.model.llama.vocab_size)
+  layout = LayOut(cfg.data, cfg.model.vision, tokenizer)
 
   # 2. State: the run's own newest step, else `init_from`, else random numbers.
   optimizer = make_optimizer(cfg.optimizer, cfg.steps)
@@ -55,7 +55,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   with sharding.on_mesh(mesh):
     state, frozen = initial_state(cfg, optimizer, mesh, directory)
     first = int(state.step)
-    checkpoint.write_info(directory, info, tokenizer_model)
+    checkpoint.write_info(directory, info, tokenizer)
     checkpoint.write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(cfg), indent=1).encode())
 
     # 3. The step, and what watches it.
@@ -175,14 +175,14 @@ def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
 
 
-def inherited_tokenizer(path: str) -> bytes:
+def inherited_tokenizer(path: str) -> dict[str, bytes]:
   """The tokenizer that `init_from` was trained with; ConfigError if it has none."""
   try:
     tokenizer = checkpoint.read_tokenizer(path)
   except CheckpointError as e:
     raise ConfigError(f'config.init_from: {e}') from None
   if tokenizer is None:
-    raise ConfigError(f"config.init_from: {path} has no {checkpoint.TOKENIZER_FILE}; put the model's tokenizer there")
+    raise ConfigError(f'config.init_from: {path} has no tokenizer; put its files there: {", ".join(TOKENIZER_FILES[:3])}')
   return tokenizer
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import TOKENIZER_FILES
 from dynllava_jax.convert.readers import ConversionError, read_config, read_json, shards, tensors, vision_directory
 from dynllava_jax.convert.tables import Rule, llava_rules, vision_rules
 from dynllava_jax.models.dynllava import abstract_params
@@ -139,11 +140,11 @@ def convert(src: pathlib.Path, dst: pathlib.Path, vision: str | None = None) -> 
   if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
     raise ConversionError(f'{dst}: exists and is not empty; choose another --dst')
   info, params, report, copies = read_checkpoint(src, vision)
-  tokenizer = src / checkpoint.TOKENIZER_FILE
+  tokenizer = {name: (src / name).read_bytes() for name in TOKENIZER_FILES if (src / name).is_file()}
   # Under another name until it is whole: an interrupted conversion neither looks finished nor blocks the next.
   partial = dst.with_name(f'.{dst.name}.partial')
   shutil.rmtree(partial, ignore_errors=True)
   checkpoint.save_params(partial, 0, jax.tree.map(jax.numpy.asarray, params))
-  checkpoint.write_info(partial, info, tokenizer.read_bytes() if tokenizer.exists() else None)
+  checkpoint.write_info(partial, info, tokenizer)
   os.replace(partial, dst)
   return info, report, copies

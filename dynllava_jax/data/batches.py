@@ -1,12 +1,13 @@
 """Samples to rows, rows to batches: fixed shapes, laid out on the host."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from dynllava_jax.config import IGNORE, IMAGE_ID, VisionConfig
-from dynllava_jax.data.conversation import IMAGE_TOKEN, Template, encode, render
+from dynllava_jax.data.conversation import IMAGE_TOKEN, Encoded, Template, as_trained, check_special, encode, render
 from dynllava_jax.data.images import preprocess
 from dynllava_jax.data.samples import DataError, Sample
 from dynllava_jax.data.tokenizer import Tokenizer
@@ -36,8 +37,45 @@ class Batch:
   seed: np.ndarray
 
 
+def encode_turns(
+  sample_id: str, turns: Sequence[dict[str, str]], has_image: bool, *, style: Template, tokenizer: Tokenizer
+) -> Encoded:
+  """Token ids and labels of one conversation, the image a single `IMAGE_ID`.
+
+  Raises:
+    DataError: image without placeholder or the reverse, several images, or whatever else cannot be rendered.
+  """
+  turns = as_trained(turns, sample_id)
+  text, spans = render(turns, style, sample_id)
+  check_special(turns, tokenizer, sample_id)
+  placeholders = text.count(IMAGE_TOKEN)
+  if has_image and not placeholders:
+    raise DataError(f'sample {sample_id}: has an image but no {IMAGE_TOKEN}', 'image_without_placeholder')
+  if placeholders and not has_image:
+    raise DataError(f'sample {sample_id}: has {IMAGE_TOKEN} but no image', 'placeholder_without_image')
+  if placeholders > 1:
+    raise DataError(f'sample {sample_id}: {placeholders} image tokens, at most one is supported', 'several_images')
+  return encode(text, spans, tokenizer)
+
+
+def cut(encoded: Encoded, size: int) -> Encoded:
+  """The first `size` tokens, without what is left of a question at their end: nothing after it is supervised."""
+  labels = encoded.labels[:size]
+  size = int(np.flatnonzero(labels != IGNORE).max(initial=-1)) + 1
+  return Encoded(encoded.ids[:size], labels[:size])
+
+
 def make_row(
-  sample: Sample, number: int, *, style: Template, tokenizer: Tokenizer, vision: VisionConfig, text_length: int
+  sample: Sample,
+  number: int,
+  *,
+  style: Template,
+  tokenizer: Tokenizer,
+  vision: VisionConfig,
+  text_length: int,
+  aspect: str = 'pad',
+  training: bool = False,
+  truncate: bool = False,
 ) -> Batch:
   """Lays one sample out.
 
@@ -46,26 +84,32 @@ def make_row(
     number: seed of the row.
     style, tokenizer, vision: how text and image are encoded.
     text_length: text bucket, tokens besides the image's.
+    aspect: how the image becomes a square, see `images.preprocess`.
+    training: refuse prompts. A row without image may also fill the image's positions with text, for which the
+      later stages of generation have no room.
+    truncate: cut a sample that is too long, as LLaVA does, instead of refusing it.
 
   Raises:
-    DataError: too long, image without placeholder or the reverse, or nothing to train on.
+    DataError: see `encode_turns`; too long, or nothing to train on.
   """
-  text, spans = render(sample.conversations, style, sample.id)
-  if (sample.image is not None) != (IMAGE_TOKEN in text):
-    raise DataError(
-      f'sample {sample.id}: '
-      + (f'has an image but no {IMAGE_TOKEN}' if sample.image is not None else f'has {IMAGE_TOKEN} but no image')
-    )
-  encoded = encode(text, spans, tokenizer)
+  has_image = sample.image is not None
+  encoded = encode_turns(sample.id, sample.conversations, has_image, style=style, tokenizer=tokenizer)
   num_image = vision.num_patches
+  room = text_length + (1 if has_image else num_image if training else 0)
+  if len(encoded.ids) > room and truncate:
+    encoded = cut(encoded, room)
+    if not len(encoded.ids):
+      raise DataError(f'sample {sample.id}: its first answer lies beyond the largest bucket', 'too_long')
+  if len(encoded.ids) > room:
+    raise DataError(
+      f'sample {sample.id}: {len(encoded.ids) - has_image} text tokens, the bucket has {room - has_image}; raise '
+      'config.data.text_length or shorten the sample',
+      'too_long',
+    )
   where = np.flatnonzero(encoded.ids == IMAGE_ID)
   start = int(where[0]) if len(where) else -1
-  text_tokens = len(encoded.ids) - len(where)
-  if text_tokens > text_length:
-    raise DataError(
-      f'sample {sample.id}: {text_tokens} text tokens, the bucket has {text_length}; raise '
-      'config.data.text_length or shorten the sample'
-    )
+  if has_image and start < 0:
+    raise DataError(f'sample {sample.id}: its image lies beyond the largest bucket', 'too_long')
 
   def expand(row, filler):
     full = row if start < 0 else np.concatenate([row[:start], np.full(num_image, filler, np.int32), row[start + 1 :]])
@@ -73,14 +117,12 @@ def make_row(
 
   tokens, length = expand(encoded.ids, tokenizer.pad_id)
   labels, _ = expand(encoded.labels, IGNORE)
-  answer_start = length
-  if spans:
-    ignored = np.flatnonzero(labels[:length] == IGNORE)
-    answer_start = int(ignored[-1]) + 1
-    if answer_start >= length:
-      raise DataError(f'sample {sample.id}: no supervised token; does it end with an answer?')
+  ignored = np.flatnonzero(labels[:length] == IGNORE)
+  answer_start = int(ignored.max(initial=-1)) + 1
+  if training and answer_start >= length:
+    raise DataError(f'sample {sample.id}: no supervised token at its end; does it end with an answer?', 'no_supervised_token')
   size = vision.image_size
-  pixels = np.zeros((size, size, 3), np.uint8) if sample.image is None else preprocess(sample.image, vision)
+  pixels = preprocess(sample.image, vision, aspect) if has_image else np.zeros((size, size, 3), np.uint8)
   as_int = lambda x: np.asarray(x, np.int32)
   return Batch(pixels, tokens, labels, as_int(length), as_int(start), as_int(answer_start), np.asarray(number, np.uint32))
 

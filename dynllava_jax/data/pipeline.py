@@ -4,7 +4,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -13,7 +13,7 @@ import jax
 from dynllava_jax.config import DataConfig, VisionConfig
 from dynllava_jax.data import conversation
 from dynllava_jax.data.batches import Batch, make_row, stack
-from dynllava_jax.data.tokenizer import Tokenizer
+from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 READ_THREADS = 2
 PREFETCH = 8  # rows read ahead per thread
@@ -25,7 +25,7 @@ class LayOut(grain.transforms.MapWithIndex):
 
   data: DataConfig
   vision: VisionConfig
-  tokenizer_model: bytes
+  tokenizer_files: Mapping[str, bytes]
 
   def map_with_index(self, index: int, element: Any) -> Batch:
     return make_row(
@@ -35,11 +35,12 @@ class LayOut(grain.transforms.MapWithIndex):
       tokenizer=self._tokenizer(),
       vision=self.vision,
       text_length=self.data.text_length,
+      training=True,
     )
 
   def _tokenizer(self) -> Tokenizer:
     if '_cached' not in self.__dict__:
-      object.__setattr__(self, '_cached', Tokenizer(self.tokenizer_model))
+      object.__setattr__(self, '_cached', load_tokenizer(self.tokenizer_files))
     return self.__dict__['_cached']
 
   def __getstate__(self):

@@ -7,7 +7,7 @@ from typing import Any
 
 from dynllava_jax.config import ConfigError, DataConfig
 from dynllava_jax.data import digits
-from dynllava_jax.data.tokenizer import Tokenizer
+from dynllava_jax.data.tokenizer import MODEL_FILE, load_tokenizer
 
 MIXES = {'digits': digits.FROM_NOTHING, 'digits_instruct': digits.INSTRUCT}
 
@@ -23,15 +23,15 @@ def training_source(data: DataConfig, seed: int) -> Any:
   return digits.TrainingScenes('train', seed, MIXES[data.source])
 
 
-def new_tokenizer(data: DataConfig, vocab_size: int) -> bytes:
+def new_tokenizer(data: DataConfig, vocab_size: int) -> dict[str, bytes]:
   """The tokenizer of a model trained from nothing on this source.
 
   Raises:
     ConfigError: unknown source, or its tokenizer has more tokens than the model.
   """
   _check(data)
-  tokenizer = digits.tokenizer_model()
-  size = len(Tokenizer(tokenizer))
+  tokenizer = {MODEL_FILE: digits.tokenizer_model()}
+  size = len(load_tokenizer(tokenizer))
   if size > vocab_size:
     raise ConfigError(f'config.model.llama.vocab_size: {vocab_size}, but the tokenizer has {size} tokens')
   return tokenizer

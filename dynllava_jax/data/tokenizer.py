@@ -1,51 +1,217 @@
-"""SentencePiece tokenizer with LLaMA's special tokens, in its non-legacy form.
+"""Tokenizers: LLaMA's SentencePiece models by the rules of transformers' slow tokenizer, all others through `AutoTokenizer`.
 
-Non-legacy rule (transformers `legacy: false`, which the released LLaVA checkpoints imply): one word mark is put
-before the whole text; what follows a special token has none.
+A tokenizer is a bundle of files (`config.TOKENIZER_FILES`), as they lie beside a Hugging Face model; a checkpoint keeps
+the bundle unchanged, so what decides how text is cut travels with the weights.
+
+Where SentencePiece puts its word mark is decided by the key `legacy` of `tokenizer_config.json`:
+
+    legacy      every stretch of text between special tokens gets a mark     USER -> ▁US ER  after </s>
+    non-legacy  only the text as a whole gets one                            USER -> USER    after </s>
+
+LLaVA's released checkpoints are non-legacy. transformers 4 takes a missing key for true, transformers 5 for false; here
+it is refused. Only a model whose own normaliser puts no mark (`train_tokenizer` makes such) needs no key: it has no legacy form.
 """
 
+import contextlib
 import io
-from collections.abc import Iterable
+import json
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-BOS, EOS = '<s>', '</s>'
+from dynllava_jax.config import TOKENIZER_FILES, ConfigError
+
+BOS, EOS, UNK = '<s>', '</s>', '<unk>'
+MODEL_FILE, CONFIG_FILE = 'tokenizer.model', 'tokenizer_config.json'
+# Round trips of the self-check: words, figures, line breaks, and characters outside any vocabulary.
+PROBES = ('What is in the picture?', 'Row 12: 3.5, (x)\n  indented', 'naïve 日本語 🦒')
 
 
-class Tokenizer:
-  """A SentencePiece model. `bos_id`, `eos_id` and `pad_id` are token ids; padding is `<unk>`, as in LLaVA."""
+class Tokenizer(Protocol):
+  """Text to token ids and back. Rows are padded on the right with `pad_id`, whatever a tokenizer's own configuration says.
 
-  def __init__(self, model: bytes):
-    """Reads a serialised SentencePiece model; ValueError if it is none or lacks `<unk>`, `<s>`, `</s>`."""
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-      proto.ParseFromString(model)
-    except Exception as e:  # protobuf's DecodeError is not public
-      raise ValueError(f'tokenizer: not a SentencePiece model ({e})') from None
-    proto.normalizer_spec.add_dummy_prefix = False  # marks are put by `encode_chunk`
-    self.model = model
-    self._pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    self.bos_id, self.eos_id, self.pad_id = self._pieces.bos_id(), self._pieces.eos_id(), self._pieces.unk_id()
-    if min(self.bos_id, self.eos_id, self.pad_id) < 0:
-      raise ValueError('tokenizer: the model lacks one of <unk>, <s>, </s>')
+  Attributes:
+    bos_id: starts every sequence; None if the tokenizer has none.
+    eos_id, pad_id: token ids.
+    special: strings that become one special token wherever they occur.
+  """
+
+  bos_id: int | None
+  eos_id: int
+  pad_id: int
+  special: tuple[str, ...]
 
   def __len__(self) -> int:
-    return len(self._pieces)
+    """1 + the largest token id."""
 
-  def encode_chunk(self, text: str, mark: bool) -> list[tuple[int, int]]:
-    """(token id, character offset) pairs of text without special tokens; `mark` puts a word mark in front."""
-    proto = self._pieces.encode(' ' + text if mark else text, return_type='proto')
-    return [(p.id, max(p.begin - mark, 0)) for p in proto.pieces]
+  def encode(self, text: str) -> list[tuple[int, int]]:
+    """(token id, character offset) pairs of a text, special tokens in it recognised, nothing added around it."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of the ids without special tokens, stripped."""
-    special = (self.bos_id, self.eos_id, self.pad_id)
-    return self._pieces.decode([int(i) for i in ids if int(i) not in special]).strip()
 
   def piece(self, token: int) -> str:
     """One token as it stands in the vocabulary, the word mark as a space."""
-    return self._pieces.id_to_piece(int(token)).replace('▁', ' ')
+
+
+def read_files(folder: str | pathlib.Path) -> dict[str, bytes]:
+  """The tokenizer's files in a folder; ConfigError if there are none."""
+  folder = pathlib.Path(folder)
+  files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+  if not files.keys() & {MODEL_FILE, 'tokenizer.json', 'vocab.json'}:
+    raise ConfigError(f'{folder}: holds no tokenizer ({MODEL_FILE} or tokenizer.json); give the folder of a Hugging Face model')
+  return files
+
+
+def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
+  """The tokenizer that a bundle of files describes, after a self-check.
+
+  Raises:
+    ConfigError: unreadable, no vocabulary, special tokens missing, `legacy` missing, or texts do not survive it.
+  """
+  tokenizer = SentencePieceTokenizer(files) if MODEL_FILE in files else FastTokenizer(files)
+  _self_check(tokenizer)
+  return tokenizer
+
+
+def _self_check(tokenizer: Tokenizer) -> None:
+  for token in tokenizer.special:
+    if len(tokenizer.encode(token)) != 1:
+      raise ConfigError(f'tokenizer: {token} is split into {len(tokenizer.encode(token))} tokens, expected one')
+  if tokenizer.encode(EOS) != [(tokenizer.eos_id, 0)] and EOS in tokenizer.special:
+    raise ConfigError(f'tokenizer: {EOS} becomes {tokenizer.encode(EOS)}, expected its id {tokenizer.eos_id}')
+  for text in PROBES:
+    ids = [i for i, _ in tokenizer.encode(text)]
+    if max(ids, default=0) >= len(tokenizer) or tokenizer.decode(ids) != text:
+      raise ConfigError(f'tokenizer: {text!r} comes back as {tokenizer.decode(ids)!r}; is its vocabulary empty or incomplete?')
+
+
+def _config(files: Mapping[str, bytes]) -> dict:
+  try:
+    return json.loads(files.get(CONFIG_FILE, b'{}'))
+  except ValueError as e:
+    raise ConfigError(f'{CONFIG_FILE}: unreadable ({e})') from None
+
+
+class SentencePieceTokenizer:
+  """A `tokenizer.model`, cut as transformers 4.37's slow LLaMA tokenizer does. Padding is `<unk>`, as in LLaVA."""
+
+  def __init__(self, files: Mapping[str, bytes]):
+    """ConfigError if it is no SentencePiece model, lacks a special token, or does not say whether it is legacy."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+      proto.ParseFromString(files[MODEL_FILE])
+    except Exception as e:  # protobuf's DecodeError is not public
+      raise ConfigError(f'{MODEL_FILE}: not a SentencePiece model ({e})') from None
+    if not proto.pieces:
+      raise ConfigError(f'{MODEL_FILE}: its vocabulary is empty')
+    if proto.normalizer_spec.remove_extra_whitespaces:
+      raise ConfigError(f"{MODEL_FILE}: removes whitespace, which LLaMA's tokenizers do not; give a tokenizer.json instead")
+    config = _config(files)
+    self.legacy = config.get('legacy') if proto.normalizer_spec.add_dummy_prefix else False
+    if not isinstance(self.legacy, bool):
+      raise ConfigError(
+        f'{CONFIG_FILE}: the key "legacy" is missing or no true/false, and it decides how text after {EOS} is cut; '
+        "take the file that lies beside the model's weights (LLaVA-1.5: false)"
+      )
+    proto.normalizer_spec.add_dummy_prefix = False  # marks are put by `encode`
+    self._pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    ids = {BOS: self._pieces.bos_id(), EOS: self._pieces.eos_id(), UNK: self._pieces.unk_id()}
+    missing = [token for token, i in ids.items() if i < 0 or self._pieces.id_to_piece(i) != token]
+    if missing:
+      raise ConfigError(f'{MODEL_FILE}: has no {", ".join(missing)}')
+    self.bos_id, self.eos_id, self.pad_id = ids.values()
+    added = {entry['content']: int(i) for i, entry in config.get('added_tokens_decoder', {}).items()}
+    self._ids = ids | added
+    self._added = {i: token for token, i in self._ids.items()}
+    self._split = re.compile('(' + '|'.join(map(re.escape, sorted(self._ids, key=len, reverse=True))) + ')')
+    self.special = tuple(self._ids)
+
+  def __len__(self) -> int:
+    return max(len(self._pieces), 1 + max(self._added))
+
+  def encode(self, text: str) -> list[tuple[int, int]]:
+    """See `Tokenizer`."""
+    out, offset = [], 0
+    for stretch in self._split.split(text):
+      if stretch in self._ids:
+        out.append((self._ids[stretch], offset))
+      elif stretch:
+        mark = self.legacy or offset == 0
+        proto = self._pieces.encode(' ' + stretch if mark else stretch, return_type='proto')
+        begins = [max(p.begin - mark, 0) for p in proto.pieces]  # in bytes
+        if not stretch.isascii():
+          content = stretch.encode()
+          begins = [len(content[:at].decode(errors='ignore')) for at in begins]
+        out += [(p.id, offset + at) for p, at in zip(proto.pieces, begins)]
+      offset += len(stretch)
+    return out
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """See `Tokenizer`."""
+    return self._pieces.decode([int(i) for i in ids if int(i) not in self._added]).strip()
+
+  def piece(self, token: int) -> str:
+    """See `Tokenizer`."""
+    token = int(token)
+    return self._added[token] if token in self._added else self._pieces.id_to_piece(token).replace('▁', ' ')
+
+
+class FastTokenizer:
+  """Any other tokenizer, through transformers' `AutoTokenizer` (the Rust ones, which know character offsets)."""
+
+  def __init__(self, files: Mapping[str, bytes]):
+    """ConfigError if it cannot be read, is not fast, has no end token or an empty vocabulary."""
+    with tempfile.TemporaryDirectory() as folder, _readable(files):
+      from transformers import AutoTokenizer  # here, because it takes seconds and most runs do not need it
+
+      for name, content in files.items():
+        (pathlib.Path(folder) / name).write_bytes(content)
+      self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not self._tokenizer.is_fast:
+      raise ConfigError('tokenizer: there is no fast version of it, and only that tells where a token begins')
+    if self._tokenizer.eos_token_id is None:
+      raise ConfigError(f'{CONFIG_FILE}: names no eos_token, so an answer could not end')
+    vocabulary = self._tokenizer.get_vocab()
+    if len(vocabulary) <= len(self._tokenizer.all_special_tokens):
+      raise ConfigError(f'tokenizer: its vocabulary is empty ({len(vocabulary)} entries)')
+    self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+    pads = (self._tokenizer.pad_token_id, self._tokenizer.unk_token_id, self.eos_id)
+    self.pad_id = next(i for i in pads if i is not None)
+    self.special = tuple(self._tokenizer.all_special_tokens)
+    self._size = 1 + max(vocabulary.values())
+
+  def __len__(self) -> int:
+    return self._size
+
+  def encode(self, text: str) -> list[tuple[int, int]]:
+    """See `Tokenizer`."""
+    out = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [(i, start) for i, (start, _) in zip(out['input_ids'], out['offset_mapping'])]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """See `Tokenizer`."""
+    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+  def piece(self, token: int) -> str:
+    """See `Tokenizer`."""
+    return self._tokenizer.convert_ids_to_tokens(int(token)).replace('▁', ' ').replace('Ġ', ' ')
+
+
+@contextlib.contextmanager
+def _readable(files: Mapping[str, bytes]) -> Iterator[None]:
+  """What transformers makes of broken files is of many types; here it is one message."""
+  try:
+    yield
+  except ImportError as e:
+    raise ConfigError(f'tokenizer: {", ".join(files)} need transformers ({e}); pip install transformers') from None
+  except Exception as e:
+    raise ConfigError(f'tokenizer: transformers cannot read {", ".join(files)} ({e})') from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:

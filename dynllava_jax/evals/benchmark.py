@@ -101,6 +101,7 @@ class Benchmark:
   metric: ClassVar[str]  # what `figures()[headline]` is, in words
   hint: ClassVar[str] = 'use answers and labels of one version'  # when they do not fit together
   headline: ClassVar[str] = 'accuracy'
+  shown: ClassVar[tuple[str, ...]] = ()  # further figures that tables show
   folders: ClassVar[tuple[str, ...]]
   needed: ClassVar[tuple[Needed, ...]]
   images: ClassVar[tuple[str, ...]] = ()  # folders, the first that exists is used

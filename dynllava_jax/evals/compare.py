@@ -38,9 +38,9 @@ COLUMNS = {
   'answers_differ': 'answers that differ',
   'image_tokens_layer_average': 'image tokens, layer average',
   'generated_kept': 'generated K/V kept',
-  'flops_per_sample': 'GFLOPs / sample (true)',
-  'paper_prefill_flops': "GFLOPs prefill (paper's)",
-  'kv_bytes_per_sample': 'KV MiB / sample',
+  'flops_per_sample': 'true FLOPs / sample',
+  'paper_prefill_flops': "paper's prefill FLOPs",
+  'kv_bytes_per_sample': 'KV / sample',
 }
 
 
@@ -100,7 +100,7 @@ def compare(
       tallies[name] = score.tally(benchmark, joined)
       figures = score.figures(benchmark, tallies[name])
       row |= {'score': figures[benchmark.headline], 'interval': score.bootstrap(benchmark, tallies[name]), 'figures': figures}
-      row |= {'difference': None, 'difference_interval': None}
+      row |= {'difference': None, 'difference_interval': None} | by_group(figures, tallies[name])
     row['answers_differ'] = sum(a['text'] != b['text'] for a, b in zip(result.rows, reference.rows))
     row |= {'checkpoint': loaded[name].path, 'seconds': round(result.seconds, 1), 'programs_compiled': result.programs_compiled}
     rows[name] = row
@@ -109,6 +109,28 @@ def compare(
       row['difference'] = row['score'] - rows[cfg.reference]['score']
       row['difference_interval'] = score.bootstrap(benchmark, tallies[name], tallies[cfg.reference])
   return rows
+
+
+def by_group(figures: Mapping[str, float], tallies: score.Tallies) -> dict[str, Any]:
+  """Accuracy as a share, over all and per group of questions, where that is what the benchmark counts."""
+  sums = dict(zip(tallies.columns, tallies.counts.sum(0)))
+  groups = [k.removesuffix('/n') for k in sums if k.endswith('/n') and k.removesuffix('/n') in figures]
+  if 'accuracy' not in figures:
+    return {}
+  return {
+    'accuracy': figures['accuracy'] / 100,
+    'accuracy_by_task': {g: figures[g] / 100 for g in groups},
+    'questions_by_task': {g: int(sums[f'{g}/n']) for g in groups},
+  }
+
+
+def scaled(value: float, unit: str, step: int = 1000) -> str:
+  """Three digits and a prefix, such as 7.63 TFLOPs."""
+  prefixes = ('', 'k', 'M', 'G', 'T', 'P') if step == 1000 else ('', 'Ki', 'Mi', 'Gi', 'Ti')
+  power = 0
+  while value >= step and power + 1 < len(prefixes):
+    value, power = value / step, power + 1
+  return f'{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {prefixes[power]}{unit}'
 
 
 def cell(key: str, value: Any) -> str:
@@ -120,25 +142,28 @@ def cell(key: str, value: Any) -> str:
   if key == 'generated_kept':
     return f'{value:.0%}'
   if key.endswith(('flops', 'flops_per_sample')):
-    return f'{value / 1e9:,.3g}' if value < 1e11 else f'{value / 1e9:,.0f}'
+    return scaled(value, 'FLOPs')
   if key == 'kv_bytes_per_sample':
-    return f'{value / 2**20:,.3g}' if value < 2**30 else f'{value / 2**20:,.0f}'
+    return scaled(value, 'B', 1024)
   return f'{value:+.2f}' if key == 'difference' else f'{value:.2f}' if isinstance(value, float) else str(value)
 
 
-def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-  keys = [k for k in COLUMNS if any(k in r for r in rows.values())]
-  extra = sorted({k for r in rows.values() for k in r.get('agreement', {})})
-  head = ['run', *(COLUMNS[k] for k in keys), *(k.replace('_', ' ') for k in extra)]
-  body = [
-    [name, *(cell(k, r.get(k)) for k in keys), *(cell(k, r.get('agreement', {}).get(k)) for k in extra)] for name, r in rows.items()
-  ]
-  return [head, *body]
+def _table(benchmark: Benchmark, rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+  """Header and lines; columns that no run has a value for are left out."""
+  columns = {}
+  for key, title in COLUMNS.items():
+    columns[title] = [cell(key, r.get(key)) for r in rows.values()]
+    if key == 'score':
+      columns |= {k.replace('/', ' '): [cell(k, r.get('figures', {}).get(k)) for r in rows.values()] for k in benchmark.shown}
+  for key in dict.fromkeys(k for r in rows.values() for k in r.get('agreement', {})):
+    columns[key.replace('_', ' ')] = [cell(key, r.get('agreement', {}).get(key)) for r in rows.values()]
+  columns = {title: cells for title, cells in columns.items() if set(cells) != {'-'}}
+  return [['run', *columns], *([name, *(cells[i] for cells in columns.values())] for i, name in enumerate(rows))]
 
 
-def markdown(title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+def markdown(benchmark: Benchmark, title: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
   """The comparison as a Markdown page."""
-  head, *body = _table(rows)
+  head, *body = _table(benchmark, rows)
   lines = [f'# {title}', '', '| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
   lines += ['| ' + ' | '.join(line) + ' |' for line in body]
   return '\n'.join([*lines, '', *(f'* {c}' for c in CONVENTIONS), ''])
@@ -156,9 +181,9 @@ def comma_separated(rows: Mapping[str, Mapping[str, Any]]) -> str:
   return text.getvalue()
 
 
-def console_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+def console_table(benchmark: Benchmark, title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
   """The comparison for a terminal."""
-  head, *body = _table(rows)
+  head, *body = _table(benchmark, rows)
   table = Table(title=title)
   for i, name in enumerate(head):
     table.add_column(name, justify='right' if i else 'left')
@@ -178,6 +203,7 @@ def figure(title: str, metric: str, rows: Mapping[str, Mapping[str, Any]]) -> Fi
     (right, 'kv_bytes_per_sample', 2**20, 'KV cache, MiB per sample (allocated)'),
   ):
     axis.set_xlabel(label)
+    axis.set_xlim(0, 1.1 * max(r[key] for r in rows.values()) / unit)
     axis.grid(alpha=0.3)
     for i, (name, row) in enumerate(rows.items()):
       low, high = row['interval'] or (row['score'], row['score'])

@@ -31,6 +31,7 @@ class Digits(Benchmark):
   name = 'digits'
   metric = 'accuracy in %, digit accuracy for long answers'
   folders = ('digits',)
+  shown = ('short', 'long')
   needed = ()
 
   def __init__(self, cfg: EvalConfig | None = None):
@@ -56,8 +57,13 @@ class Digits(Benchmark):
 
   def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:
     ((task, expected), text), *_ = answers
-    length = 'long answers' if task in LONG_TASKS else 'short answers'
-    return add_counts({'n': 1, 'correct': score(task, expected, text)}, [task, length])
+    return add_counts({'n': 1, 'correct': score(task, expected, text)}, [task])
 
   def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-    return rates(sums)
+    result = rates(sums)
+    for length, wanted in (('short', False), ('long', True)):
+      tasks = [k.removesuffix('/n') for k in sums if k.endswith('/n') and (k.removesuffix('/n') in LONG_TASKS) == wanted]
+      count = sum(sums[f'{t}/n'] for t in tasks)
+      if count:
+        result[length] = 100 * sum(sums[f'{t}/correct'] for t in tasks) / count
+    return result

@@ -60,16 +60,21 @@ def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figu
     for token in kept_image:
       row, column = divmod(int(token), side)
       picture.add_patch(
-        matplotlib.patches.Rectangle(
-          (column * patch - 0.5, row * patch - 0.5), patch, patch, fill=False, edgecolor='#ffb000', lw=1
-        )
+        matplotlib.patches.Rectangle((column * patch - 0.5, row * patch - 0.5), patch, patch, fill=False, edgecolor='#ffb000', lw=1)
       )
     text = figure.add_axes((0.32, bottom + 0.02, 0.66, height - 0.04))
     text.set_axis_off()
     question = textwrap.wrap(answer.question.text[0], 70, max_lines=2, placeholder=' ...')
     text.text(0, 0.97, '\n'.join(question), va='top', fontsize=11, weight='bold')
     fed = f'{meta["kept"].count("1")} of {len(meta["kept"])} fed tokens kept'
-    text.text(0, 0.97 - 0.11 * len(question), f'{len(kept_image)} of {side * side} image tokens, {fed}', va='top', fontsize=9, color='#666666')
+    text.text(
+      0,
+      0.97 - 0.11 * len(question),
+      f'{len(kept_image)} of {side * side} image tokens, {fed}',
+      va='top',
+      fontsize=9,
+      color='#666666',
+    )
     write_tokens(text, meta, loaded.tokenizer, 0.85 - 0.11 * len(question))
   return figure
 

@@ -22,6 +22,7 @@ class Gqa(Lines):
   name = 'gqa'
   metric = 'accuracy in %, exact match'
   folders = ('gqa',)
+  shown = ('binary', 'open')
   question_file = 'llava_gqa_testdev_balanced.jsonl'
   images = ('data/images', 'images')
   expected_questions = 12578

@@ -47,6 +47,7 @@ class MmBench(Benchmark):
   name = 'mmbench'
   metric = 'plain accuracy in % on dev, by letter (not the CircularEval with ChatGPT of the leaderboard)'
   folders = ('mmbench',)
+  shown = ('circular',)
   table = 'mmbench_dev_20230712.tsv'
   suffix = LETTER
   hint = 'labels are public for the dev split only'

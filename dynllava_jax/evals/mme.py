@@ -74,6 +74,7 @@ class Mme(Lines):
   name = 'mme'
   metric = 'perception: sum over 10 categories of accuracy + accuracy+, of 2000'
   headline = 'perception'
+  shown = ('cognition',)
   folders = ('MME',)
   question_file = 'llava_mme.jsonl'
   images = RELEASE

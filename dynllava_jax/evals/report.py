@@ -75,9 +75,9 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
     'notes': list(benchmark.notes),
   }
   write_atomically(out / 'results.json', (json.dumps(report, indent=1) + '\n').encode())
-  write_atomically(out / 'results.md', compare.markdown(title, rows).encode())
+  write_atomically(out / 'results.md', compare.markdown(benchmark, title, rows).encode())
   write_atomically(out / 'results.csv', compare.comma_separated(rows).encode())
-  console.print(compare.console_table(title, rows))
+  console.print(compare.console_table(benchmark, title, rows))
 
   # 4. Pictures.
   if golds is not None:

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import pathlib
 import time
 from collections.abc import Sequence
@@ -13,17 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from PIL import Image
 from rich.console import Console
 
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
-from dynllava_jax.config import ConfigError, EvalConfig, EvalRun, ModelConfig, Stage, check_stages, to_dict
-from dynllava_jax.data import conversation
-from dynllava_jax.data.batches import Batch, make_row, stack
+from dynllava_jax.config import (
+  IMAGE_ID,
+  TOKENIZER_FILES,
+  ConfigError,
+  EvalConfig,
+  EvalRun,
+  ModelConfig,
+  Stage,
+  check_stages,
+  to_dict,
+)
+from dynllava_jax.data import conversation, images
 from dynllava_jax.data.pipeline import to_mesh
-from dynllava_jax.data.samples import DataError, Sample
-from dynllava_jax.data.tokenizer import Tokenizer
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dynllava_jax.evals.benchmark import Question
 from dynllava_jax.evals.hosts import share
 from dynllava_jax.evals.progress import progress
@@ -73,10 +80,10 @@ def load_model(name: str, run: EvalRun, default: str) -> Loaded:
     check_stages(stages, model)
   except ConfigError as e:
     raise ConfigError(f'config.runs.{name}: {e}') from None
-  tokenizer = checkpoint.read_tokenizer(path)
-  if tokenizer is None:
-    raise CheckpointError(f'{path}: has no {checkpoint.TOKENIZER_FILE}; this evaluation needs the one it was trained with')
-  return Loaded(name, path, info, model, stages, Tokenizer(tokenizer))
+  files = checkpoint.read_tokenizer(path)
+  if files is None:
+    raise CheckpointError(f'{path}: has no tokenizer; this evaluation needs the one it was trained with')
+  return Loaded(name, path, info, model, stages, load_tokenizer(files))
 
 
 def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -85,7 +92,16 @@ def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   return resize_tower(params, loaded.info.model.vision, loaded.model.vision)
 
 
-def turns_of(question: Question) -> tuple[dict[str, str], ...]:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """A batch on its way to the device; `pixels` uint8[B, R, R, 3], zeros for questions without image."""
+
+  prompt: Prompt
+  pixels: np.ndarray
+
+
+def first_turn(question: Question) -> tuple[dict[str, str], ...]:
   """The conversation up to the first question, the image in front of it."""
   text = question.text[0]
   return ({'from': 'human', 'value': text if question.image is None else f'{conversation.IMAGE_TOKEN}\n{text}'},)
@@ -95,20 +111,27 @@ class Layout:
   """Questions to rows of batches, for one model."""
 
   def __init__(self, loaded: Loaded, questions: Sequence[Question], buckets: Sequence[int]):
-    """Encodes all prompts; DataError for one that fits no bucket."""
+    """Encodes all prompts, exactly as LLaVA's inference does; DataError for one that fits no bucket."""
     self.loaded, self.questions = loaded, questions
     style = conversation.template(loaded.info.conversation)
-    self.style = style
     self.rendered: list[str] = []
+    self.ids: list[np.ndarray] = []
     self.text_tokens: list[int] = []
     self.bucket: list[int] = []
     for question in questions:
-      text, spans = conversation.render(turns_of(question), style, str(question.id))
-      tokens = len(conversation.encode(text, spans, loaded.tokenizer).ids) - (question.image is not None)
+      turns = first_turn(question)
+      text, _ = conversation.render(turns, style, str(question.id))
+      conversation.check_special(turns, loaded.tokenizer, str(question.id))
+      ids = conversation.encode(text, [], loaded.tokenizer).ids
+      images_named = int((ids == IMAGE_ID).sum())
+      if images_named != (question.image is not None):
+        raise DataError(f'question {question.id}: the text names {conversation.IMAGE_TOKEN} itself')
+      tokens = len(ids) - images_named
       fitting = [b for b in buckets if b >= tokens]
       if not fitting:
         raise DataError(f'question {question.id}: {tokens} text tokens, the largest of config.text_lengths is {max(buckets)}')
       self.rendered.append(text)
+      self.ids.append(ids)
       self.text_tokens.append(tokens)
       self.bucket.append(fitting[0])
 
@@ -119,43 +142,43 @@ class Layout:
       groups.setdefault((self.bucket[i], self.questions[i].long), []).append(i)
     return [g[i : i + size] for _, g in sorted(groups.items()) for i in range(0, len(g), size)]
 
-  def rows(self, chunk: Sequence[int], size: int) -> Batch:
+  def rows(self, chunk: Sequence[int], size: int) -> Rows:
     """This host's part of a batch, filled up with copies of its last question to one shape for all batches."""
     chunk = list(chunk) + [chunk[-1]] * (size - len(chunk))
     own = share(chunk, jax.process_count(), jax.process_index())
     made = {i: self._row(i) for i in dict.fromkeys(own)}
-    return stack([made[i] for i in own])
+    return jax.tree.map(lambda *xs: np.stack(xs), *(made[i] for i in own))
 
-  def _row(self, i: int) -> Batch:
-    question = self.questions[i]
-    sample = Sample(str(question.id), load_image(question), turns_of(question))
-    return make_row(
-      sample,
-      i,
-      style=self.style,
-      tokenizer=self.loaded.tokenizer,
-      vision=self.loaded.model.vision,
-      text_length=self.bucket[i],
-    )
+  def _row(self, i: int) -> Rows:
+    vision, ids = self.loaded.model.vision, self.ids[i]
+    (where,) = np.nonzero(ids == IMAGE_ID)
+    start = int(where[0]) if len(where) else -1
+    pad = self.loaded.tokenizer.pad_id
+    if len(where):
+      ids = np.concatenate([ids[:start], np.full(vision.num_patches, pad, np.int32), ids[start + 1 :]])
+    tokens = np.full(self.bucket[i] + vision.num_patches, pad, np.int32)
+    tokens[: len(ids)] = ids
+    image = load_image(self.questions[i])
+    size = vision.image_size
+    pixels = np.zeros((size, size, 3), np.uint8) if image is None else images.preprocess(image, vision)
+    return Rows(Prompt(tokens, np.int32(len(ids)), np.int32(start), np.uint32(i)), pixels)
 
 
 def load_image(question: Question) -> Any:
-  """The question's picture as uint8[H, W, 3] RGB; DataError naming question and file if it is missing or no picture."""
+  """The question's picture as RGB; DataError naming question and file if it is missing or no picture."""
   image = question.image
-  if image is None or isinstance(image, np.ndarray):
-    return image
-  name = f'question {question.id}' + (f': {image}' if isinstance(image, pathlib.Path) else '')
-  try:
-    with Image.open(image if isinstance(image, pathlib.Path) else io.BytesIO(image)) as picture:
-      return np.asarray(picture.convert('RGB'))
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-    raise DataError(f'{name}: the image cannot be read ({e})') from None
+  if isinstance(image, pathlib.Path):
+    try:
+      return images.decode(image.read_bytes(), f'question {question.id}: {image}')
+    except OSError as e:
+      raise DataError(f'question {question.id}: {image} cannot be read ({e.strerror})', 'missing_image') from None
+  return images.decode(image, f'question {question.id}') if isinstance(image, bytes) else image
 
 
 def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question]) -> dict[str, Any]:
   """All that the answers depend on."""
   directory, step = checkpoint.locate(loaded.path)
-  names = (checkpoint.MODEL_FILE, checkpoint.TOKENIZER_FILE, f'{step}/params')
+  names = (checkpoint.MODEL_FILE, *TOKENIZER_FILES, f'{step}/params')
   return {
     'benchmark': cfg.benchmark,
     'questions': len(questions),
@@ -223,11 +246,10 @@ def answer_all(
   return RunResult(rows, store.path if store else out, time.monotonic() - start, compiled)
 
 
-def generate(generator: Generator, batch: Batch, mesh: jax.sharding.Mesh) -> Generated:
+def generate(generator: Generator, rows: Rows, mesh: jax.sharding.Mesh) -> Generated:
   """Answers of the whole batch, on every host."""
-  batch = to_mesh(batch, sharding.batch_sharding(mesh))
-  prompt = Prompt(batch.tokens, batch.length, batch.image_start, batch.seed)
-  generated = generator(prompt, batch.pixels)
+  rows = to_mesh(rows, sharding.batch_sharding(mesh))
+  generated = generator(rows.prompt, rows.pixels)
   return multihost_utils.process_allgather(generated, tiled=True) if jax.process_count() > 1 else jax.device_get(generated)
 
 

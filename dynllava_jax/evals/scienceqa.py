@@ -48,6 +48,7 @@ class ScienceQa(Benchmark):
   name = 'scienceqa'
   metric = 'accuracy in % on questions with an image'
   headline = 'image'
+  shown = ('accuracy',)
   folders = ('scienceqa',)
   images = ('images/test', 'images')
   expected_questions = 4241
@@ -81,9 +82,7 @@ class ScienceQa(Benchmark):
     path = folder.need_labels(QUESTIONS, PROBLEMS)
     if path.name == PROBLEMS:
       return self._from_problems(path, folder.need(SPLITS))
-    return [
-      Gold(id_, (['image' if image else 'text'], letter), canonical(text)) for id_, text, letter, image in self._rows(path)
-    ]
+    return [Gold(id_, (['image' if image else 'text'], letter), canonical(text)) for id_, text, letter, image in self._rows(path)]
 
   def _from_problems(self, path: pathlib.Path, splits: pathlib.Path) -> list[Gold]:
     """The labels as ScienceQA publishes them."""

@@ -25,6 +25,7 @@ class Seed(Lines):
   name = 'seed'
   metric = 'accuracy in % over images and videos'
   folders = ('seed_bench',)
+  shown = ('image', 'video')
   question_file = 'llava-seed-bench.jsonl'
   images = ('.',)
   expected_questions = 19242

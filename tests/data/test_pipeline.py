@@ -8,12 +8,14 @@ import pytest
 from dynllava_jax.config import DataConfig, VisionConfig
 from dynllava_jax.data import digits
 from dynllava_jax.data.pipeline import LayOut, training_batches
+from dynllava_jax.data.tokenizer import MODEL_FILE
 
+TOKENIZER = {MODEL_FILE: digits.tokenizer_model()}
 VISION = VisionConfig(image_size=98, hidden_size=32, num_heads=4)
 
 
 def take(count, *, step=0, shuffle=True, size=1_000_000, workers=0, seed=0):
-  layout = LayOut(DataConfig(text_length=104, shuffle=shuffle, workers=workers), VISION, digits.tokenizer_model())
+  layout = LayOut(DataConfig(text_length=104, shuffle=shuffle, workers=workers), VISION, TOKENIZER)
   stream = training_batches(digits.TrainingScenes('train', 0, size=size), layout, batch_size=4, seed=seed, step=step)
   return list(itertools.islice(stream, count))
 
@@ -44,4 +46,4 @@ def test_epochs_are_permutations_without_repeats():
 def test_every_row_fits_the_bucket_of_the_demo():
   for index in (*range(60), *range(2400, 2500)):
     sample = digits.TrainingScenes('train', 0)[index]
-    assert LayOut(DataConfig(text_length=104), VISION, digits.tokenizer_model()).map_with_index(index, sample).length > 0
+    assert LayOut(DataConfig(text_length=104), VISION, TOKENIZER).map_with_index(index, sample).length > 0

@@ -1,18 +1,14 @@
 """Tokens, labels and rows of conversations."""
 
-import json
-
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from dynllava_jax.config import IGNORE, IMAGE_ID, ConfigError, VisionConfig
 from dynllava_jax.data import digits
-from dynllava_jax.data.batches import make_row
-from dynllava_jax.data.conversation import TEMPLATES, encode, render, template
-from dynllava_jax.data.images import preprocess
+from dynllava_jax.data.batches import cut, make_row
+from dynllava_jax.data.conversation import TEMPLATES, check_template, encode, render, template
 from dynllava_jax.data.samples import DataError, Sample
-from dynllava_jax.data.tokenizer import Tokenizer
+from dynllava_jax.data.tokenizer import MODEL_FILE, load_tokenizer
 
 VISION = VisionConfig(image_size=56, hidden_size=32, num_heads=4)
 STYLE = TEMPLATES['plain_turns']
@@ -27,11 +23,16 @@ TURNS = (
 
 @pytest.fixture(scope='module')
 def tokenizer():
-  return Tokenizer(digits.tokenizer_model())
+  return load_tokenizer({MODEL_FILE: digits.tokenizer_model()})
 
 
-def row(sample, tokenizer, text_length=60):
-  return make_row(sample, 5, style=STYLE, tokenizer=tokenizer, vision=VISION, text_length=text_length)
+def row(sample, tokenizer, text_length=60, **options):
+  options = {'training': True} | options
+  return make_row(sample, 5, style=STYLE, tokenizer=tokenizer, vision=VISION, text_length=text_length, **options)
+
+
+def answer(text):
+  return {'from': 'gpt', 'value': text}
 
 
 def test_vicuna_text_is_llavas():
@@ -75,35 +76,54 @@ def test_row_without_image(tokenizer):
   assert batch.image_start == -1 and batch.length < 20
 
 
+def test_prompt_of_a_second_turn(tokenizer):
+  batch = row(Sample('x', IMAGE, TURNS[:3]), tokenizer, training=False)
+  assert batch.answer_start == batch.length
+
+
 @pytest.mark.parametrize(
-  'sample, message',
+  'sample, reason, message',
   [
-    (Sample('s9', None, TURNS), 'sample s9: has <image> but no image'),
-    (Sample('s9', IMAGE, TURNS[2:]), 'sample s9: has an image but no <image>'),
-    (Sample('s9', IMAGE, TURNS[1:]), "sample s9, turn 0: role 'gpt', expected 'human'"),
-    (Sample('s9', IMAGE, (TURNS[0], {'from': 'gpt', 'value': ' '})), 'sample s9, turn 1: is empty'),
-    (Sample('s9', IMAGE, (TURNS[0], {'from': 'gpt', 'value': 'a</s>b'})), 'sample s9, turn 1: holds a separator'),
-    (Sample('s9', IMAGE, (TURNS[0], {'from': 'gpt', 'value': '<image>'})), 'sample s9, turn 1: <image> in an answer'),
-    (Sample('s9', IMAGE, TURNS[:2] + TURNS[:2]), 'sample s9: 2 image tokens'),
-    (Sample('s9', IMAGE, ()), 'sample s9: has no turns'),
-    (Sample('s9', IMAGE, TURNS[:3]), 'sample s9: no supervised token'),
+    (Sample('s9', None, TURNS), 'placeholder_without_image', 'sample s9: has <image> but no image'),
+    (Sample('s9', IMAGE, TURNS[2:]), 'image_without_placeholder', 'sample s9: has an image but no <image>'),
+    (Sample('s9', None, TURNS[2:3] * 2), 'wrong_roles', "sample s9, turn 1: role 'human', expected 'gpt'"),
+    (Sample('s9', IMAGE, (TURNS[0], answer(''))), 'empty_answer', 'sample s9, turn 1: is empty'),
+    (Sample('s9', IMAGE, (TURNS[0], answer('a</s>b'))), 'separator_in_text', 'sample s9, turn 1: holds a separator'),
+    (Sample('s9', IMAGE, (TURNS[0], answer('a <unk>'))), 'separator_in_text', "turn 1: holds the tokenizer's special token <unk>"),
+    (Sample('s9', IMAGE, (TURNS[0], answer('<image>'))), 'placeholder_in_answer', 'sample s9, turn 1: <image> in an answer'),
+    (Sample('s9', IMAGE, TURNS[:2] + TURNS[:2]), 'several_images', 'sample s9: 2 image tokens'),
+    (Sample('s9', IMAGE, ()), 'malformed', 'sample s9: has no turns'),
+    (Sample('s9', IMAGE, TURNS[:3]), 'no_supervised_token', 'sample s9: no supervised token'),
+    (Sample('s9', IMAGE, (*TURNS[:1], answer('9 ' * 60))), 'too_long', 'sample s9: .* text tokens, the bucket has 60'),
   ],
 )
-def test_bad_samples_are_named(tokenizer, sample, message):
-  with pytest.raises(DataError, match=message):
+def test_bad_samples_are_named(tokenizer, sample, reason, message):
+  with pytest.raises(DataError, match=message) as caught:
     row(sample, tokenizer)
+  assert caught.value.reason == reason
 
 
-def test_too_long_sample_is_named(tokenizer):
-  with pytest.raises(DataError, match='sample s9: .* text tokens, the bucket has 10'):
-    row(Sample('s9', IMAGE, TURNS), tokenizer, text_length=10)
+def test_text_may_fill_the_place_of_an_absent_image_in_training_only(tokenizer):
+  sample = Sample('s9', None, (TURNS[2], answer('9 ' * 53)))
+  assert row(sample, tokenizer).length > 60
+  with pytest.raises(DataError, match='the bucket has 60'):
+    row(sample, tokenizer, training=False)
 
 
-def test_image_is_padded_in_the_mean_colour():
-  out = preprocess(np.full((20, 40, 3), 255, np.uint8), VISION)
-  assert out.shape == (56, 56, 3)
-  np.testing.assert_array_equal(out[0, 28], [int(255 * m) for m in VISION.image_mean])
-  np.testing.assert_array_equal(out[28, 28], [255, 255, 255])
+def test_truncation_cuts_within_the_last_answer(tokenizer):
+  sample = Sample('s9', IMAGE, (*TURNS[:1], answer('9 ' * 60)))
+  batch = row(sample, tokenizer, truncate=True)
+  assert batch.length == 76 == batch.labels.size and batch.labels[-1] == batch.tokens[-1] != IGNORE
+
+
+def test_truncation_leaves_no_half_question(tokenizer):
+  """Nothing after the last supervised token changes the loss, and the last answer must be one."""
+  encoded = encode(*render(TURNS, STYLE, 'x'), tokenizer)
+  first_end = int(np.flatnonzero(encoded.ids == tokenizer.eos_id)[0]) + 1
+  short = cut(encoded, first_end + 3)
+  assert len(short.ids) == first_end and short.labels[-1] == tokenizer.eos_id
+  with pytest.raises(DataError, match='first answer lies beyond'):
+    row(Sample('s9', IMAGE, TURNS), tokenizer, text_length=10, truncate=True)
 
 
 def test_unknown_template_names_the_known_ones():
@@ -111,15 +131,8 @@ def test_unknown_template_names_the_known_ones():
     template('alpaca')
 
 
-@pytest.mark.skipif(not (ROOT.parent / 'shared' / 'golden' / 'text').is_dir(), reason='recorded text cases are not here')
-def test_non_legacy_tokenization_is_the_recorded_one():
-  folder = ROOT.parent / 'shared' / 'golden' / 'text'
-  tokenizer = Tokenizer((folder / 'tok_nonlegacy' / 'tokenizer.model').read_bytes())
-  cases = [
-    c
-    for c in json.loads((folder / 'text_cases.json').read_text())['inference_prompts']
-    if c['conv_mode'] in ('vicuna_v1', 'v1', 'llava_v1') and 'results' in c
-  ]
-  assert cases
-  for case in cases:
-    assert encode(case['prompt'], [], tokenizer).ids.tolist() == case['results']['nonlegacy']['input_ids'], case['prompt']
+def test_a_template_whose_end_is_no_token_is_refused(tokenizer):
+  check_template(TEMPLATES['vicuna_v1'], tokenizer)
+  check_template(TEMPLATES['plain'], tokenizer)
+  with pytest.raises(ConfigError, match=r'answers end in <\|im_end\|>'):
+    check_template(TEMPLATES['chatml_direct'], tokenizer)
