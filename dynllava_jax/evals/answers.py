@@ -27,8 +27,8 @@ def read_answers(path: pathlib.Path, problems: Problems) -> list[dict[str, Any]]
   rows = read_lines(path, lambda message: problems.add('unreadable lines', message))
   for i, row in enumerate(rows, 1):
     _, text = fields(row, ('question_id', 'text'), f'{path}, answer {i}')
-    if not isinstance(text, str):
-      raise DataError(f'{path}, answer {i}: text is {text!r}, expected a string')
+    if not isinstance(text, str) and not (isinstance(text, list) and all(isinstance(t, str) for t in text)):
+      raise DataError(f'{path}, answer {i}: text is {text!r}, expected a string, or one for each round')
   return rows
 
 

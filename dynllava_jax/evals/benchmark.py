@@ -129,8 +129,21 @@ class Benchmark:
     """Key of an answer row (`question_id`, `prompt`)."""
     return str(row['question_id'])
 
+  def seen(self, row: Mapping[str, Any]) -> Any:
+    """What `tally` is given of an answer row: its text."""
+    return row['text']
+
+  def headline_of(self, figures: Mapping[str, float]) -> str:
+    """Name of the figure that is the score."""
+    del figures
+    return self.headline
+
+  def remarks(self) -> list[str]:
+    """What to know about the numbers, stored with them."""
+    return list(self.notes)
+
   def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:
-    """Counts that one cluster adds. `answers`: (label, text) pairs."""
+    """Counts that one cluster adds. `answers`: (label, what `seen` says) pairs."""
     raise NotImplementedError
 
   def figures(self, sums: Mapping[str, float]) -> dict[str, float]:

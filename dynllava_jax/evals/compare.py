@@ -18,7 +18,8 @@ from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import costs, score
 from dynllava_jax.evals.answers import join
 from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems
-from dynllava_jax.evals.runner import Loaded, RunResult
+from dynllava_jax.evals.layout import Loaded
+from dynllava_jax.evals.runner import RunResult
 
 matplotlib.use('Agg')
 
@@ -31,10 +32,8 @@ CONVENTIONS = (
   'interval, difference_interval: 95 % bootstrap over questions, the second paired with the reference',
 )
 COLUMNS = {
-  'score': 'score',
-  'interval': '95 % interval',
+  'score': 'score (95 % interval)',
   'difference': 'difference',
-  'difference_interval': '95 % interval of the difference',
   'answers_differ': 'answers that differ',
   'image_tokens_layer_average': 'image tokens, layer average',
   'generated_kept': 'generated K/V kept',
@@ -67,7 +66,14 @@ def costs_of(cfg: EvalConfig, loaded: Loaded, rows: Sequence[Mapping[str, Any]])
     'kv_bytes_per_sample': int(np.mean([sum(per_stage[m['text_length']]) for m in meta])),
     'kv_bytes_per_stage': np.mean([per_stage[m['text_length']] for m in meta], 0).astype(int).tolist(),
     'evicted': sum(m['evicted'] for m in meta),
-  }
+  } | _long(meta)
+
+
+def _long(meta: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """The share of generated tokens that long answers kept; nothing if none is known to be long."""
+  long = [m for m in meta if m.get('long')]
+  fed = sum(len(m['kept']) for m in long)
+  return {'generated_kept_long_answers': sum(m['kept'].count('1') - m['evicted'] for m in long) / fed} if fed else {}
 
 
 def compare(
@@ -99,7 +105,11 @@ def compare(
         raise DataError(f'{result.path}: answers and labels of {benchmark.name} do not fit together:\n{problems}\n{benchmark.hint}')
       tallies[name] = score.tally(benchmark, joined)
       figures = score.figures(benchmark, tallies[name])
-      row |= {'score': figures[benchmark.headline], 'interval': score.bootstrap(benchmark, tallies[name]), 'figures': figures}
+      row |= {
+        'score': figures[benchmark.headline_of(figures)],
+        'interval': score.bootstrap(benchmark, tallies[name]),
+        'figures': figures,
+      }
       row |= {'difference': None, 'difference_interval': None} | by_group(figures, tallies[name])
     row['answers_differ'] = sum(a['text'] != b['text'] for a, b in zip(result.rows, reference.rows))
     row |= {'checkpoint': loaded[name].path, 'seconds': round(result.seconds, 1), 'programs_compiled': result.programs_compiled}
@@ -133,30 +143,33 @@ def scaled(value: float, unit: str, step: int = 1000) -> str:
   return f'{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {prefixes[power]}{unit}'
 
 
-def cell(key: str, value: Any) -> str:
-  """One value as tables show it."""
+def cell(key: str, row: Mapping[str, Any]) -> str:
+  """One value of a run as tables show it, '-' if it has none."""
+  value = row.get(key)
   if value in (None, []):
     return '-'
-  if key.endswith('interval'):
-    return f'{value[0]:+.2f} to {value[1]:+.2f}' if key.startswith('difference') else f'{value[0]:.2f} to {value[1]:.2f}'
+  if key in ('score', 'difference'):
+    sign = '+' if key == 'difference' else ''
+    interval = row['interval' if key == 'score' else 'difference_interval']
+    return f'{value:{sign}.2f}' + (f' ({interval[0]:{sign}.2f} to {interval[1]:{sign}.2f})' if interval else '')
   if key == 'generated_kept':
     return f'{value:.0%}'
   if key.endswith(('flops', 'flops_per_sample')):
     return scaled(value, 'FLOPs')
   if key == 'kv_bytes_per_sample':
     return scaled(value, 'B', 1024)
-  return f'{value:+.2f}' if key == 'difference' else f'{value:.2f}' if isinstance(value, float) else str(value)
+  return f'{value:.2f}' if isinstance(value, float) else str(value)
 
 
 def _table(benchmark: Benchmark, rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
   """Header and lines; columns that no run has a value for are left out."""
   columns = {}
   for key, title in COLUMNS.items():
-    columns[title] = [cell(key, r.get(key)) for r in rows.values()]
+    columns[title] = [cell(key, r) for r in rows.values()]
     if key == 'score':
-      columns |= {k.replace('/', ' '): [cell(k, r.get('figures', {}).get(k)) for r in rows.values()] for k in benchmark.shown}
+      columns |= {k.replace('/', ' '): [cell(k, r.get('figures', {})) for r in rows.values()] for k in benchmark.shown}
   for key in dict.fromkeys(k for r in rows.values() for k in r.get('agreement', {})):
-    columns[key.replace('_', ' ')] = [cell(key, r.get('agreement', {}).get(key)) for r in rows.values()]
+    columns[key.replace('_', ' ')] = [cell(key, r.get('agreement', {})) for r in rows.values()]
   columns = {title: cells for title, cells in columns.items() if set(cells) != {'-'}}
   return [['run', *columns], *([name, *(cells[i] for cells in columns.values())] for i, name in enumerate(rows))]
 

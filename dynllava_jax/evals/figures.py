@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from dynllava_jax.data.images import preprocess
 from dynllava_jax.data.tokenizer import Tokenizer
 from dynllava_jax.evals.benchmark import Question
-from dynllava_jax.evals.runner import Loaded, load_image
+from dynllava_jax.evals.layout import Loaded, load_image
 
 matplotlib.use('Agg')
 

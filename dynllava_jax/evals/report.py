@@ -10,7 +10,7 @@ from rich.console import Console
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import compare, figures, runner, score, suite
+from dynllava_jax.evals import compare, figures, forced, layout, runner, suite
 from dynllava_jax.evals.benchmark import Problems
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import write_atomically
@@ -43,19 +43,22 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   folder = Folder(data or pathlib.Path(), benchmark.folders, cfg.labels)
   questions = benchmark.questions(folder)
   questions = questions[: cfg.questions or None]
-  models = {name: runner.load_model(name, run, path) for name, run in cfg.runs.items()}
+  models = {name: layout.load_model(name, run, path) for name, run in cfg.runs.items()}
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_batch(cfg.batch_size, mesh)
 
   # 2. Answers, run by run.
   with sharding.on_mesh(mesh):
     results = {name: runner.answer_all(cfg, model, questions, out, mesh, console) for name, model in models.items()}
+    agreements = read_given_answers(cfg, questions, models, results, out, mesh, console)
   if jax.process_index():
     return
 
   # 3. Scores, costs, submissions.
   golds = scorable(benchmark, folder, questions, console)
   rows = compare.compare(cfg, benchmark, golds, models, results)
+  for name, found in agreements.items():
+    rows[name]['agreement'] = found
   for name, result in results.items():
     if len(questions) == benchmark.expected_questions or cfg.questions == 0:
       for file, content in benchmark.submission(folder, result.rows, name).items():
@@ -72,7 +75,7 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
     'dtype': cfg.dtype,
     'stages': {n: [dataclasses.asdict(s) for s in m.stages] for n, m in models.items()},
     'conventions': list(compare.CONVENTIONS),
-    'notes': list(benchmark.notes),
+    'notes': benchmark.remarks(),
   }
   write_atomically(out / 'results.json', (json.dumps(report, indent=1) + '\n').encode())
   write_atomically(out / 'results.md', compare.markdown(benchmark, title, rows).encode())
@@ -87,6 +90,24 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   if pictured:
     title = f'{shown}: image tokens kept (bright) and generated tokens dropped (grey), first questions'
     save_figure(figures.tokens_figure(pictured, models[shown], title), out / 'tokens.png')
+
+
+def read_given_answers(cfg, questions, models, results, out: pathlib.Path, mesh, console: Console) -> dict[str, dict[str, float]]:
+  """Adds the perplexity of reference answers to `results`; returns, if asked for, each run's agreement with the reference run."""
+  if questions[0].reference:
+    for name, model in models.items():
+      ids = [forced.reference_ids(q, model.tokenizer) for q in questions]
+      read = forced.read_answers(cfg, model, questions, ids, out / 'perplexity', mesh, console)
+      results[name] = dataclasses.replace(results[name], rows=forced.with_perplexity(results[name].rows, read))
+  if not cfg.agreement:
+    return {}
+  given = [[r['metadata']['tokens'][: r['metadata'].get('first_round')]] for r in results[cfg.reference].rows]
+  given = runner.from_first_host(given)
+  found = {}
+  for name, model in models.items():
+    read = forced.read_answers(cfg, model, questions, given, out / 'agreement', mesh, console)
+    found[name] = forced.agreement(read) if read else {}
+  return found
 
 
 def scorable(benchmark, folder: Folder, questions, console: Console):

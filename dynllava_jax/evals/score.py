@@ -34,7 +34,7 @@ def tally(benchmark: Benchmark, joined: Joined) -> Tallies:
   for i, (gold, row) in enumerate(joined.pairs):
     groups.setdefault((gold.key, i) if gold.cluster is None else gold.cluster, []).append((gold.label, row))
   try:
-    counted = [benchmark.tally([(label, row['text']) for label, row in group]) for group in groups.values()]
+    counted = [benchmark.tally([(label, benchmark.seen(row)) for label, row in group]) for group in groups.values()]
   except ValueError as e:
     raise DataError(f'{benchmark.name}: {e}') from None
   columns = tuple(dict.fromkeys(c for counts in counted for c in counts))
@@ -65,13 +65,14 @@ def bootstrap(benchmark: Benchmark, tallies: Tallies, reference: Tallies | None 
   Clusters are drawn with replacement; both runs are given the same draws (paired).
   """
   rng = np.random.default_rng(0)
+  headline = benchmark.headline_of(figures(benchmark, tallies))
   count = len(tallies.clusters)
   values = []
   for _ in range(RESAMPLES):
     weights = np.bincount(rng.integers(count, size=count), minlength=count)
     try:
-      value = figures(benchmark, tallies, weights)[benchmark.headline]
-      values.append(value - (figures(benchmark, reference, weights)[benchmark.headline] if reference else 0))
+      value = figures(benchmark, tallies, weights)[headline]
+      values.append(value - (figures(benchmark, reference, weights)[headline] if reference else 0))
     except (DataError, KeyError):
       continue  # a draw for which the score is not defined, possible only with a handful of questions
   if not values:
@@ -111,11 +112,12 @@ def score_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_p
   if benchmark.scored:
     tallies = tally(benchmark, joined)
     found = figures(benchmark, tallies)
-    if benchmark.headline not in found:
-      raise DataError(f'{path}: {benchmark.name} reports {benchmark.headline!r}, and no answered question counts for it')
-    result |= {'score': found[benchmark.headline], 'interval': bootstrap(benchmark, tallies)}
+    headline = benchmark.headline_of(found)
+    if headline not in found:
+      raise DataError(f'{path}: {benchmark.name} reports {headline!r}, and no answered question counts for it')
+    result |= {'score': found[headline], 'headline': headline, 'interval': bootstrap(benchmark, tallies)}
     counts['figures'] = found
-  return result | counts | {'problems': problems.counts(), 'answers': str(path), 'notes': list(benchmark.notes)}
+  return result | counts | {'problems': problems.counts(), 'answers': str(path), 'notes': benchmark.remarks()}
 
 
 def run(cfg: EvalConfig, path: pathlib.Path, data: pathlib.Path, allow_partial: bool, out: pathlib.Path | None) -> dict[str, Any]:

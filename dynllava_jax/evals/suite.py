@@ -5,6 +5,7 @@ from dynllava_jax.evals.benchmark import Benchmark
 from dynllava_jax.evals.digits import Digits
 from dynllava_jax.evals.gqa import Gqa
 from dynllava_jax.evals.judged import LlavaBench, MmVet
+from dynllava_jax.evals.longanswers import LvisMulti, LvisSingle, ShareGpt4v
 from dynllava_jax.evals.mmbench import MmBench, MmBenchCn
 from dynllava_jax.evals.mme import Mme
 from dynllava_jax.evals.pope import Pope
@@ -30,6 +31,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     Seed,
     LlavaBench,
     MmVet,
+    LvisSingle,
+    LvisMulti,
+    ShareGpt4v,
     Digits,
   )
 }
