@@ -36,16 +36,16 @@ def command(monkeypatch, small_machine):
 
 @pytest.mark.parametrize('name', [n for n in suite.BENCHMARKS if n != 'digits'])
 def test_benchmark(name, command, tiny_checkpoint, eval_data, tmp_path, capsys):
-  command(
-    f'--config=configs/eval.py:{name}', *SMALL, f'--checkpoint={tiny_checkpoint}', f'--data={eval_data}', f'--out={tmp_path}'
-  )
+  command(f'--config=configs/eval.py:{name}', *SMALL, f'--checkpoint={tiny_checkpoint}', f'--data={eval_data}', f'--out={tmp_path}')
   benchmark = suite.get(name)
   questions = benchmark.questions(Folder(eval_data, benchmark.folders))
   rows = [json.loads(line) for line in (tmp_path / 'answers' / 'own.jsonl').read_text().splitlines()]
   assert [r['question_id'] for r in rows] == [q.id for q in questions]
   assert [r['prompt'] for r in rows] == [q.prompt for q in questions]
   assert {'text', 'answer_id', 'model_id', 'metadata'} <= rows[0].keys()
-  image = [r['metadata']['rendered_prompt'].startswith('A chat between') and '<image>\n' in r['metadata']['rendered_prompt'] for r in rows]
+  image = [
+    r['metadata']['rendered_prompt'].startswith('A chat between') and '<image>\n' in r['metadata']['rendered_prompt'] for r in rows
+  ]
   assert image == [q.image is not None for q in questions]
   assert all(r['metadata']['rendered_prompt'].endswith(' ASSISTANT:') for r in rows)
   provenance = json.loads((tmp_path / 'answers' / 'own.provenance.json').read_text())

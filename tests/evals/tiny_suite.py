@@ -147,7 +147,13 @@ def eval_data(tmp_path_factory):
   seed = [*letters, letters[2]]  # the id that occurs twice
   write(root / 'seed_bench/llava-seed-bench.jsonl', [q | {'question_id': str(q['question_id'])} for q in seed])
   labels = [
-    {'question_id': str(q['question_id']), 'question_type_id': 1, 'data_type': 'image', 'answer': 'A', 'question': ask(q['question_id'])}
+    {
+      'question_id': str(q['question_id']),
+      'question_type_id': 1,
+      'data_type': 'image',
+      'answer': 'A',
+      'question': ask(q['question_id']),
+    }
     for q in seed
   ]
   write(root / 'seed_bench/SEED-Bench.json', {'question_type': {'Scene': 1}, 'questions': labels})
@@ -156,7 +162,9 @@ def eval_data(tmp_path_factory):
   single = [{'id': i, 'image': f'{i}.png', 'question': '<image>\nDescribe it.', 'answer': f'A dog {i}.'} for i in three]
   write(root / 'lvis_vqa/lvis_vqa_single_round.json', single)
   write(root / 'sharegpt4v_vqa/sharegpt4v_vqa_single_round.json', single)
-  rounds = [{'id': i, 'image': f'{i}.png', 'question': ['<image>\nWhat?', 'Why?'], 'answer': ['A dog.', 'It is fast.']} for i in (0, 1)]
+  rounds = [
+    {'id': i, 'image': f'{i}.png', 'question': ['<image>\nWhat?', 'Why?'], 'answer': ['A dog.', 'It is fast.']} for i in (0, 1)
+  ]
   rounds.append(rounds[0] | {'id': 2, 'question': ['<image>\nWho?'], 'answer': ['The man.']})
   write(root / 'lvis_vqa/lvis_vqa_multi_round.json', rounds)
   return root
