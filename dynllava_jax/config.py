@@ -86,6 +86,27 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+  """Stretching of rotary frequencies for longer contexts, as transformers' `rope_scaling` describes it.
+
+  Attributes:
+    kind: 'linear' (positions divided by `factor`) or 'llama3' (low frequencies divided, high ones left alone).
+    low_freq_factor, high_freq_factor, original_max_positions: of 'llama3' alone.
+  """
+
+  kind: str
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_positions: int = 8192
+
+  def __post_init__(self):
+    _require(self.kind in ('linear', 'llama3'), f'rope_scaling: kind {self.kind!r} is unknown; expected linear or llama3')
+    _require_positive(self, 'rope_scaling: ', 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_positions')
+    _require(self.high_freq_factor > self.low_freq_factor, 'rope_scaling: high_freq_factor must be above low_freq_factor')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
   """LLaMA decoder; defaults are Vicuna-7B v1.5."""
 
@@ -97,6 +118,8 @@ class LlamaConfig:
   num_kv_heads: int = 32
   rms_norm_eps: float = 1e-5
   rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  tie_embeddings: bool = False  # the output head is the embedding
 
   def __post_init__(self):
     _require_positive(
@@ -238,17 +261,57 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """Where samples come from and how they are batched."""
+  """Where samples come from and how they are batched.
+
+  Attributes:
+    source: name in `data.sources`: 'prepared', or one of the embedded ones.
+    path: folder written by `python -m dynllava_jax.data.prepare`, for 'prepared'.
+    images: where the image files lie, if the prepared folder holds only their paths.
+    tokenizer: folder with the tokenizer's files, if `init_from` brings none.
+    conversation: template, a name in `data.conversation.TEMPLATES`.
+    text_length: largest text bucket, in tokens besides the image's.
+    buckets: further, smaller ones; each is one more compiled program.
+    group_lengths: put samples of like lengths into one batch.
+    truncate: cut what is longer than the largest bucket, as LLaVA does, instead of counting it as bad.
+    on_bad_sample: 'error' starts no run on data with samples that cannot be used, 'skip' leaves them out and counts them.
+    images_only: leave samples without image out.
+    image_aspect: 'pad' (LLaVA-1.5) or 'square', see `data.images.preprocess`.
+    rotate_images: turn pictures as their EXIF orientation says; LLaVA does not.
+    shuffle: a new permutation every epoch; off where the source's order is a curriculum.
+    workers: grain worker processes; 0 reads in threads.
+  """
 
   source: str = 'digits'
+  path: str = ''
+  images: str = ''
+  tokenizer: str = ''
   conversation: str = 'plain_turns'
-  text_length: int = 128  # text bucket: tokens besides the image tokens
-  shuffle: bool = True  # a new permutation every epoch; off where the source's order is a curriculum
-  workers: int = 0  # grain worker processes; 0 reads in threads
+  text_length: int = 128
+  buckets: tuple[int, ...] = ()
+  group_lengths: bool = False
+  truncate: bool = False
+  on_bad_sample: str = 'error'
+  images_only: bool = False
+  image_aspect: str = 'pad'
+  rotate_images: bool = False
+  shuffle: bool = True
+  workers: int = 0
 
   def __post_init__(self):
     _require_positive(self, 'data: ', 'text_length')
     _require(self.workers >= 0, f'data: workers is {self.workers}, expected 0 or more')
+    lengths = (0, *self.buckets, self.text_length)
+    _require(
+      list(lengths) == sorted(set(lengths)),
+      f'data: buckets {self.buckets} must ascend and stay below text_length {self.text_length}',
+    )
+    _require(self.on_bad_sample in ('error', 'skip'), f'data: on_bad_sample is {self.on_bad_sample!r}, expected error or skip')
+    _require(self.image_aspect in ('pad', 'square'), f'data: image_aspect is {self.image_aspect!r}, expected pad or square')
+
+  @property
+  def text_buckets(self) -> tuple[int, ...]:
+    """All text buckets, ascending."""
+    return (*self.buckets, self.text_length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,7 +334,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
-  """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts)."""
+  """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts).
+
+  Attributes:
+    image_keep_rate, text_keep_rate: shares of the image and of the generated tokens to keep.
+    mask_loss_weight: of the squared distances from these shares.
+    min_answer_len: tokens; shorter answers are kept whole.
+    tau_start, tau_end: temperature of the first and of the last step.
+    dense_share: chance of a row to be trained with all its tokens, so that the same weights also run dense (ours; the
+      paper has none).
+  """
 
   image_keep_rate: float = 0.2
   text_keep_rate: float = 0.5
@@ -279,8 +351,10 @@ class SparsityConfig:
   min_answer_len: int = 50
   tau_start: float = 1.0
   tau_end: float = 0.1
+  dense_share: float = 0.0
 
   def __post_init__(self):
+    _require(0 <= self.dense_share < 1, f'sparsity.dense_share is {self.dense_share}, expected a share in [0, 1)')
     for name in ('image_keep_rate', 'text_keep_rate'):
       value = getattr(self, name)
       _require(0 < value <= 1, f'sparsity.{name} is {value}, expected a share in (0, 1]')
@@ -310,6 +384,7 @@ class TrainConfig:
   def __post_init__(self):
     check_stages(self.stages, self.model)
     check_trainable_stages(self.stages)
+    _require(not (self.init_from and self.data.tokenizer), 'data.tokenizer: init_from brings its own; leave one of them empty')
     _require_positive(self, '', 'batch_size', 'steps', 'log_every', 'save_every')
     _require(self.seed >= 0, f'seed is {self.seed}, expected 0 or more')
     for stage in self.stages:

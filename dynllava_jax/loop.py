@@ -1,5 +1,6 @@
 """Training, from top to bottom."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -15,13 +16,22 @@ from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
 from dynllava_jax.config import TOKENIZER_FILES, ConfigError, TrainConfig, to_dict
 from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
-from dynllava_jax.data.sources import new_tokenizer, training_source
+from dynllava_jax.data.sources import TrainingData, new_tokenizer, training_data
 from dynllava_jax.models.dynllava import abstract_params, cut_params, init_params, join_params
 from dynllava_jax.training.metrics import Display, MetricsLog
-from dynllava_jax.training.step import PREDICTORS, State, make_optimizer, make_train_step, split_frozen, state_shardings
+from dynllava_jax.training.step import (
+  NEVER_TRAINED,
+  PREDICTORS,
+  State,
+  make_optimizer,
+  make_train_step,
+  split_frozen,
+  state_shardings,
+)
 
 CHECKPOINTS = 'checkpoints'
 CONFIG_FILE = 'config.json'
+SKIPPED_FILE = 'skipped.json'  # samples left out, by reason
 MAY_CHANGE = ('mesh', 'log_every', 'save_every', 'init_from', 'remat')  # between start and resumption
 
 
@@ -40,28 +50,43 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   # 1. Mesh and data.
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_batch(cfg.batch_size, mesh)
-  source = training_source(cfg.data, cfg.seed)
   directory = (workdir / CHECKPOINTS).absolute()
   if checkpoint.all_steps(directory):
     check_same_run(cfg, workdir)
-    tokenizer = checkpoint.read_tokenizer(directory)
+    tokenizer, assets = checkpoint.read_tokenizer(directory), checkpoint.read_assets(directory)
+  elif cfg.init_from:
+    tokenizer, assets = inherited_tokenizer(cfg.init_from), checkpoint.read_assets(cfg.init_from)
   else:
-    tokenizer = inherited_tokenizer(cfg.init_from) if cfg.init_from else new_tokenizer(cfg.data, cfg.model.llama.vocab_size)
+    tokenizer, assets = new_tokenizer(cfg.data, cfg.model.llama.vocab_size), {}
+  training = training_data(cfg.data, cfg.model.vision, tokenizer, batch_size=cfg.batch_size, seed=cfg.seed)
   layout = LayOut(cfg.data, cfg.model.vision, tokenizer)
 
   # 2. State: the run's own newest step, else `init_from`, else random numbers.
   optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-  info = CheckpointInfo(model=cfg.model, stages=cfg.stages, sparsity=cfg.sparsity, conversation=cfg.data.conversation)
   with sharding.on_mesh(mesh):
     state, frozen = initial_state(cfg, optimizer, mesh, directory)
     first = int(state.step)
-    checkpoint.write_info(directory, info, tokenizer)
+    # The top of a CLIP tower that is never run: no use for the step, but an export needs it.
+    tail = {k: frozen.pop(k) for k in NEVER_TRAINED if k in frozen}
+    info = CheckpointInfo(
+      model=cfg.model,
+      stages=cfg.stages,
+      sparsity=cfg.sparsity,
+      conversation=cfg.data.conversation,
+      unused_vision_layers=bool(tail),
+    )
+    checkpoint.write_info(directory, info, tokenizer, assets)
     checkpoint.write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(cfg), indent=1).encode())
 
     # 3. The step, and what watches it.
     train_step = make_train_step(cfg, optimizer, mesh)
     policies = ocp.training.preservation_policies
-    saver = ocp.training.Checkpointer(directory, preservation_policy=policies.LatestN(1), cleanup_tmp_directories=True)
+    saver = ocp.training.Checkpointer(
+      directory,
+      preservation_policy=policies.LatestN(1),
+      cleanup_tmp_directories=True,
+      context=checkpoint.sealing_context(directory),
+    )
     stop = _StopRequest()
     log = MetricsLog(workdir, first)
 
@@ -69,16 +94,17 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       # force: by default Orbax passes over a step while the one before is still being written, the last one too.
       saver.save_checkpointables_async(
         int(state.step),
-        {'params': join_params(state.params | frozen), 'optimizer': {'step': state.step, 'opt_state': state.opt_state}},
+        {'params': join_params(state.params | frozen) | tail, 'optimizer': {'step': state.step, 'opt_state': state.opt_state}},
         force=True,
       )
 
     # 4. The loop: batch, step, log, save.
     try:
-      with Display(workdir.name, cfg.steps, first) as display:
+      batches = training_batches(training, layout, batch_size=cfg.batch_size, step=first)
+      with contextlib.closing(batches), Display(workdir.name, cfg.steps, first) as display:
+        display.say(describe_data(training, workdir))
         if first:
           display.say(f'{workdir}: ' + ('finished already' if first >= cfg.steps else f'goes on from step {first}'))
-        batches = training_batches(source, layout, batch_size=cfg.batch_size, seed=cfg.seed, step=first)
         since, tokens = time.monotonic(), 0
         for step in range(first + 1, cfg.steps + 1):
           batch = next(batches)
@@ -113,10 +139,21 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       stop.restore()
 
 
+def describe_data(training: TrainingData, workdir: pathlib.Path) -> str:
+  """What an epoch is made of, as text; the ids of samples left out go to `skipped.json`."""
+  lines = [f'data: {training.order.whole:,} of {len(training.source):,} samples per epoch']
+  if training.skipped:
+    checkpoint.write_atomically(workdir / SKIPPED_FILE, json.dumps(training.skipped, indent=1).encode())
+    counts = ', '.join(f'{len(ids)} {reason}' for reason, ids in training.skipped.items())
+    lines.append(f'left out: {counts}; ids in {workdir / SKIPPED_FILE}')
+  lines += [f'text bucket {u.text_length}: {u.batches:,} batches, {u.padding:.0%} padding' for u in training.order.bucket_plan()]
+  return '\n'.join(lines)
+
+
 def initial_state(
   cfg: TrainConfig, optimizer: Any, mesh: jax.sharding.Mesh, directory: pathlib.Path
 ) -> tuple[State, dict[str, Any]]:
-  """(state, frozen groups) of a new or resumed run, placed on the mesh.
+  """(state, frozen groups and, if there is one, the unused top of the CLIP tower) of a new or resumed run, on the mesh.
 
   Raises:
     ConfigError: `init_from` holds another model.
@@ -132,6 +169,7 @@ def initial_state(
       {'step': places.step, 'opt_state': places.opt_state},
     )
     folder, step = checkpoint.locate(directory)
+    checkpoint.check_integrity(folder / str(step), 'optimizer')
     stored = ocp.load_checkpointables(folder / str(step), {'optimizer': target})['optimizer']
     return State(stored['step'], trained, stored['opt_state']), frozen
 
@@ -160,10 +198,7 @@ def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
 
 
 def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Parameters of `init_from`. Predictors may be missing there; everything else must fit.
-
-  Layers of a CLIP tower that are never run are left behind: training has no use for them.
-  """
+  """Parameters of `init_from`. Predictors may be missing there; everything else must fit."""
   found = checkpoint.read_info(cfg.init_from)
   for part in ('vision', 'projector', 'llama'):
     ours, theirs = getattr(cfg.model, part), getattr(found.model, part)
@@ -171,7 +206,7 @@ def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
       raise ConfigError(f'config.init_from: {cfg.init_from} has another {part}: {theirs}, the config says {ours}')
   if found.model.predictor not in (None, cfg.model.predictor):
     raise ConfigError(f'config.init_from: {cfg.init_from} has other predictors: {found.model.predictor}')
-  left_out = ('vision_tail',) if cfg.model.predictor else ('vision_tail', *PREDICTORS)
+  left_out = () if cfg.model.predictor else PREDICTORS
   return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
 
 

@@ -66,7 +66,7 @@ def test_libraries_stay_in_their_places(library, places):
   assert users <= allowed
 
 
-def test_training_evaluation_and_safetensors_conversion_do_not_load_torch():
+def test_training_evaluation_and_safetensors_conversion_do_not_load_torch(tmp_path):
   code = (
     'import sys, pathlib\n'
     'class NoTorch:\n'
@@ -74,6 +74,7 @@ def test_training_evaluation_and_safetensors_conversion_do_not_load_torch():
     '    if name.split(".")[0] == "torch": raise ImportError("torch was asked for")\n'
     'sys.meta_path.insert(0, NoTorch())\n'
     'import dynllava_jax.loop, dynllava_jax.evals.report, dynllava_jax.convert.convert as c\n'
-    'c.read_checkpoint(pathlib.Path("tests/golden/public_b/checkpoint"))'
+    'from dynllava_jax.convert.source import Request\n'
+    f'c.convert(Request(src=pathlib.Path("tests/golden/public_b/checkpoint")), pathlib.Path({str(tmp_path)!r}))'
   )
   subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=120)

@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn import datasets
 
 from dynllava_jax.data.conversation import IMAGE_TOKEN, TEMPLATES, render
+from dynllava_jax.data.order import Part
 from dynllava_jax.data.samples import Sample
 from dynllava_jax.data.tokenizer import train_tokenizer
 
@@ -167,6 +168,7 @@ class TrainingScenes:
   def __init__(self, split: str, seed: int, mix: Mix = FROM_NOTHING, size: int = 1_000_000):
     """`size` is how many different scenes there are; none is stored."""
     self.split, self.seed, self.mix, self.size = split, seed, mix, size
+    self.parts = (Part(0, size),)
 
   def __len__(self) -> int:
     return self.size

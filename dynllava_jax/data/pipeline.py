@@ -1,41 +1,45 @@
-"""From a source of samples to batches on the mesh, with grain. The stream is a function of (source, seed, step)."""
+"""From a source of samples to batches on the mesh, with grain. The stream is a function of (data, seed, step)."""
 
 import dataclasses
-import os
-import threading
-import time
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import grain
 import jax
+import numpy as np
 
-from dynllava_jax.config import DataConfig, VisionConfig
+from dynllava_jax.config import IGNORE, ConfigError, DataConfig, VisionConfig
 from dynllava_jax.data import conversation
 from dynllava_jax.data.batches import Batch, make_row, stack
+from dynllava_jax.data.samples import DataError, Sample
+from dynllava_jax.data.sources import TrainingData
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dynllava_jax.data.workers import die_with_parent
 
 READ_THREADS = 2
 PREFETCH = 8  # rows read ahead per thread
+FOREVER = 2**60  # positions of the stream
 
 
 @dataclasses.dataclass(frozen=True)
-class LayOut(grain.transforms.MapWithIndex):
+class LayOut:
   """Sample -> row; picklable, so that it can run in worker processes."""
 
   data: DataConfig
   vision: VisionConfig
   tokenizer_files: Mapping[str, bytes]
 
-  def map_with_index(self, index: int, element: Any) -> Batch:
+  def __call__(self, sample: Sample, number: int, text_length: int) -> Batch:
+    """One row of the given text bucket, see `batches.make_row`."""
     return make_row(
-      element,
-      index % 2**32,
+      sample,
+      number,
       style=conversation.template(self.data.conversation),
       tokenizer=self._tokenizer(),
       vision=self.vision,
-      text_length=self.data.text_length,
+      text_length=text_length,
+      aspect=self.data.image_aspect,
       training=True,
+      truncate=self.data.truncate,
     )
 
   def _tokenizer(self) -> Tokenizer:
@@ -47,42 +51,64 @@ class LayOut(grain.transforms.MapWithIndex):
     return {k: v for k, v in self.__dict__.items() if k != '_cached'}
 
 
-def training_batches(source: Any, layout: LayOut, *, batch_size: int, seed: int, step: int) -> Iterator[Batch]:
-  """Endless batches of this host's rows, from a global step on.
+@dataclasses.dataclass(frozen=True)
+class _ReadRow(grain.transforms.Map):
+  """Position in the stream -> row."""
 
-  Every epoch is a new permutation (unless `data.shuffle` is off); the rows that do not fill a batch at its end differ
-  from epoch to epoch.
+  training: TrainingData
+  layout: LayOut
+
+  def map(self, element: int) -> Batch:
+    sample, text_length = self.training.order(element)
+    return self.layout(self.training.source[sample], element % 2**32, text_length)
+
+
+def training_batches(
+  training: TrainingData,
+  layout: LayOut,
+  *,
+  batch_size: int,
+  step: int,
+  hosts: int | None = None,
+  host: int | None = None,
+) -> Iterator[Batch]:
+  """Endless batches of this host's rows, from a global step on; close it to end its workers.
 
   Args:
-    source: random-access source of samples.
+    training: source and order.
     layout: how a sample becomes a row.
-    batch_size: global; each host gets `batch_size / hosts` rows.
-    seed, step: with the source, these determine the batch.
+    batch_size: global; each host gets `batch_size / hosts` rows, row r of the batch going to host r % hosts.
+    step: with the data and the seed in `training.order`, it determines the batch.
+    hosts, host: how many processes share a batch, and which of them this is; jax knows by default.
+
+  Raises:
+    ConfigError: hosts that do not divide the batch.
+    DataError: a sample that cannot be used, or a batch without a supervised token, with the ids.
   """
-  hosts, host = jax.process_count(), jax.process_index()
-  whole = len(source) // batch_size * batch_size
-  samples = grain.MapDataset.source(source).seed(seed)
-  if layout.data.shuffle:
-    samples = samples.shuffle()
-  rows = samples[:whole].repeat().map_with_index(layout)
+  hosts = jax.process_count() if hosts is None else hosts
+  host = jax.process_index() if host is None else host
+  if batch_size % hosts:
+    raise ConfigError(f'config.batch_size: {batch_size} is not a multiple of {hosts} hosts')
+  rows = grain.MapDataset.range(FOREVER).map(_ReadRow(training, layout))
   rows = rows[step * batch_size + host :: hosts].batch(batch_size // hosts, drop_remainder=True, batch_fn=stack)
   batches = rows.to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH))
   if layout.data.workers:
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=layout.data.workers), worker_init_fn=_die_with_parent)
-  return iter(batches)
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=layout.data.workers), worker_init_fn=die_with_parent)
+  iterator = iter(batches)
+  try:
+    for batch in iterator:
+      if not supervised_tokens(batch):
+        ids = [training.source[i].id for i in training.order.batch(step)[host::hosts]]
+        raise DataError(f'step {step}: no supervised token in the batch of samples {", ".join(ids)}', 'no_supervised_token')
+      yield batch
+      step += 1
+  finally:
+    iterator.close()
 
 
-def _die_with_parent(worker: int, workers: int) -> None:
-  """Ends a worker process once its parent is gone, also after kill -9 (grain leaves it running)."""
-  del worker, workers
-  parent = os.getppid()
-
-  def watch():
-    while os.getppid() == parent:
-      time.sleep(1)
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
+def supervised_tokens(batch: Batch) -> int:
+  """Labels that enter the loss: position t predicts label t + 1."""
+  return int(np.count_nonzero(batch.labels[:, 1:] != IGNORE))
 
 
 def to_mesh(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import warnings
 
 import jax
 from rich.console import Console
@@ -89,7 +90,9 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   pictured = figures.pictured(questions, results[shown].rows)
   if pictured:
     title = f'{shown}: image tokens kept (bright) and generated tokens dropped (grey), first questions'
-    save_figure(figures.tokens_figure(pictured, models[shown], title), out / 'tokens.png')
+    with warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'Glyph')  # characters that the font lacks become boxes
+      save_figure(figures.tokens_figure(pictured, models[shown], title), out / 'tokens.png')
 
 
 def read_given_answers(cfg, questions, models, results, out: pathlib.Path, mesh, console: Console) -> dict[str, dict[str, float]]:

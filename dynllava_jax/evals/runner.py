@@ -40,7 +40,8 @@ class RunResult:
 def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question]) -> dict[str, Any]:
   """All that the answers depend on."""
   directory, step = checkpoint.locate(loaded.path)
-  names = (checkpoint.MODEL_FILE, *TOKENIZER_FILES, f'{step}/params')
+  sealed = directory / str(step) / checkpoint.INTEGRITY_FILE  # holds the digest of every array file, checked when they are loaded
+  names = (checkpoint.MODEL_FILE, *TOKENIZER_FILES, f'{step}/{sealed.name if sealed.exists() else "params"}')
   return {
     'benchmark': cfg.benchmark,
     'questions': len(questions),

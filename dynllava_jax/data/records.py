@@ -1,0 +1,112 @@
+"""LLaVA's JSON as records, and what is looked at in every record before it may be trained on."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from dynllava_jax.config import IGNORE, IMAGE_ID
+from dynllava_jax.data.batches import encode_turns
+from dynllava_jax.data.conversation import Template
+from dynllava_jax.data.images import decode
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """A sample as it stands in the JSON file; `image_path` is '' without image."""
+
+  id: str
+  source: str
+  image_path: str
+  conversations: tuple[dict[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What an examination of one record found.
+
+  Attributes:
+    reason: key of `samples.REASONS`, '' if the record can be used.
+    message: the error, with id and turn.
+    tokens: ids of the whole sample, the image counted as one; 0 if they were not counted.
+    reach: so many of them must be left, if it is cut, for an image and a supervised token after it to remain.
+    has_image: whether it names an image.
+  """
+
+  id: str
+  source: str
+  reason: str = ''
+  message: str = ''
+  tokens: int = 0
+  reach: int = 0
+  has_image: bool = False
+
+
+def read_json(path: pathlib.Path) -> list[Any]:
+  """Entries of a JSON array, or one per line of a `.jsonl` file, unchecked.
+
+  Raises:
+    DataError: the file is no JSON, or no list; with the line.
+  """
+  text = path.read_text()
+  lines = enumerate(text.splitlines(), 1) if path.suffix == '.jsonl' else [(1, text)]
+  out = []
+  for number, line in lines:
+    if not line.strip():
+      continue
+    try:
+      entry = json.loads(line)
+    except json.JSONDecodeError as e:
+      raise DataError(f'{path}, line {number + e.lineno - 1}: no JSON ({e.msg}, column {e.colno})') from None
+    out.append(entry)
+  if path.suffix != '.jsonl':
+    out = out[0] if out else None
+    if not isinstance(out, list):
+      raise DataError(f'{path}: expected a list of samples, found {type(out).__name__}')
+  return out
+
+
+def parse(entry: Any, source: str, number: int) -> Record:
+  """Checks the structure of one entry; DataError if it is none of LLaVA's."""
+  where = f'sample {entry.get("id", "?") if isinstance(entry, dict) else "?"} (number {number} of {source})'
+  if not isinstance(entry, dict) or not isinstance(entry.get('conversations'), list):
+    raise DataError(f'{where}: expected an object with a list "conversations"')
+  for i, turn in enumerate(entry['conversations']):
+    if not isinstance(turn, dict) or not isinstance(turn.get('from'), str) or not isinstance(turn.get('value'), str):
+      raise DataError(f'{where}, turn {i}: expected {{"from": ..., "value": ...}} with texts, found {str(turn)[:80]}')
+  image = entry.get('image', '')
+  if isinstance(image, list):
+    raise DataError(f'{where}: {len(image)} images, one is supported', 'several_images')
+  if not isinstance(image, str) or ('image' in entry and not image):
+    raise DataError(f'{where}: "image" is {image!r}, expected a path; leave the key out for text')
+  turns = tuple({'from': t['from'], 'value': t['value']} for t in entry['conversations'])
+  return Record(str(entry.get('id', f'{source}#{number}')), source, image, turns)
+
+
+def read_image(record_id: str, path: str, root: pathlib.Path) -> bytes:
+  """The bytes of an image file; DataError if there is none."""
+  try:
+    return (root / path).read_bytes()
+  except OSError as e:
+    raise DataError(f'sample {record_id}: image {root / path} cannot be read ({e.strerror})', 'missing_image') from None
+
+
+def examine(record: Record, *, style: Template, tokenizer: Tokenizer, images: pathlib.Path | None) -> Finding:
+  """Everything that can be found out about one record without a bucket; `images=None` leaves the image files alone."""
+  has_image = bool(record.image_path)
+  about = {'id': record.id, 'source': record.source, 'has_image': has_image}
+  try:
+    encoded = encode_turns(record.id, record.conversations, has_image, style=style, tokenizer=tokenizer)
+    if encoded.labels[-1] == IGNORE:
+      raise DataError(f'sample {record.id}: no supervised token at its end; does it end with an answer?', 'no_supervised_token')
+    if has_image and images is not None:
+      decode(read_image(record.id, record.image_path, images), f'sample {record.id}: image {record.image_path}')
+  except DataError as e:
+    return Finding(**about, reason=e.reason, message=str(e))
+  image = int(np.argmax(encoded.ids == IMAGE_ID))  # 0 without one
+  reach = image + int(np.argmax(encoded.labels[image:] != IGNORE)) + 1
+  return Finding(**about, tokens=len(encoded.ids), reach=reach)
