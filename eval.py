@@ -24,6 +24,7 @@ OUT = flags.DEFINE_string('out', None, 'Where answers, submissions, tables and p
 ANSWERS = flags.DEFINE_string('answers', None, 'Answer file to score; needs no checkpoint and no accelerator.')
 ALLOW_PARTIAL = flags.DEFINE_bool('allow_partial', False, 'Score what fits when answers and labels do not fit together.')
 CHECK_DATA = flags.DEFINE_bool('check_data', False, 'Say what of the benchmark data is there and where to get the rest.')
+MULTIHOST = flags.DEFINE_bool('multihost', False, 'One of several processes, one per host: join the others first.')
 
 
 def main(_) -> None:
@@ -40,9 +41,18 @@ def main(_) -> None:
       out = pathlib.Path(OUT.value) if OUT.value else None
       print(json.dumps(score.run(cfg, pathlib.Path(ANSWERS.value), _needed(data, '--data'), ALLOW_PARTIAL.value, out)))
       return
+    checkpoint, out = _needed(CHECKPOINT.value, '--checkpoint'), pathlib.Path(OUT.value or '.')
     from dynllava_jax.evals import report  # jax starts only after the flags are known to be right
 
-    report.run(cfg, _needed(CHECKPOINT.value, '--checkpoint'), pathlib.Path(OUT.value or '.'), data)
+    if MULTIHOST.value:
+      import jax
+
+      jax.distributed.initialize()
+    try:
+      report.run(cfg, checkpoint, out, data)
+    except KeyboardInterrupt:
+      print(f'stopped; finished answers are in {out / "answers"}, the same command goes on with the others')
+      sys.exit(130)
 
 
 def _needed(value, name: str):

@@ -7,7 +7,7 @@ import pytest
 from conftest import GOLDEN
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import gqa, meteor, pope, scienceqa, score, suite, vqa_text
+from dynllava_jax.evals import gqa, meteor, pope, scienceqa, scienceqa_prompts, score, suite, vqa_text
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.hosts import share
 from dynllava_jax.evals.perplexity import mean_perplexity, perplexity
@@ -116,6 +116,12 @@ def test_scienceqa(case):
       letter, choices = scienceqa.parse(row['pred']), case['problems'][row['question_id']]['choices']
       assert letter == row['parsed_ans'], row
       assert scienceqa.choice(letter, len(choices)) == run['outputs']['result']['results'][row['question_id']]
+
+
+@pytest.mark.parametrize('case', RECORDED['science_qa_prompts'], ids=lambda c: f'{c["format"]}-{c["is_test"]}')
+def test_scienceqa_prompts(case):
+  for id_, problem in case['problems'].items():
+    assert list(scienceqa_prompts.example(problem, case['format'], case['is_test'])) == case['examples'][id_]
 
 
 def test_gqa():
