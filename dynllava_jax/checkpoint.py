@@ -16,7 +16,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +25,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax.config import DENSE, TOKENIZER_FILES, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict
+from dynllava_jax.files import write_atomically
 from dynllava_jax.models.dynllava import abstract_params
 from dynllava_jax.sharding import shardings, unboxed
 
@@ -49,14 +49,6 @@ class CheckpointInfo:
   sparsity: SparsityConfig = SparsityConfig()
   conversation: str = 'vicuna_v1'
   unused_vision_layers: bool = False  # the never-run top of the CLIP tower is stored too
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-  """Writes to a temporary name in the same folder, then renames."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_bytes(content)
-  os.replace(temporary, path)
 
 
 def write_info(
