@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/python train.py --config=configs/digits.py:base --workdir=$(RUN)/base
 	$(BIN)/python train.py --config=configs/digits.py:dynamic --workdir=$(RUN)/dynamic --config.init_from=$(RUN)/base/checkpoints
 	$(BIN)/python -m dynllava_jax.training.plot $(RUN)/training.png $(RUN)/base $(RUN)/dynamic
-	$(BIN)/python eval.py --config=configs/digits.py:eval --config.runs.dense.checkpoint=$(RUN)/base/checkpoints --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)
+	$(BIN)/python eval.py --config=configs/digits.py:eval --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)
 
 test: setup
 	$(BIN)/python -m pytest -q tests

@@ -1,9 +1,15 @@
-"""Converts a PyTorch LLaVA or Dynamic-LLaVA checkpoint (the authors' layout) to ours.
+"""Brings PyTorch LLaVA and Dynamic-LLaVA checkpoints here, and ours back to PyTorch.
 
+    python convert_weights.py --src=llava-1.5-7b-hf --dst=checkpoints/llava-7b
     python convert_weights.py --src=llava-v1.5-7b --vision=clip-vit-large-patch14-336 --dst=checkpoints/llava-7b
+    python convert_weights.py --src=vicuna-7b-v1.5 --vision=CLIP --projector=mm_projector.bin --dst=DIR
+    python convert_weights.py --src=llava-lora --base=vicuna-7b-v1.5 --vision=CLIP --dst=DIR
+    python convert_weights.py --src=checkpoints/llava-7b --export=llava-hf --dst=DIR
+    python convert_weights.py --inspect=DIR
     python convert_weights.py --src=DIR --dst=DIR --verify=case.npz
 
-With --verify a recorded case is recomputed with the converted weights; exit status 1 unless every quantity agrees.
+The layout is recognised; docs/checkpoints.md has a table. With --verify a recorded case is recomputed with the
+converted weights; exit status 1 unless every quantity agrees.
 """
 
 import pathlib
@@ -13,17 +19,53 @@ from absl import flags
 
 from dynllava_jax import command_line
 
-SRC = flags.DEFINE_string('src', None, 'Directory with config.json and .bin or safetensors shards.', required=True)
-DST = flags.DEFINE_string('dst', None, 'Directory for the checkpoint; must be new or empty.', required=True)
+SRC = flags.DEFINE_string('src', None, 'Checkpoint directory: PyTorch, or with --export one of ours.')
+DST = flags.DEFINE_string('dst', None, 'Directory to write; new or empty, unless --overwrite.')
 VISION = flags.DEFINE_string('vision', None, "CLIP directory; the config's mm_vision_tower if not given.")
+BASE = flags.DEFINE_string('base', None, 'Model that the LoRA adapter or lone projector in --src belongs to.')
+PROJECTOR = flags.DEFINE_string('projector', None, "mm_projector.bin, or 'new' for a random projector.")
+ADD_PREDICTORS = flags.DEFINE_bool('add_predictors', False, 'Make a dense model dynamic with untrained predictors.')
+SEED = flags.DEFINE_integer('seed', 0, 'Seed of untrained projectors and predictors.', lower_bound=0)
+EXPORT = flags.DEFINE_enum('export', None, ['llava-hf', 'llava', 'dynamic-llava'], 'Write --src, one of ours, for PyTorch.')
+DROP_PREDICTORS = flags.DEFINE_bool('drop_predictors', False, 'Export the dense part of a model with predictors.')
+INSPECT = flags.DEFINE_string('inspect', None, 'Describe the checkpoint in this directory, PyTorch or ours, and do nothing else.')
+DTYPE = flags.DEFINE_enum('dtype', 'keep', ['keep', 'float32', 'bfloat16'], 'What to store; keep is what the source has.')
+OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace what is at --dst, once the new checkpoint is whole.')
+READBACK = flags.DEFINE_bool('readback', True, 'Read everything again after writing and compare checksums.')
 VERIFY = flags.DEFINE_string('verify', None, 'Recorded case (.npz) to recompute with the converted weights.')
 
 
 def main(_) -> None:
   with command_line.readable_errors():
-    from dynllava_jax.convert import report
+    from dynllava_jax.convert import inspection, report
+    from dynllava_jax.convert.source import Request
 
-    passed = report.run(pathlib.Path(SRC.value), pathlib.Path(DST.value), VISION.value, VERIFY.value)
+    if INSPECT.value:
+      print(inspection.describe(pathlib.Path(INSPECT.value)))
+      return
+    if not SRC.value or not DST.value:
+      raise command_line.ConfigError('--src and --dst are needed; see --help')
+    request = Request(
+      src=pathlib.Path(SRC.value),
+      vision=pathlib.Path(VISION.value) if VISION.value else None,
+      base=pathlib.Path(BASE.value) if BASE.value else None,
+      projector=PROJECTOR.value,
+      add_predictors=ADD_PREDICTORS.value,
+      seed=SEED.value,
+    )
+    if EXPORT.value:
+      report.run_export(
+        request.src,
+        pathlib.Path(DST.value),
+        EXPORT.value,
+        vision=request.vision,
+        dtype=DTYPE.value,
+        overwrite=OVERWRITE.value,
+        readback=READBACK.value,
+        drop_predictors=DROP_PREDICTORS.value,
+      )
+      return
+    passed = report.run_conversion(request, pathlib.Path(DST.value), DTYPE.value, OVERWRITE.value, READBACK.value, VERIFY.value)
   sys.exit(0 if passed else 1)
 
 

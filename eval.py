@@ -1,25 +1,64 @@
-"""Evaluates one checkpoint under several stage lists.
+"""Evaluates checkpoints, scores answer files made elsewhere, and says which benchmark data is there.
 
-python eval.py --config=configs/digits.py:eval --checkpoint=runs/digits/dynamic/checkpoints --out=runs/digits
+    python eval.py --config=configs/digits.py:eval --checkpoint=runs/digits/dynamic/checkpoints --out=runs/digits
+    python eval.py --config=configs/eval.py:pope --checkpoint=CHECKPOINT --data=DIR --out=results/pope
+    python eval.py --config=configs/eval.py:pope --answers=FILE --data=DIR
+    python eval.py --check_data --data=DIR
+
+Started again with the same --out, an evaluation goes on where it stopped.
 """
 
+import json
 import pathlib
+import sys
 
 from absl import flags
 
 from dynllava_jax import command_line
-from dynllava_jax.config import EvalConfig
+from dynllava_jax.config import ConfigError, EvalConfig
 
 CONFIG = command_line.define_config()
-CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Checkpoint directory, or one step in it.', required=True)
-OUT = flags.DEFINE_string('out', '.', 'Where results.json, answers.jsonl and tokens.png go.')
+CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Checkpoint directory, or one step in it.')
+DATA = flags.DEFINE_string('data', None, "Benchmark data, in LLaVA's layout of playground/data/eval.")
+OUT = flags.DEFINE_string('out', None, 'Where answers, submissions, tables and pictures go; the current folder if not given.')
+ANSWERS = flags.DEFINE_string('answers', None, 'Answer file to score; needs no checkpoint and no accelerator.')
+ALLOW_PARTIAL = flags.DEFINE_bool('allow_partial', False, 'Score what fits when answers and labels do not fit together.')
+CHECK_DATA = flags.DEFINE_bool('check_data', False, 'Say what of the benchmark data is there and where to get the rest.')
+MULTIHOST = flags.DEFINE_bool('multihost', False, 'One of several processes, one per host: join the others first.')
 
 
 def main(_) -> None:
   with command_line.readable_errors():
+    data = pathlib.Path(DATA.value) if DATA.value else None
+    if CHECK_DATA.value:
+      from dynllava_jax.evals import check
+
+      sys.exit(check.run(_needed(data, '--data'), [CONFIG.value.benchmark] if CONFIG.value else []))
+    cfg = command_line.parse(EvalConfig, CONFIG.value)
+    if ANSWERS.value:
+      from dynllava_jax.evals import score
+
+      out = pathlib.Path(OUT.value) if OUT.value else None
+      print(json.dumps(score.run(cfg, pathlib.Path(ANSWERS.value), _needed(data, '--data'), ALLOW_PARTIAL.value, out)))
+      return
+    checkpoint, out = _needed(CHECKPOINT.value, '--checkpoint'), pathlib.Path(OUT.value or '.')
     from dynllava_jax.evals import report  # jax starts only after the flags are known to be right
 
-    report.run(command_line.parse(EvalConfig, CONFIG.value), CHECKPOINT.value, pathlib.Path(OUT.value))
+    if MULTIHOST.value:
+      import jax
+
+      jax.distributed.initialize()
+    try:
+      report.run(cfg, checkpoint, out, data)
+    except KeyboardInterrupt:
+      print(f'stopped; finished answers are in {out / "answers"}, the same command goes on with the others')
+      sys.exit(130)
+
+
+def _needed(value, name: str):
+  if value is None:
+    raise ConfigError(f'{name} is missing')
+  return value
 
 
 if __name__ == '__main__':

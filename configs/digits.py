@@ -51,11 +51,11 @@ def dynamic() -> dict:
     model=MODEL | dict(predictor=PREDICTOR),
     data=DATA | dict(source='digits_instruct'),
     stages=stages('dynamic'),
-    steps=400,
+    steps=600,
     batch_size=16,
     init_from='runs/digits/base/checkpoints',
     frozen=('vision', 'projector'),
-    optimizer=dict(learning_rate=3e-4, predictor_learning_rate=2e-3, warmup_share=0.03, b2=0.99),
+    optimizer=dict(learning_rate=3e-4, predictor_learning_rate=3e-3, warmup_share=0.03, b2=0.99),
     sparsity=dict(
       image_keep_rate=IMAGE_KEEP_RATE,
       text_keep_rate=TEXT_KEEP_RATE,
@@ -63,6 +63,7 @@ def dynamic() -> dict:
       min_answer_len=50,
       tau_start=1.0,
       tau_end=0.1,
+      dense_share=0.3,
     ),
     log_every=10,
     save_every=100,
@@ -73,14 +74,9 @@ def dynamic() -> dict:
 
 
 def evaluate() -> dict:
-  runs = {name: dict(stages=stages(name)) for name in ('dynamic', 'uniform', 'random')}
-  # The dense reference is the model before it was made dynamic; the other rows are the dynamic checkpoint's.
-  dense = dict(dense=dict(stages=[dict(start=0)], checkpoint='runs/digits/base/checkpoints'))
-  runs['all_tokens'] = dict(stages=[dict(start=0)])
+  runs = dict(dense=dict(stages=[dict(start=0)])) | {n: dict(stages=stages(n)) for n in ('dynamic', 'uniform', 'random')}
   runs['dynamic']['stages'][1]['text_keep_budget'] = TEXT_KEEP_RATE
-  return dict(
-    data=DATA | dict(text_length=32), runs=dense | runs, questions=600, batch_size=100, max_new_tokens=96, seed=0, **HARDWARE
-  )
+  return dict(data=DATA | dict(text_length=32), runs=runs, questions=600, batch_size=100, max_new_tokens=96, seed=0, **HARDWARE)
 
 
 def get_config(name: str = 'base') -> ConfigDict:

@@ -1,17 +1,21 @@
 """Checkpoints on disk.
 
-    DIR/model.json         model, stage list and objective it was made for, conversation template
-    DIR/tokenizer.model    and the other files of its tokenizer (`config.TOKENIZER_FILES`), if it has one
-    DIR/500/params/...     Orbax, parameters in checkpoint form (decoder layers in one stack)
-    DIR/500/optimizer/...  only in training
+    DIR/model.json            model, stage list and objective it was made for, conversation template, checksums
+    DIR/tokenizer.model       and the other files of its tokenizer (`config.TOKENIZER_FILES`), if it has one
+    DIR/assets/...            files of the PyTorch checkpoint it came from, for the way back
+    DIR/500/params/...        Orbax, parameters in checkpoint form (decoder layers in one stack)
+    DIR/500/optimizer/...     only in training
+    DIR/500/integrity.json    size and SHA-256 of every file of the step
 
 Its path (DIR, or DIR/500 for one step) is all that is needed to load a checkpoint. Orbax writes a step under
-a temporary name and renames it, so an interrupted save leaves no step behind.
+a temporary name and renames it, so an interrupted save leaves no step behind. Orbax itself does not notice a
+flipped bit, so what is loaded is first compared with the checksums.
 """
 
+import concurrent.futures
 import dataclasses
+import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +25,15 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax.config import DENSE, TOKENIZER_FILES, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict
+from dynllava_jax.files import write_atomically
 from dynllava_jax.models.dynllava import abstract_params
 from dynllava_jax.sharding import shardings, unboxed
 
 FORMAT = 1
 MODEL_FILE = 'model.json'
+INTEGRITY_FILE = 'integrity.json'
+ASSETS = 'assets'
+UNFINISHED = '.orbax-checkpoint-tmp'  # what Orbax adds to the name of a step that it is writing
 
 
 class CheckpointError(RuntimeError):
@@ -43,20 +51,22 @@ class CheckpointInfo:
   unused_vision_layers: bool = False  # the never-run top of the CLIP tower is stored too
 
 
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-  """Writes to a temporary name in the same folder, then renames."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_bytes(content)
-  os.replace(temporary, path)
-
-
-def write_info(directory: pathlib.Path, info: CheckpointInfo, tokenizer: Mapping[str, bytes] | None = None) -> None:
-  """Writes `model.json` and, if given, the tokenizer's files."""
-  for name, content in (tokenizer or {}).items():
+def write_info(
+  directory: pathlib.Path,
+  info: CheckpointInfo,
+  tokenizer: Mapping[str, bytes] | None = None,
+  assets: Mapping[str, bytes] | None = None,
+) -> None:
+  """Writes `model.json` and, if given, the files of the tokenizer and the assets (by their path below `assets/`)."""
+  files = {f'{ASSETS}/{name}': content for name, content in (assets or {}).items()} | dict(tokenizer or {})
+  for name, content in files.items():
     write_atomically(directory / name, content)
-  text = json.dumps({'format': FORMAT} | to_dict(info), indent=1)
-  write_atomically(directory / MODEL_FILE, text.encode())
+  content = {'format': FORMAT} | to_dict(info) | {'files': {n: hashlib.sha256(c).hexdigest() for n, c in sorted(files.items())}}
+  write_atomically(directory / MODEL_FILE, json.dumps(content | {'sha256': _digest(content)}, indent=1).encode())
+
+
+def _digest(content: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
@@ -88,22 +98,138 @@ def all_steps(directory: pathlib.Path) -> list[int]:
 
 
 def read_info(path: str | pathlib.Path) -> CheckpointInfo:
-  """Reads `model.json` of a checkpoint given as DIR or DIR/STEP."""
-  file = locate(path)[0] / MODEL_FILE
+  """Reads `model.json` of a checkpoint given as DIR or DIR/STEP.
+
+  Raises:
+    CheckpointError: no checkpoint there, or a description that is damaged or of another format.
+  """
+  directory = locate(path)[0]
+  content = _read_model_file(directory)
+  del content['files']
+  try:
+    return from_config_dict(CheckpointInfo, content, 'config')
+  except ConfigError as e:
+    raise CheckpointError(f'{directory / MODEL_FILE}: unreadable ({e}); write the checkpoint again') from e
+
+
+def _read_model_file(directory: pathlib.Path) -> dict[str, Any]:
+  file = directory / MODEL_FILE
   try:
     content = json.loads(file.read_text())
-    found = content.pop('format')
-    if found != FORMAT:
-      raise CheckpointError(f'{file}: checkpoint format {found}, this version reads {FORMAT}')
-    return from_config_dict(CheckpointInfo, content, 'config')
-  except (json.JSONDecodeError, KeyError, ConfigError) as e:
+    found = content['format']
+    stated = content.pop('sha256', None)
+  except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
     raise CheckpointError(f'{file}: unreadable ({e}); write the checkpoint again') from e
+  if found != FORMAT:
+    raise CheckpointError(f'{file}: checkpoint format {found}, this version reads {FORMAT}')
+  if stated not in (None, _digest(content)):
+    raise CheckpointError(
+      f'{file}: does not match its own checksum; it is damaged (copy or write it again) or was edited (then remove its "sha256")'
+    )
+  del content['format']
+  return {'files': {}} | content
 
 
 def read_tokenizer(path: str | pathlib.Path) -> dict[str, bytes] | None:
   """The files of the tokenizer stored with a checkpoint, for `data.tokenizer.load_tokenizer`; None if it has none."""
-  folder = locate(path)[0]
-  return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()} or None
+  directory = locate(path)[0]
+  return {name: _read_file(directory, name) for name in TOKENIZER_FILES if (directory / name).exists()} or None
+
+
+def read_assets(path: str | pathlib.Path) -> dict[str, bytes]:
+  """Files of the PyTorch checkpoint that this one came from, by their path below `assets/`."""
+  directory = locate(path)[0]
+  names = (n for n in _read_model_file(directory)['files'] if n.startswith(f'{ASSETS}/'))
+  return {n.removeprefix(f'{ASSETS}/'): _read_file(directory, n) for n in names}
+
+
+def _read_file(directory: pathlib.Path, name: str) -> bytes:
+  stated = _read_model_file(directory)['files'].get(name)
+  try:
+    content = (directory / name).read_bytes()
+  except OSError as e:
+    raise CheckpointError(f'{directory / name}: cannot be read ({e.strerror})') from None
+  if stated not in (None, hashlib.sha256(content).hexdigest()):
+    raise CheckpointError(f'{directory / name}: damaged, its checksum is not the one in {MODEL_FILE}; copy it again')
+  return content
+
+
+def seal(step_dir: pathlib.Path, known: dict[str, str] | None = None) -> None:
+  """Writes `integrity.json` of a step whose arrays are all on disk.
+
+  Args:
+    step_dir: DIR/STEP, or its temporary directory.
+    known: SHA-256 of files (paths below `step_dir`) that need not be read for it.
+  """
+  known = known or {}
+  files = [p for part in step_dir.iterdir() if part.is_dir() for p in sorted(part.rglob('*')) if p.is_file()]
+  names = [p.relative_to(step_dir).as_posix() for p in files]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    digests = pool.map(lambda n: known.get(n) or file_sha256(step_dir / n), names)
+    table = {n: {'size': p.stat().st_size, 'sha256': d} for n, p, d in zip(names, files, digests)}
+  write_atomically(step_dir / INTEGRITY_FILE, json.dumps({'files': table}, indent=0).encode())
+
+
+def sealing_context(directory: pathlib.Path) -> ocp.Context:
+  """Orbax settings for a `Checkpointer` over `directory`: each step is sealed before Orbax gives it its final name."""
+
+  def seal_unfinished() -> None:
+    if jax.process_index() == 0:
+      for temporary in directory.glob(f'*{UNFINISHED}'):
+        seal(temporary)
+
+  context = ocp.Context()
+  context.asynchronous.post_finalization_callback = seal_unfinished
+  return context
+
+
+def file_sha256(path: pathlib.Path) -> str:
+  """Hex digest of a file's content."""
+  with path.open('rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def check_integrity(step_dir: pathlib.Path, part: str) -> None:
+  """Compares the files of one part ('params' or 'optimizer') of a step with its checksums.
+
+  With several processes each checks its share.
+
+  Raises:
+    CheckpointError: names every file that is missing, truncated or changed.
+  """
+  file = step_dir / INTEGRITY_FILE
+  try:
+    table = json.loads(file.read_text())['files']
+    stated = {n: (v['size'], v['sha256']) for n, v in table.items() if n.startswith(f'{part}/')}
+  except FileNotFoundError:
+    raise CheckpointError(f'{file}: missing, the step is damaged or incomplete; copy or write it again') from None
+  except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+    raise CheckpointError(f'{file}: damaged ({e}); copy the checkpoint again') from e
+
+  def problem(item) -> str | None:
+    name, (size, digest) = item
+    path = step_dir / name
+    if not path.exists():
+      return f'{path}: missing'
+    if path.stat().st_size != size:
+      return f'{path}: {path.stat().st_size} bytes, expected {size}'
+    return None if file_sha256(path) == digest else f'{path}: damaged, its checksum is not the one it was written with'
+
+  share = sorted(stated.items())[jax.process_index() :: jax.process_count()]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    problems = [p for p in pool.map(problem, share) if p]
+  if problems:
+    raise CheckpointError(f'{step_dir}: damaged; copy or write it again:\n  ' + '\n  '.join(problems))
+
+
+def stored_params(path: str | pathlib.Path) -> dict[str, Any]:
+  """Shape and dtype of every stored parameter of DIR or DIR/STEP by its name (`llama/layers/q`); nothing is loaded."""
+  directory, step = locate(path)
+  step_dir = directory / str(step)
+  try:
+    return _by_path(ocp.checkpointables_metadata(step_dir).metadata['params'])
+  except (OSError, KeyError, ValueError) as e:
+    raise CheckpointError(f'{step_dir}: not a readable checkpoint step ({e})') from e
 
 
 def load_params(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -114,7 +240,7 @@ def load_params(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str,
     mesh: where to put them (see `sharding.shardings`); the first device if None.
 
   Raises:
-    CheckpointError: missing, or its arrays are not those that its `model.json` describes.
+    CheckpointError: missing, damaged, or its arrays are not those that its `model.json` describes.
   """
   directory, step = locate(path)
   info = read_info(path)
@@ -122,10 +248,8 @@ def load_params(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str,
   place = shardings(boxed, mesh) if mesh else SingleDeviceSharding(jax.local_devices()[0])
   wanted = _by_path(unboxed(boxed))
   step_dir = directory / str(step)
-  try:
-    stored = _by_path(ocp.checkpointables_metadata(step_dir).metadata['params'])
-  except (OSError, KeyError, ValueError) as e:
-    raise CheckpointError(f'{step_dir}: not a readable checkpoint step ({e})') from e
+  check_integrity(step_dir, 'params')
+  stored = stored_params(path)
   differences = [f'- {k}: missing' for k in wanted.keys() - stored.keys()]
   differences += [f'+ {k}: not part of the model' for k in stored.keys() - wanted.keys()]
   differences += [
@@ -140,11 +264,6 @@ def load_params(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str,
     lambda p, leaf, where: jax.ShapeDtypeStruct(leaf.shape, stored[_name(p)].dtype, sharding=where), unboxed(boxed), places
   )
   return ocp.load_checkpointables(step_dir, {'params': target})['params']
-
-
-def save_params(directory: pathlib.Path, step: int, params: dict[str, Any]) -> None:
-  """Writes one step that holds parameters only (checkpoint form, jax arrays)."""
-  ocp.save_checkpointables(directory / str(step), {'params': params})
 
 
 def _name(path: tuple) -> str:

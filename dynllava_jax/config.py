@@ -86,6 +86,27 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+  """Stretching of rotary frequencies for longer contexts, as transformers' `rope_scaling` describes it.
+
+  Attributes:
+    kind: 'linear' (positions divided by `factor`) or 'llama3' (low frequencies divided, high ones left alone).
+    low_freq_factor, high_freq_factor, original_max_positions: of 'llama3' alone.
+  """
+
+  kind: str
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_positions: int = 8192
+
+  def __post_init__(self):
+    _require(self.kind in ('linear', 'llama3'), f'rope_scaling: kind {self.kind!r} is unknown; expected linear or llama3')
+    _require_positive(self, 'rope_scaling: ', 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_positions')
+    _require(self.high_freq_factor > self.low_freq_factor, 'rope_scaling: high_freq_factor must be above low_freq_factor')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
   """LLaMA decoder; defaults are Vicuna-7B v1.5."""
 
@@ -97,6 +118,8 @@ class LlamaConfig:
   num_kv_heads: int = 32
   rms_norm_eps: float = 1e-5
   rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  tie_embeddings: bool = False  # the output head is the embedding
 
   def __post_init__(self):
     _require_positive(
@@ -311,7 +334,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
-  """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts)."""
+  """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts).
+
+  Attributes:
+    image_keep_rate, text_keep_rate: shares of the image and of the generated tokens to keep.
+    mask_loss_weight: of the squared distances from these shares.
+    min_answer_len: tokens; shorter answers are kept whole.
+    tau_start, tau_end: temperature of the first and of the last step.
+    dense_share: chance of a row to be trained with all its tokens, so that the same weights also run dense (ours; the
+      paper has none).
+  """
 
   image_keep_rate: float = 0.2
   text_keep_rate: float = 0.5
@@ -319,8 +351,10 @@ class SparsityConfig:
   min_answer_len: int = 50
   tau_start: float = 1.0
   tau_end: float = 0.1
+  dense_share: float = 0.0
 
   def __post_init__(self):
+    _require(0 <= self.dense_share < 1, f'sparsity.dense_share is {self.dense_share}, expected a share in [0, 1)')
     for name in ('image_keep_rate', 'text_keep_rate'):
       value = getattr(self, name)
       _require(0 < value <= 1, f'sparsity.{name} is {value}, expected a share in (0, 1]')
@@ -366,30 +400,70 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalRun:
-  """One row of the results table: a stage list over a checkpoint, the evaluation's own if `checkpoint` is ''."""
+  """One row of the results table.
 
-  stages: tuple[Stage, ...]
+  Attributes:
+    stages: the stage list; () is the checkpoint's own.
+    checkpoint: '' is the evaluation's own.
+    image_size: pixels that images are scaled to, with fewer image tokens and interpolated position embeddings; 0 is
+      the tower's own size.
+  """
+
+  stages: tuple[Stage, ...] = ()
   checkpoint: str = ''
+  image_size: int = 0
+
+  def __post_init__(self):
+    _require(self.image_size >= 0, f'image_size is {self.image_size}, expected 0 or a number of pixels')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-  """One evaluation of several stage lists on the same questions."""
+  """One evaluation of several stage lists on the same questions.
+
+  Attributes:
+    runs: rows of the table by name; the one called 'dense', else the first, is what the others are compared with.
+    benchmark: name in `dynllava_jax.evals.suite`.
+    labels: file or folder of the labels where it is not in its usual place.
+    text_lengths: text buckets; () is the one of `data`.
+    questions: only the first so many; 0 is all.
+    agreement: also measure how far the runs agree with the reference's own greedy answers, token by token.
+  """
 
   runs: Mapping[str, EvalRun]
+  benchmark: str = 'digits'
+  labels: str = ''
   data: DataConfig = DataConfig()
+  text_lengths: tuple[int, ...] = ()
   mesh: MeshConfig = MeshConfig()
   questions: int = 600
   batch_size: int = 100
   max_new_tokens: int = 128
   dtype: str = 'float32'
   seed: int = 0
+  agreement: bool = False
 
   def __post_init__(self):
     _require(len(self.runs) > 0, 'runs: at least one run is needed')
-    _require_positive(self, '', 'questions', 'batch_size', 'max_new_tokens')
+    _require_positive(self, '', 'batch_size', 'max_new_tokens')
+    _require(self.questions >= 0, f'questions is {self.questions}, expected a number of questions, or 0 for all')
     _require(self.seed >= 0, f'seed is {self.seed}, expected 0 or more')
     _require(self.dtype in ('float32', 'bfloat16'), f'dtype {self.dtype!r}: expected float32 or bfloat16')
+    lengths = self.text_lengths
+    _require(
+      list(lengths) == sorted(set(lengths)) and all(n > 0 for n in lengths),
+      f'text_lengths are {lengths}, expected increasing positive numbers',
+    )
+
+  @property
+  def buckets(self) -> tuple[int, ...]:
+    """Text buckets in use, ascending."""
+    return self.text_lengths or (self.data.text_length,)
+
+  @property
+  def reference(self) -> str:
+    """Name of the run that the others are compared with."""
+    return 'dense' if 'dense' in self.runs else next(iter(self.runs))
 
 
 def from_config_dict(cls: type, config: Any, where: str = 'config') -> Any:

@@ -69,6 +69,22 @@ class Generated:
   evicted: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forced:
+  """Given answers of a batch, read as if the model had generated them.
+
+  Attributes:
+    log_prob: float32[B, T] of each given token, 0 beyond a row's end.
+    best: bool[B, T], whether greedy decoding would have chosen it; False beyond the end.
+    kept: bool[B, T], as in `Generated`.
+  """
+
+  log_prob: jax.Array
+  best: jax.Array
+  kept: jax.Array
+
+
 def sample(logits: jax.Array, sampling: Sampling, seed: jax.Array, step: jax.Array) -> jax.Array:
   """Draws one token per row.
 
@@ -129,6 +145,7 @@ class Generator:
     self._extend = jax.jit(self._extend_impl, static_argnames='judge', donate_argnames='cache')
     self._decode = jax.jit(self._decode_impl, donate_argnames='cache')
     self._uncached = jax.jit(self._uncached_impl)
+    self._force = jax.jit(self._force_impl, donate_argnames='cache')
 
   def __call__(self, prompt: Prompt, pixels: jax.Array) -> Generated:
     """Answers a batch, with a cache. `pixels`: uint8[B, R, R, 3]; rows without image take any."""
@@ -169,6 +186,13 @@ class Generator:
         )
     return self._extend(self.params, chunk, count, cache=turn.cache, judge=False)[0]
 
+  def force(self, turn: Turn, tokens: jax.Array, length: jax.Array) -> tuple[Forced, Turn]:
+    """Reads given answers int32[B, T], `length` int32[B] of them real, token by token through the gate. Consumes `turn`.
+
+    As in generation the last token of a row is not fed. Rows of length 0 stay as they are.
+    """
+    return self._force(self.params, turn.logits, tokens, length, cache=turn.cache)
+
   def stream(self, prompt: Prompt, pixels: jax.Array) -> Iterator[np.ndarray]:
     """Yields int32[B] token by token, `PAD` for rows that have ended, until all have."""
     turn, _ = self.start(prompt, pixels)
@@ -188,7 +212,7 @@ class Generator:
 
   def compilations(self) -> int:
     """Programs compiled so far."""
-    return sum(f._cache_size() for f in (self._prefill, self._extend, self._decode, self._uncached))
+    return sum(f._cache_size() for f in (self._prefill, self._extend, self._decode, self._uncached, self._force))
 
   def _apply(self, params, *args, method):
     return self.model.apply({'params': params}, *args, method=method)
@@ -244,6 +268,20 @@ class Generator:
     end = jax.lax.while_loop(lambda s: (s['i'] < size - 1) & s['active'].any(), feed, state)
     evicted = end['cache'].stages[-1].evicted
     return Generated(end['tokens'], end['length'], end['kept'], end['margin'], kept_image, evicted), end['cache']
+
+  def _force_impl(self, params, logits, tokens, length, cache):
+    def feed(state, step):
+      cache, logits = state
+      i, token = step
+      log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), token[:, None], 1)[:, 0]
+      real, fed = i < length, i < length - 1
+      (after, _), judgement = self._extend_impl(params, token[:, None], fed.astype(jnp.int32), cache, True)
+      out = jnp.where(real, log_prob, 0), real & (logits.argmax(-1) == token), jnp.where(fed, judgement.keep, True)
+      return (after.cache, jnp.where(fed[:, None], after.logits, logits)), out
+
+    steps = jnp.arange(tokens.shape[1]), tokens.T
+    (cache, logits), out = jax.lax.scan(feed, (cache, logits), steps)
+    return Forced(*(x.T for x in out)), Turn(cache, logits)
 
   def _uncached_impl(self, params, prompt, pixels):
     image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='encode_images')

@@ -19,7 +19,15 @@ from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
 from dynllava_jax.data.sources import TrainingData, new_tokenizer, training_data
 from dynllava_jax.models.dynllava import abstract_params, cut_params, init_params, join_params
 from dynllava_jax.training.metrics import Display, MetricsLog
-from dynllava_jax.training.step import PREDICTORS, State, make_optimizer, make_train_step, split_frozen, state_shardings
+from dynllava_jax.training.step import (
+  NEVER_TRAINED,
+  PREDICTORS,
+  State,
+  make_optimizer,
+  make_train_step,
+  split_frozen,
+  state_shardings,
+)
 
 CHECKPOINTS = 'checkpoints'
 CONFIG_FILE = 'config.json'
@@ -45,25 +53,40 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   directory = (workdir / CHECKPOINTS).absolute()
   if checkpoint.all_steps(directory):
     check_same_run(cfg, workdir)
-    tokenizer = checkpoint.read_tokenizer(directory)
+    tokenizer, assets = checkpoint.read_tokenizer(directory), checkpoint.read_assets(directory)
+  elif cfg.init_from:
+    tokenizer, assets = inherited_tokenizer(cfg.init_from), checkpoint.read_assets(cfg.init_from)
   else:
-    tokenizer = inherited_tokenizer(cfg.init_from) if cfg.init_from else new_tokenizer(cfg.data, cfg.model.llama.vocab_size)
+    tokenizer, assets = new_tokenizer(cfg.data, cfg.model.llama.vocab_size), {}
   training = training_data(cfg.data, cfg.model.vision, tokenizer, batch_size=cfg.batch_size, seed=cfg.seed)
   layout = LayOut(cfg.data, cfg.model.vision, tokenizer)
 
   # 2. State: the run's own newest step, else `init_from`, else random numbers.
   optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-  info = CheckpointInfo(model=cfg.model, stages=cfg.stages, sparsity=cfg.sparsity, conversation=cfg.data.conversation)
   with sharding.on_mesh(mesh):
     state, frozen = initial_state(cfg, optimizer, mesh, directory)
     first = int(state.step)
-    checkpoint.write_info(directory, info, tokenizer)
+    # The top of a CLIP tower that is never run: no use for the step, but an export needs it.
+    tail = {k: frozen.pop(k) for k in NEVER_TRAINED if k in frozen}
+    info = CheckpointInfo(
+      model=cfg.model,
+      stages=cfg.stages,
+      sparsity=cfg.sparsity,
+      conversation=cfg.data.conversation,
+      unused_vision_layers=bool(tail),
+    )
+    checkpoint.write_info(directory, info, tokenizer, assets)
     checkpoint.write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(cfg), indent=1).encode())
 
     # 3. The step, and what watches it.
     train_step = make_train_step(cfg, optimizer, mesh)
     policies = ocp.training.preservation_policies
-    saver = ocp.training.Checkpointer(directory, preservation_policy=policies.LatestN(1), cleanup_tmp_directories=True)
+    saver = ocp.training.Checkpointer(
+      directory,
+      preservation_policy=policies.LatestN(1),
+      cleanup_tmp_directories=True,
+      context=checkpoint.sealing_context(directory),
+    )
     stop = _StopRequest()
     log = MetricsLog(workdir, first)
 
@@ -71,7 +94,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       # force: by default Orbax passes over a step while the one before is still being written, the last one too.
       saver.save_checkpointables_async(
         int(state.step),
-        {'params': join_params(state.params | frozen), 'optimizer': {'step': state.step, 'opt_state': state.opt_state}},
+        {'params': join_params(state.params | frozen) | tail, 'optimizer': {'step': state.step, 'opt_state': state.opt_state}},
         force=True,
       )
 
@@ -130,7 +153,7 @@ def describe_data(training: TrainingData, workdir: pathlib.Path) -> str:
 def initial_state(
   cfg: TrainConfig, optimizer: Any, mesh: jax.sharding.Mesh, directory: pathlib.Path
 ) -> tuple[State, dict[str, Any]]:
-  """(state, frozen groups) of a new or resumed run, placed on the mesh.
+  """(state, frozen groups and, if there is one, the unused top of the CLIP tower) of a new or resumed run, on the mesh.
 
   Raises:
     ConfigError: `init_from` holds another model.
@@ -146,15 +169,17 @@ def initial_state(
       {'step': places.step, 'opt_state': places.opt_state},
     )
     folder, step = checkpoint.locate(directory)
+    checkpoint.check_integrity(folder / str(step), 'optimizer')
     stored = ocp.load_checkpointables(folder / str(step), {'optimizer': target})['optimizer']
     return State(stored['step'], trained, stored['opt_state']), frozen
 
-  boxed = abstract_params(cfg.model)
-  fresh = jax.jit(
-    lambda: sharding.unboxed(init_params(cfg.model, jax.random.key(cfg.seed))), out_shardings=sharding.shardings(boxed, mesh)
-  )()
-  params = fresh | (pretrained(cfg, mesh) if cfg.init_from else {})
-  trained, frozen = split_frozen(cut_params(params, cfg.stages), cfg.frozen)
+  loaded = pretrained(cfg, mesh) if cfg.init_from else {}
+  boxed = {k: v for k, v in abstract_params(cfg.model).items() if k not in loaded}
+  draw = lambda: {k: v for k, v in sharding.unboxed(init_params(cfg.model, jax.random.key(cfg.seed))).items() if k in boxed}
+  fresh = jax.jit(draw, out_shardings=sharding.shardings(boxed, mesh))()
+  trained, frozen = split_frozen(cut_params(loaded | fresh, cfg.stages), cfg.frozen)
+  # Converted checkpoints are often bfloat16, in which the small steps of fine-tuning round to nothing.
+  trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
   opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trained)
   return State(jax.device_put(jnp.int32(0), places.step), trained, opt_state), frozen
 
@@ -174,10 +199,7 @@ def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
 
 
 def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Parameters of `init_from`. Predictors may be missing there; everything else must fit.
-
-  Layers of a CLIP tower that are never run are left behind: training has no use for them.
-  """
+  """Parameters of `init_from`. Predictors may be missing there; everything else must fit."""
   found = checkpoint.read_info(cfg.init_from)
   for part in ('vision', 'projector', 'llama'):
     ours, theirs = getattr(cfg.model, part), getattr(found.model, part)
@@ -185,7 +207,7 @@ def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
       raise ConfigError(f'config.init_from: {cfg.init_from} has another {part}: {theirs}, the config says {ours}')
   if found.model.predictor not in (None, cfg.model.predictor):
     raise ConfigError(f'config.init_from: {cfg.init_from} has other predictors: {found.model.predictor}')
-  left_out = ('vision_tail',) if cfg.model.predictor else ('vision_tail', *PREDICTORS)
+  left_out = () if cfg.model.predictor else PREDICTORS
   return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
 
 

@@ -42,7 +42,7 @@ def training_losses(out: TrainOutput, prompt: Prompt, labels: jax.Array, answer_
   """Losses of one batch.
 
   The image term is the mean over rows with an image of (rate - mean mask)^2, the text term the same over
-  last answers; answers shorter than `min_answer_len` contribute 0 but count in the mean.
+  last answers; answers shorter than `min_answer_len` contribute 0 but count in the mean. Rows run dense are in neither.
 
   Args:
     out: from `train_forward`.
@@ -53,14 +53,15 @@ def training_losses(out: TrainOutput, prompt: Prompt, labels: jax.Array, answer_
   if out.image_mask is None:
     zero, one = jnp.zeros(()), jnp.ones(())
     return Losses(ce, ce, zero, zero, one, one)
-  has_image = prompt.image_start >= 0
+  has_image = (prompt.image_start >= 0) & ~out.dense
   image_means = out.image_mask.mean(-1)
   images = jnp.maximum(has_image.sum(), 1)
   image_term = jnp.where(has_image, jnp.square(cfg.image_keep_rate - image_means), 0).sum() / images
   judged = answer_mask(jnp.arange(labels.shape[1])[None], prompt.length, answer_start, cfg.min_answer_len)
+  judged = judged & ~out.dense[:, None]
   counts = judged.sum(-1)
   text_means = jnp.where(judged, out.text_mask, 0).sum(-1) / jnp.maximum(counts, 1)
-  text_term = jnp.where(counts > 0, jnp.square(cfg.text_keep_rate - text_means), 0).mean()
+  text_term = jnp.where(counts > 0, jnp.square(cfg.text_keep_rate - text_means), 0).sum() / jnp.maximum((~out.dense).sum(), 1)
   return Losses(
     total=ce + cfg.mask_loss_weight * (image_term + text_term),
     ce=ce,

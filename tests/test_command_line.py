@@ -1,5 +1,6 @@
 """The three root scripts: mistakes are one readable line and exit status 1, never a traceback."""
 
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,8 @@ def test_convert_verifies_a_recorded_case(tmp_path):
   assert result.returncode == 0, result.stderr
   lines = result.stdout.strip().splitlines()
   assert lines[-1] == 'verify: 90 of 90 passed'
-  assert any(line.split() == ['model.norm.weight', '->', 'llama/norm/scale', '(80,)', 'float32'] for line in lines)
+  assert lines[0] == 'layout: Dynamic-LLaVA (the authors)'
+  mapped = {t['source']: t for t in json.loads((tmp_path / 'out' / 'conversion.json').read_text())['tensors']}
+  assert mapped['model.norm.weight']['target'] == 'llama/norm/scale' and mapped['model.norm.weight']['shape'] == [80]
   again = run('convert_weights.py', f'--src={source / "checkpoint"}', f'--dst={tmp_path / "out"}')
   assert again.returncode == 1 and 'exists and is not empty' in again.stderr

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # A module imports only from its own row and the rows above it.
 ORDER = [
-  ('config', 'presets'),
+  ('config', 'presets', 'files'),
   ('sharding', 'ops'),
   ('cache',),
   ('selectors',),
@@ -61,7 +61,7 @@ def test_data_needs_only_config():
   for path in set(FILES) - PROGRAMS:
     if part(path) == 'data':
       ours = {n.split('.')[1] for n in imported(path) if n.startswith('dynllava_jax.')}
-      assert ours <= {'config', 'data'}, path
+      assert ours <= {'config', 'files', 'data'}, path
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_libraries_stay_in_their_places(library, places):
   assert users <= allowed
 
 
-def test_training_evaluation_and_safetensors_conversion_do_not_load_torch():
+def test_training_evaluation_and_safetensors_conversion_do_not_load_torch(tmp_path):
   code = (
     'import sys, pathlib\n'
     'class NoTorch:\n'
@@ -81,6 +81,7 @@ def test_training_evaluation_and_safetensors_conversion_do_not_load_torch():
     '    if name.split(".")[0] == "torch": raise ImportError("torch was asked for")\n'
     'sys.meta_path.insert(0, NoTorch())\n'
     'import dynllava_jax.loop, dynllava_jax.evals.report, dynllava_jax.convert.convert as c\n'
-    'c.read_checkpoint(pathlib.Path("tests/golden/public_b/checkpoint"))'
+    'from dynllava_jax.convert.source import Request\n'
+    f'c.convert(Request(src=pathlib.Path("tests/golden/public_b/checkpoint")), pathlib.Path({str(tmp_path)!r}))'
   )
   subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=120)

@@ -18,10 +18,10 @@ def test_cross_entropy_is_the_mean_over_supervised_tokens_of_the_whole_batch():
   assert float(cross_entropy(logits, labels)) == pytest.approx((first + 2 * np.log(8)) / 3, rel=1e-6)
 
 
-def losses(image_start, image_mask, text_mask, length, answer_start):
+def losses(image_start, image_mask, text_mask, length, answer_start, dense=(False, False)):
   batch, size = text_mask.shape
   prompt = Prompt(jnp.zeros((batch, size), jnp.int32), jnp.array(length), jnp.array(image_start), jnp.zeros(batch, jnp.uint32))
-  out = TrainOutput(jnp.zeros((batch, size, 4)), None, None, image_mask, text_mask)
+  out = TrainOutput(jnp.zeros((batch, size, 4)), None, None, image_mask, text_mask, jnp.array(dense))
   return training_losses(out, prompt, jnp.ones((batch, size), jnp.int32), jnp.array(answer_start), CFG)
 
 
@@ -42,3 +42,11 @@ def test_rows_without_image_do_not_enter_the_image_term():
 def test_total_weighs_the_mask_terms():
   result = losses([0, 0], jnp.ones((2, 4)), jnp.ones((2, 6)), [6, 6], [2, 2])
   assert float(result.total) == pytest.approx(float(result.ce) + 100 * (0.75**2 + 0.5**2), rel=1e-6)
+
+
+def test_rows_run_dense_enter_no_mask_term():
+  mask = jnp.array([[1, 0, 0, 0.0], [1, 1, 1, 1]])
+  text_mask = jnp.array([[0, 0, 1, 1, 1, 1.0], [0, 0, 0, 0, 0, 0.0]])
+  result = losses([0, 0], mask, text_mask, [6, 6], [2, 2], dense=(False, True))
+  assert float(result.image_mask) == 0 and float(result.image_keep) == 0.25
+  assert float(result.text_mask) == pytest.approx(0.5**2) and float(result.text_keep) == 1.0

@@ -1,150 +1,160 @@
-"""PyTorch checkpoint -> parameters: every source key used once, every target slot filled once."""
+"""PyTorch checkpoint -> checkpoint of this project, tensor by tensor."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
-import itertools
+import hashlib
+import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-import jax
+import ml_dtypes
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dynllava_jax import checkpoint
-from dynllava_jax.checkpoint import CheckpointInfo
-from dynllava_jax.config import TOKENIZER_FILES
-from dynllava_jax.convert.readers import ConversionError, read_config, read_json, shards, tensors, vision_directory
-from dynllava_jax.convert.tables import Rule, llava_rules, vision_rules
-from dynllava_jax.models.dynllava import abstract_params
-from dynllava_jax.sharding import unboxed
+from dynllava_jax.convert.plan import Assignment, assign
+from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.source import Request, Source, open_source
+from dynllava_jax.convert.writer import StepWriter
 
-TOWER_PREFIX = 'model.vision_tower.vision_tower.'
-ROTARY = '.rotary_emb.inv_freq'  # a buffer that transformers before 4.32 saved
-TEXT_SIDE = ('text_model.', 'text_projection.', 'visual_projection.', 'logit_scale')  # rest of a full CLIP
-EXAMPLES = 12  # lines of an error list
+REPORT_FILE = 'conversion.json'
+DTYPES = {'keep': None, 'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+AT_ONCE = 2  # tensors on their way; each takes about three times its size
+SPARE_BYTES = 64 * 2**20  # room for metadata and descriptions
+STEP = 0
+T = TypeVar('T')
+R = TypeVar('R')
 
 
 @dataclasses.dataclass(frozen=True)
 class Mapped:
-  """One line of the report."""
+  """One line of the report. `file` and `sha256` are of the slot as stored, below the step's directory."""
 
   source: str
+  origin: str
   target: str
   shape: tuple[int, ...]
   dtype: str
+  sha256: str
+  file: str
 
 
-def fill(cfg_params: Any, rules: list[Rule], source: Iterable[tuple[str, np.ndarray]]) -> tuple[dict[str, Any], list[Mapped]]:
-  """Fills a tree of shapes from (key, tensor) pairs.
-
-  Args:
-    cfg_params: nested dict of ShapeDtypeStruct, the target.
-    rules: the table.
-    source: (torch key, tensor) pairs.
-
-  Returns:
-    (nested dict of numpy arrays in the tensors' dtype, report).
-
-  Raises:
-    ConversionError: one message that lists every unknown, duplicate, ill-shaped and missing tensor.
-  """
-  shapes = {tuple(k.key for k in p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(cfg_params)}
-  leaves: dict[tuple, np.ndarray] = {}
-  filled: dict[tuple, str] = {}
-  report, problems = [], []
-  for key, tensor in source:
-    matches = [(rule, index) for rule in rules if (index := rule.match(key)) is not None]
-    if not matches:
-      problems.append(f'+ {key} {tuple(tensor.shape)}: unknown, nothing in the model takes it')
-      continue
-    ((rule, index),) = matches
-    shape = shapes[rule.path]
-    slot, slot_shape = (rule.path, index), shape[len(index) :]
-    name = '/'.join(rule.path) + ''.join(f'[{i}]' for i in index)
-    if any(i >= n for i, n in zip(index, shape)):
-      problems.append(f'+ {key}: beyond the {shape[0]} layers of the config')
-    elif slot in filled:
-      problems.append(f'! {key}: fills {name} a second time, after {filled[slot]}')
-    elif tuple(tensor.shape) != rule.transform.torch_shape(slot_shape):
-      problems.append(f'! {key}: shape {tuple(tensor.shape)}, the config asks for {rule.transform.torch_shape(slot_shape)}')
-    else:
-      leaf = leaves.setdefault(rule.path, np.empty(shape, tensor.dtype))
-      if leaf.dtype != tensor.dtype:
-        problems.append(f'! {key}: stored as {tensor.dtype}, other layers as {leaf.dtype}; save them in one dtype')
-      leaves[rule.path][index] = rule.transform.apply(tensor, slot_shape)
-      report.append(Mapped(key, name, tuple(tensor.shape), str(tensor.dtype)))
-    filled.setdefault(slot, key)
-  for path, shape in shapes.items():
-    depth = max((len(i) for p, i in filled if p == path), default=0) or int('layers' in path or 'blocks' in path)
-    for index in itertools.product(*map(range, shape[:depth])):
-      if (path, index) not in filled:
-        problems.append('- ' + '/'.join(path) + ''.join(f'[{i}]' for i in index) + ': missing, no tensor fills it')
-  if problems:
-    more = [f'... and {len(problems) - EXAMPLES} more'] if len(problems) > EXAMPLES else []
-    raise ConversionError(
-      f'{len(problems)} problems (+ left over, - missing, ! wrong):\n  ' + '\n  '.join(sorted(problems)[:EXAMPLES] + more)
-    )
-  tree: dict[str, Any] = {}
-  for path, leaf in leaves.items():
-    node = tree
-    for name in path[:-1]:
-      node = node.setdefault(name, {})
-    node[path[-1]] = leaf
-  return tree, report
-
-
-def read_checkpoint(src: pathlib.Path, vision: str | None = None) -> tuple[CheckpointInfo, dict[str, Any], list[Mapped], int]:
-  """Reads a checkpoint in the authors' format.
+def convert(
+  request: Request, dst: pathlib.Path, dtype: str = 'keep', overwrite: bool = False, readback: bool = True
+) -> tuple[Source, list[Mapped]]:
+  """Converts a checkpoint. Interrupted, it leaves nothing at `dst`; started again, it starts over.
 
   Args:
-    src: directory with config.json and weights.
-    vision: CLIP directory; the config's `mm_vision_tower` if None.
-
-  Returns:
-    (info, parameters in checkpoint form as numpy arrays, report, number of tensors passed over: tower copies and rotary buffers).
-  """
-  vision_dir = vision_directory(src, read_json(src / 'config.json'), vision)
-  info = read_config(src, vision_dir)
-  copies = 0
-
-  def source():
-    nonlocal copies
-    for file in shards(src):
-      for key, tensor in tensors(file):
-        # The authors' code ignores the copy of the tower and reads the CLIP directory; frequencies are computed.
-        if key.startswith(TOWER_PREFIX) or key.endswith(ROTARY):
-          copies += 1
-        else:
-          yield key, tensor
-    for file in shards(vision_dir):
-      for key, tensor in tensors(file):
-        if not key.startswith(TEXT_SIDE) and not key.endswith('position_ids'):
-          yield key, tensor
-
-  target = unboxed(abstract_params(info.model, with_tail=info.unused_vision_layers))
-  params, report = fill(target, llava_rules(info.model) + vision_rules(info.model), source())
-  return info, params, report, copies
-
-
-def convert(src: pathlib.Path, dst: pathlib.Path, vision: str | None = None) -> tuple[CheckpointInfo, list[Mapped], int]:
-  """Converts a checkpoint directory; `dst` must not hold one yet.
-
-  Returns:
-    (info, report, number of tensors passed over: tower copies and rotary buffers).
+    request: what to convert.
+    dst: directory to write; new or empty unless `overwrite`.
+    dtype: 'keep', 'float32' or 'bfloat16'.
+    readback: read every file again and compare checksums.
 
   Raises:
-    ConversionError: see `fill` and `readers`; nothing is written then.
+    ConversionError: the source is wrong (nothing is written then), or the destination is unwritable, too small or
+      does not hold what was written.
   """
   dst = dst.absolute()
-  if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-    raise ConversionError(f'{dst}: exists and is not empty; choose another --dst')
-  info, params, report, copies = read_checkpoint(src, vision)
-  tokenizer = {name: (src / name).read_bytes() for name in TOKENIZER_FILES if (src / name).is_file()}
-  # Under another name until it is whole: an interrupted conversion neither looks finished nor blocks the next.
-  partial = dst.with_name(f'.{dst.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  checkpoint.save_params(partial, 0, jax.tree.map(jax.numpy.asarray, params))
-  checkpoint.write_info(partial, info, tokenizer)
-  os.replace(partial, dst)
-  return info, report, copies
+  check_destination(dst, overwrite, request.src, request.vision, request.base)
+  source = open_source(request)
+  plan = assign(source.info, source.tensors, DTYPES[dtype])
+  with new_directory(dst, sum(a.nbytes for a in plan)) as partial:
+    step_dir = partial / str(STEP)
+    writer = StepWriter(step_dir, {a.path: (a.leaf, a.dtype) for a in plan})
+
+    def write(a: Assignment) -> Mapped:
+      value = np.ascontiguousarray(a.load())
+      digest = hashlib.sha256(value.view(np.uint8).data).hexdigest()
+      writer.write(a.path, a.index, value)
+      return Mapped(a.tensor.key, a.tensor.origin, a.target, a.tensor.shape, str(a.dtype), digest, writer.file(a.path, a.index))
+
+    mapped = with_progress('converting', write, plan, [a.nbytes for a in plan])
+    if readback:
+      check_files(step_dir, mapped, [a.nbytes for a in plan])
+    checkpoint.seal(step_dir, {m.file: m.sha256 for m in mapped})
+    report = {
+      'layout': source.layout,
+      'source': str(request.src),
+      'dtype': dtype,
+      'notes': source.notes,
+      'read_back': readback,
+      'tensors': [dataclasses.asdict(m) for m in mapped],
+    }
+    checkpoint.write_atomically(partial / REPORT_FILE, json.dumps(report, indent=1).encode())
+    checkpoint.write_info(partial, source.info, source.tokenizer, source.assets)
+  return source, mapped
+
+
+def check_files(step_dir: pathlib.Path, mapped: list[Mapped], sizes: list[int]) -> None:
+  """Reads every slot's file again; ConversionError if one does not hold what was written."""
+
+  def check(m: Mapped) -> None:
+    if checkpoint.file_sha256(step_dir / m.file) != m.sha256:
+      raise ConversionError(f'{step_dir / m.file}: read back, it is not {m.source} as written; is the disk failing?')
+
+  with_progress('reading back', check, mapped, sizes)
+
+
+def with_progress(label: str, function: Callable[[T], R], items: list[T], sizes: list[int]) -> list[R]:
+  """Maps a function over items, a few at once, showing bytes and rate; the first error ends it."""
+  console = Console(stderr=True)
+  columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+  pool = concurrent.futures.ThreadPoolExecutor(AT_ONCE)
+  try:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+      task = progress.add_task(label, total=sum(sizes))
+      results = []
+      for result, size in zip(pool.map(function, items), sizes):
+        results.append(result)
+        progress.advance(task, size)
+      return results
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def check_destination(dst: pathlib.Path, overwrite: bool, *sources: pathlib.Path | None) -> None:
+  """ConversionError if there is something at `dst` that may not be replaced, a source above all."""
+  for source in sources:
+    if source is not None and source.resolve().is_relative_to(dst.resolve()):
+      raise ConversionError(f'{dst}: is or holds the source {source}; choose another --dst')
+  if dst.exists() and not dst.is_dir():
+    raise ConversionError(f'{dst}: is a file; choose another --dst')
+  if dst.is_dir() and any(dst.iterdir()) and not overwrite:
+    raise ConversionError(f'{dst}: exists and is not empty; choose another --dst, or replace it with --overwrite')
+
+
+@contextlib.contextmanager
+def new_directory(dst: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
+  """A directory to fill that gets its name `dst` only when the block ends without an error.
+
+  Until then it is `.NAME.partial` beside `dst`, removed if the block fails or, if it is killed, by the next attempt.
+
+  Raises:
+    ConversionError: `dst` cannot be written, or its disk has no room for `nbytes`.
+  """
+  partial, old = dst.with_name(f'.{dst.name}.partial'), dst.with_name(f'.{dst.name}.old')
+  try:
+    for leftover in (partial, old):
+      if leftover.exists():
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    if free < nbytes + SPARE_BYTES:
+      raise ConversionError(
+        f'{dst}: needs {(nbytes + SPARE_BYTES) / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; make room, or choose '
+        'another --dst'
+      )
+    yield partial
+    if dst.exists():
+      os.replace(dst, old)
+    os.replace(partial, dst)
+    shutil.rmtree(old, ignore_errors=True)
+  except OSError as e:
+    raise ConversionError(f'{dst}: cannot be written ({e})') from None
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)

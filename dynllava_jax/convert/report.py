@@ -1,36 +1,61 @@
-"""One conversion from top to bottom, and what it prints."""
+"""What the command line prints of a conversion."""
 
 import collections
 import pathlib
+import resource
+import time
 
 from dynllava_jax import checkpoint
-from dynllava_jax.convert.convert import convert
+from dynllava_jax.convert.convert import REPORT_FILE, convert
+from dynllava_jax.convert.export import export
+from dynllava_jax.convert.source import Request
 from dynllava_jax.convert.verify import load_case, verify
 
 
-def run(src: pathlib.Path, dst: pathlib.Path, vision: str | None, case: str | None) -> bool:
-  """Converts, prints the report and, if a case is given, the comparison. Returns whether all is well.
+def run_conversion(request: Request, dst: pathlib.Path, dtype: str, overwrite: bool, readback: bool, case: str | None) -> bool:
+  """Converts, prints what became of the source and, if a case is given, the comparison. Returns whether all is well.
 
   Raises:
     ConversionError: nothing was written, or the case is unusable.
   """
   if case:
     load_case(case)  # a wrong path should not cost a conversion
-  info, mapped, copies = convert(src, dst, vision)
-  for line in mapped:
-    print(f'{line.source:<72} -> {line.target:<48} {line.shape!s:<18} {line.dtype}')
-  parts = collections.Counter(line.target.split('/')[0] for line in mapped)
-  print(f'converted {len(mapped)} tensors to {dst}: ' + ', '.join(f'{n} {part}' for part, n in parts.items()))
-  if copies:
-    print(
-      f'passed over {copies} tensors: the vision tower inside the checkpoint (the CLIP directory was read instead), and '
-      'rotary frequencies (they are computed)'
-    )
+  start = time.monotonic()
+  source, mapped = convert(request, dst, dtype, overwrite, readback)
+  seconds = time.monotonic() - start
+  print(f'layout: {source.layout}')
+  for note in source.notes:
+    print(f'note: {note}')
+  parts = collections.Counter(m.target.split('/')[0] for m in mapped)
+  stored = collections.Counter(m.dtype for m in mapped)
+  print(
+    f'converted {len(mapped)} tensors to {dst}: '
+    + ', '.join(f'{n} {part}' for part, n in parts.items())
+    + f' ({", ".join(stored)}); every one is listed in {REPORT_FILE}'
+  )
+  print(_effort(seconds, readback))
   if not case:
     return True
-  quantities = verify(info, checkpoint.load_params(dst), case)
+  quantities = verify(source.info, checkpoint.load_params(dst), case)
   for quantity in quantities:
     print(quantity)
   passed = sum(q.ok for q in quantities)
   print(f'verify: {passed} of {len(quantities)} passed')
   return passed == len(quantities)
+
+
+def run_export(src: pathlib.Path, dst: pathlib.Path, layout: str, *, readback: bool, **options) -> None:
+  """Exports (see `export.export`) and prints what was written."""
+  start = time.monotonic()
+  written = export(src, dst, layout, readback=readback, **options)
+  stored = collections.Counter(str(o.dtype) for o in written)
+  print(
+    f'exported {len(written)} tensors to {dst} as {layout} ({", ".join(stored)}, {sum(o.nbytes for o in written) / 1e9:.2f} GB)'
+  )
+  print(_effort(time.monotonic() - start, readback))
+
+
+def _effort(seconds: float, readback: bool) -> str:
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes; Linux counts in KiB
+  checked = 'read back and found equal' if readback else 'not read back'
+  return f'{checked}; {seconds:.1f} s, at most {peak / 1e9:.2f} GB of memory'

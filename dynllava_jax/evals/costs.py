@@ -6,6 +6,7 @@ Two conventions of FLOPs, both stated wherever they are printed:
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from dynllava_jax import cache as kv
 from dynllava_jax import selectors
@@ -39,15 +40,19 @@ def predictor_flops(model: ModelConfig, image_tokens: int, text_tokens: float) -
   return image_tokens * shared + p.num_layers * block + text_tokens * shared
 
 
-def sample_flops(model: ModelConfig, stages: tuple[Stage, ...], text_tokens: int, kept: list[bool]) -> float:
-  """FLOPs to answer one question with one image and a cache: tower, prefill and every generated token.
+def sample_flops(
+  model: ModelConfig, stages: tuple[Stage, ...], text_tokens: int, kept: Sequence[bool], image: bool = True
+) -> float:
+  """FLOPs to answer one question with a cache: tower, prefill and every generated token.
 
   Args:
+    model, stages: what is run.
     text_tokens: prompt tokens besides the image's.
     kept: for each token fed after the prompt, whether gated stages kept it.
+    image: whether the question has one; without, neither tower nor image tokens are counted.
   """
-  num_image = model.vision.num_patches
-  total = vision_flops(model)
+  num_image = model.vision.num_patches if image else 0
+  total = vision_flops(model) if image else 0.0
   gated = False
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   for stage, end in zip(stages, ends):

@@ -1,65 +1,95 @@
 """Pictures of what the selectors did."""
 
+import dataclasses
 import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from dynllava_jax.data.conversation import IMAGE_TOKEN
+from dynllava_jax.data.images import preprocess
 from dynllava_jax.data.tokenizer import Tokenizer
-from dynllava_jax.evals.runner import Answer
+from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals.layout import Loaded, load_image
 
 matplotlib.use('Agg')
 
+PICTURED_LONG, PICTURED_SHORT = 2, 2
 WRAP = 46  # characters per line of generated text
+LINES = 8  # of an answer, at most
 KEPT, DROPPED = '#111111', '#b9b9b9'
 
 
-def tokens_figure(answers: list[Answer], tokenizer: Tokenizer, patch_size: int, title: str) -> Figure:
-  """Scenes with their kept image patches bright, and the answers with dropped tokens grey.
+@dataclasses.dataclass(frozen=True)
+class Pictured:
+  """A question with its answer row."""
+
+  question: Question
+  row: Mapping[str, Any]
+
+
+def pictured(questions: Sequence[Question], rows: Sequence[Mapping[str, Any]]) -> list[Pictured]:
+  """The first few long and short questions whose image tokens were recorded."""
+  known = [Pictured(questions[r['metadata']['row']], r) for r in rows if r['metadata'].get('kept_image')]
+  long = [p for p in known if p.question.long][:PICTURED_LONG]
+  return long + [p for p in known if not p.question.long][:PICTURED_SHORT]
+
+
+def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figure:
+  """Pictures with their kept image patches bright, and the answers with dropped tokens grey.
 
   Args:
-    answers: a few answers of one run.
-    tokenizer: to split the answers into their tokens.
-    patch_size: pixels per image token.
+    shown: a few answers of one run.
+    loaded: the run's model and tokenizer.
     title: of the figure.
   """
-  figure = Figure(figsize=(9, 2.7 * len(answers) + 0.6))
+  figure = Figure(figsize=(9, 2.7 * len(shown) + 0.6))
   figure.suptitle(title, fontsize=12, y=1 - 0.2 / figure.get_figheight())
-  height = 1 / len(answers) * (1 - 0.6 / figure.get_figheight())
-  for i, answer in enumerate(answers):
-    bottom = (len(answers) - 1 - i) * height
+  height = 1 / len(shown) * (1 - 0.6 / figure.get_figheight())
+  vision = loaded.model.vision
+  patch, side = vision.patch_size, vision.image_size // vision.patch_size
+  for i, answer in enumerate(shown):
+    meta = answer.row['metadata']
+    kept_image = np.asarray(meta['kept_image'])
+    bottom = (len(shown) - 1 - i) * height
     picture = figure.add_axes((0.02, bottom + 0.02, 0.28, height - 0.03))
-    picture.imshow(dim(answer.sample.image, answer.kept_image, patch_size))
+    picture.imshow(dim(preprocess(load_image(answer.question), vision), kept_image, patch))
     picture.set_axis_off()
-    side = answer.sample.image.shape[1] // patch_size
-    for token in answer.kept_image:
+    for token in kept_image:
       row, column = divmod(int(token), side)
       picture.add_patch(
-        matplotlib.patches.Rectangle(
-          (column * patch_size - 0.5, row * patch_size - 0.5), patch_size, patch_size, fill=False, edgecolor='#ffb000', lw=1
-        )
+        matplotlib.patches.Rectangle((column * patch - 0.5, row * patch - 0.5), patch, patch, fill=False, edgecolor='#ffb000', lw=1)
       )
     text = figure.add_axes((0.32, bottom + 0.02, 0.66, height - 0.04))
     text.set_axis_off()
-    question = answer.sample.conversations[0]['value'].replace(f'{IMAGE_TOKEN}\n', '')
-    text.text(0, 0.97, '\n'.join(textwrap.wrap(question, 70)), va='top', fontsize=11, weight='bold')
-    kept = f'{len(answer.kept_image)} of {side * side} image tokens, {int(answer.kept.sum())} of {len(answer.kept)} fed tokens kept'
-    text.text(0, 0.86, kept, va='top', fontsize=9, color='#666666')
-    write_tokens(text, answer, tokenizer)
+    question = textwrap.wrap(answer.question.text[0], 70, max_lines=2, placeholder=' ...')
+    text.text(0, 0.97, '\n'.join(question), va='top', fontsize=11, weight='bold')
+    fed = f'{meta["kept"].count("1")} of {len(meta["kept"])} fed tokens kept'
+    text.text(
+      0,
+      0.97 - 0.11 * len(question),
+      f'{len(kept_image)} of {side * side} image tokens, {fed}',
+      va='top',
+      fontsize=9,
+      color='#666666',
+    )
+    write_tokens(text, meta, loaded.tokenizer, 0.85 - 0.11 * len(question))
   return figure
 
 
-def write_tokens(axes, answer: Answer, tokenizer: Tokenizer) -> None:
+def write_tokens(axes, meta: Mapping[str, Any], tokenizer: Tokenizer, top: float) -> None:
   """The generated tokens in monospace, those whose K/V were dropped in grey; the last was never fed."""
   line, column, step = 0, 0, 1 / (WRAP * 1.15)
-  for i, token in enumerate(answer.tokens):
+  for i, token in enumerate(meta['tokens']):
     piece = '</s>' if token == tokenizer.eos_id else tokenizer.piece(token)
     if column + len(piece) > WRAP or (piece == ' row' and column):
       line, column = line + 1, 0
-    color = KEPT if i >= len(answer.kept) or answer.kept[i] else DROPPED
-    axes.text(column * step, 0.74 - 0.085 * line, piece, va='top', fontsize=11, family='monospace', color=color)
+    if line == LINES:
+      return
+    color = KEPT if i >= len(meta['kept']) or meta['kept'][i] == '1' else DROPPED
+    axes.text(column * step, top - 0.085 * line, piece, va='top', fontsize=11, family='monospace', color=color)
     column += len(piece)
 
 

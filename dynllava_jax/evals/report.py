@@ -1,34 +1,128 @@
-"""One evaluation from top to bottom: answers, table, `results.json`, `tokens.png`."""
+"""One evaluation from top to bottom: answers of every run, submissions, tables, pictures."""
 
+import dataclasses
+import json
 import pathlib
+import warnings
 
-from dynllava_jax import checkpoint
+import jax
+from rich.console import Console
+
+from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import EvalConfig
-from dynllava_jax.data.tokenizer import load_tokenizer
-from dynllava_jax.evals import digits
-from dynllava_jax.evals.figures import tokens_figure
-from dynllava_jax.evals.runner import evaluate
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals import compare, figures, forced, layout, runner, suite
+from dynllava_jax.evals.benchmark import Problems
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.files import write_atomically
 from dynllava_jax.training.plot import save_figure
 
-PICTURED_LONG, PICTURED_SHORT = 2, 2
+TABLE_WIDTH = 160  # where there is no terminal to ask
 
 
-def run(cfg: EvalConfig, path: str, out: pathlib.Path) -> None:
-  """Evaluates, prints the table and writes `results.json`, `answers.jsonl` and `tokens.png` to `out`.
+def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None = None) -> None:
+  """Evaluates all runs and prints the table.
 
-  The picture shows the run called 'dynamic', or the last one.
+  Writes to `out`: `answers/RUN.jsonl` with its provenance, submissions, `results.json`, `.md`, `.csv` and `.png`, and
+  `tokens.png`, which shows what the run called 'dynamic', or the last one, did to the first pictures.
+
+  Args:
+    cfg: the evaluation.
+    path: checkpoint, DIR or DIR/STEP, of the runs that name none.
+    out: directory for the results; a second call goes on where the first stopped.
+    data: folder of the benchmark data; None for those that need none.
 
   Raises:
-    CheckpointError, ConfigError: see `evaluate`.
+    CheckpointError, ConfigError, DataError: what is wrong with checkpoint, config or data.
   """
-  answers = evaluate(cfg, path, out)
-  name = 'dynamic' if 'dynamic' in answers else list(answers)[-1]
-  long = [a for a in answers[name] if a.sample.task in digits.LONG_TASKS]
-  short = [a for a in answers[name] if a.sample.task not in digits.LONG_TASKS]
-  path = cfg.runs[name].checkpoint or path
-  model = checkpoint.read_info(path).model
-  title = f'{name}: image tokens kept (bright) and generated tokens dropped (grey), first questions of the test split'
-  figure = tokens_figure(
-    long[:PICTURED_LONG] + short[:PICTURED_SHORT], load_tokenizer(checkpoint.read_tokenizer(path)), model.vision.patch_size, title
-  )
-  save_figure(figure, out / 'tokens.png')
+  # 1. What is asked, and of which models. Nothing is computed before all of it is known to be there.
+  console = Console() if Console().is_terminal else Console(width=TABLE_WIDTH)
+  console.quiet = jax.process_index() > 0
+  benchmark = suite.get(cfg.benchmark).configured(cfg)
+  if data is None and benchmark.needed:
+    raise DataError(f'{benchmark.name}: --data=DIR is missing; `python eval.py --check_data --data=DIR` says what it must hold')
+  folder = Folder(data or pathlib.Path(), benchmark.folders, cfg.labels)
+  questions = benchmark.questions(folder)
+  questions = questions[: cfg.questions or None]
+  models = {name: layout.load_model(name, run, path) for name, run in cfg.runs.items()}
+  mesh = sharding.make_mesh(cfg.mesh)
+  sharding.check_batch(cfg.batch_size, mesh)
+
+  # 2. Answers, run by run.
+  with sharding.on_mesh(mesh):
+    results = {name: runner.answer_all(cfg, model, questions, out, mesh, console) for name, model in models.items()}
+    agreements = read_given_answers(cfg, questions, models, results, out, mesh, console)
+  if jax.process_index():
+    return
+
+  # 3. Scores, costs, submissions.
+  golds = scorable(benchmark, folder, questions, console)
+  rows = compare.compare(cfg, benchmark, golds, models, results)
+  for name, found in agreements.items():
+    rows[name]['agreement'] = found
+  for name, result in results.items():
+    if len(questions) == benchmark.expected_questions or cfg.questions == 0:
+      for file, content in benchmark.submission(folder, result.rows, name).items():
+        write_atomically(out / file, content)
+  title = f'{benchmark.name}: {benchmark.metric}, {len(questions)} questions'
+  report = {
+    'benchmark': benchmark.name,
+    'metric': benchmark.metric,
+    'runs': rows,
+    'reference': cfg.reference,
+    'questions': len(questions),
+    'checkpoint': str(path),
+    'step': checkpoint.locate(path)[1],
+    'dtype': cfg.dtype,
+    'stages': {n: [dataclasses.asdict(s) for s in m.stages] for n, m in models.items()},
+    'conventions': list(compare.CONVENTIONS),
+    'notes': benchmark.remarks(),
+  }
+  write_atomically(out / 'results.json', (json.dumps(report, indent=1) + '\n').encode())
+  write_atomically(out / 'results.md', compare.markdown(benchmark, title, rows).encode())
+  write_atomically(out / 'results.csv', compare.comma_separated(rows).encode())
+  console.print(compare.console_table(benchmark, title, rows))
+
+  # 4. Pictures.
+  if golds is not None:
+    save_figure(compare.figure(title, benchmark.metric, rows), out / 'results.png')
+  shown = 'dynamic' if 'dynamic' in results else list(results)[-1]
+  pictured = figures.pictured(questions, results[shown].rows)
+  if pictured:
+    title = f'{shown}: image tokens kept (bright) and generated tokens dropped (grey), first questions'
+    with warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'Glyph')  # characters that the font lacks become boxes
+      save_figure(figures.tokens_figure(pictured, models[shown], title), out / 'tokens.png')
+
+
+def read_given_answers(cfg, questions, models, results, out: pathlib.Path, mesh, console: Console) -> dict[str, dict[str, float]]:
+  """Adds the perplexity of reference answers to `results`; returns, if asked for, each run's agreement with the reference run."""
+  if questions[0].reference:
+    for name, model in models.items():
+      ids = [forced.reference_ids(q, model.tokenizer) for q in questions]
+      read = forced.read_answers(cfg, model, questions, ids, out / 'perplexity', mesh, console)
+      results[name] = dataclasses.replace(results[name], rows=forced.with_perplexity(results[name].rows, read))
+  if not cfg.agreement:
+    return {}
+  given = [[r['metadata']['tokens'][: r['metadata'].get('first_round')]] for r in results[cfg.reference].rows]
+  given = runner.from_first_host(given)
+  found = {}
+  for name, model in models.items():
+    read = forced.read_answers(cfg, model, questions, given, out / 'agreement', mesh, console)
+    found[name] = forced.agreement(read) if read else {}
+  return found
+
+
+def scorable(benchmark, folder: Folder, questions, console: Console):
+  """Labels of these questions, in their order; None, with a word on the console, where there are none."""
+  if not benchmark.scored:
+    console.print(f'{benchmark.name}: {benchmark.metric}')
+    return None
+  problems = Problems()
+  try:
+    golds = benchmark.golds(folder, problems)
+  except DataError as e:
+    console.print(f'not scored, the answers are kept: {e}')
+    return None
+  keys = {benchmark.key({'question_id': q.id, 'prompt': q.prompt}) for q in questions}
+  return [g for g in golds if g.key in keys]

@@ -22,6 +22,7 @@ from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.selection import gumbel_keep
+from dynllava_jax.sharding import unboxed
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +80,7 @@ class TrainOutput:
     image_logits: float[B, P, 2] and text_logits: float[B, S, 2], predictor outputs; None in a dense run.
     image_mask: float32[B, P], 0 or 1, 1 where there is no image; None in a dense run.
     text_mask: float32[B, S], 0 or 1, the sample for every position before any rule; None in a dense run.
+    dense: bool[B], rows whose masks were not used; None in a dense run.
   """
 
   logits: jax.Array
@@ -86,6 +88,7 @@ class TrainOutput:
   text_logits: jax.Array | None = None
   image_mask: jax.Array | None = None
   text_mask: jax.Array | None = None
+  dense: jax.Array | None = None
 
 
 class DynLlava(nn.Module):
@@ -213,6 +216,7 @@ class DynLlava(nn.Module):
     min_answer_len: int,
     noise: tuple[jax.Array, jax.Array] | None,
     tau: jax.Array | None,
+    dense: jax.Array | None = None,
   ) -> TrainOutput:
     """Full-length forward with keep masks in place of gathers (paper section 3.3).
 
@@ -225,6 +229,7 @@ class DynLlava(nn.Module):
       min_answer_len: static threshold in tokens.
       noise: Gumbel(0, 1) noise, float[B, P, 2] for the image and float[B, S, 2] for the text; None if dense.
       tau: temperature; None if dense.
+      dense: bool[B], rows that keep everything whatever the predictors say; none if None.
 
     Returns:
       `TrainOutput`.
@@ -243,7 +248,9 @@ class DynLlava(nn.Module):
         slot, is_image = layout.image_slots(positions, prompt.image_start, num_image)
         judged = answer_mask(positions, prompt.length, answer_start, min_answer_len)
         policy = jnp.where(is_image, layout.gather_rows(image_mask, slot), jnp.where(judged, text_mask, 1.0))
-        out = dict(image_logits=image_logits, text_logits=text_logits, image_mask=image_mask, text_mask=text_mask)
+        dense = jnp.zeros_like(prompt.length, bool) if dense is None else dense
+        policy = jnp.where(dense[:, None], 1.0, policy)
+        out = dict(image_logits=image_logits, text_logits=text_logits, image_mask=image_mask, text_mask=text_mask, dense=dense)
       x, _ = self.llama.run_stage(i, x, positions, policy=policy)
     return TrainOutput(logits=self.llama.logits(x), **out)
 
@@ -338,6 +345,24 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
   prompt = Prompt(jnp.zeros((1, size), jnp.int32), jnp.full(1, size), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.uint32))
   params = DynLlava(cfg).init(key, pixels, prompt, method=everything)['params']
   return params | {'llama': {k.replace('stage_0', 'layers'): v for k, v in params['llama'].items()}}
+
+
+def init_predictors(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """Random `image_predictor` and `text_predictor` for a model that has none yet, without axis names."""
+  image_key, text_key = jax.random.split(key)
+  x = jnp.zeros((1, cfg.vision.num_patches, cfg.llama.hidden_size))
+  return unboxed(
+    {
+      'image_predictor': ImagePredictor(cfg.predictor, jnp.float32).init(image_key, x)['params'],
+      'text_predictor': TextPredictor(cfg.predictor, jnp.float32).init(text_key, x)['params'],
+    }
+  )
+
+
+def init_projector(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """A random `projector`, without axis names."""
+  x = jnp.zeros((1, cfg.vision.num_patches, cfg.vision.hidden_size))
+  return unboxed({'projector': Projector(cfg, jnp.float32).init(key, x)['params']})
 
 
 class VisionTail(nn.Module):

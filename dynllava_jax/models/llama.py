@@ -122,7 +122,8 @@ class Llama(nn.Module):
       block = scan_layers(Block, end - stage.start, (nn.broadcast, 0), self.remat)
       setattr(self, f'stage_{i}', block(cfg, self.dtype))
     self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
-    self.head = self.param('head', partitioned(LINEAR_INIT, 'embed', 'vocab'), (cfg.hidden_size, cfg.vocab_size))
+    if not cfg.tie_embeddings:
+      self.head = self.param('head', partitioned(LINEAR_INIT, 'embed', 'vocab'), (cfg.hidden_size, cfg.vocab_size))
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int32[B, T] -> float[B, T, D]."""
@@ -149,13 +150,14 @@ class Llama(nn.Module):
     Returns:
       (float[B, T, D], (k, v) of these tokens, float[L, B, T, K, H] each).
     """
-    cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
+    cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
     return getattr(self, f'stage_{index}')(x, Context(cos, sin, policy, cache_length), cache)
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Final norm and head: float[..., D] -> float32[..., V]."""
     x = self.norm(x)
-    return jnp.einsum('...d,dv->...v', x, self.head.astype(self.dtype), preferred_element_type=jnp.float32)
+    head = self.embedding.T if self.cfg.tie_embeddings else self.head
+    return jnp.einsum('...d,dv->...v', x, head.astype(self.dtype), preferred_element_type=jnp.float32)
 
 
 def cut_layers(llama: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:

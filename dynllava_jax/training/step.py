@@ -97,14 +97,16 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
     prompt = Prompt(batch.tokens, batch.length, batch.image_start, batch.seed)
     rows, positions = batch.tokens.shape
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
-    noise = gumbel_noise(key, rows, cfg.model.vision.num_patches, positions) if dynamic else None
+    noise_key, dense_key = jax.random.split(key)
+    noise = gumbel_noise(noise_key, rows, cfg.model.vision.num_patches, positions) if dynamic else None
     tau = temperature(state.step, cfg.steps, cfg.sparsity) if dynamic else None
+    dense = jax.random.bernoulli(dense_key, cfg.sparsity.dense_share, (rows,)) if dynamic else None
 
     def loss_fn(trained):
       variables = {'params': trained | frozen}
       image = model.apply(variables, normalize(batch.pixels, cfg.model.vision), method='encode_images')
       out = model.apply(
-        variables, prompt, image, batch.answer_start, cfg.sparsity.min_answer_len, noise, tau, method='train_forward'
+        variables, prompt, image, batch.answer_start, cfg.sparsity.min_answer_len, noise, tau, dense, method='train_forward'
       )
       losses = training_losses(out, prompt, batch.labels, batch.answer_start, cfg.sparsity)
       return losses.total, losses

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from conftest import CASES, GOLDEN
 
-from dynllava_jax.convert.convert import read_checkpoint
+from dynllava_jax import checkpoint
+from dynllava_jax.convert.convert import convert
+from dynllava_jax.convert.source import Request
 from dynllava_jax.convert.verify import Quantity, compare, load_case, verify
 
 pytest.importorskip('torch', reason='reading the recorded .bin checkpoint needs torch')
@@ -29,11 +31,15 @@ GROUPS = {
 }
 
 
+def converted(case, out):
+  source, _ = convert(Request(src=GOLDEN / case / 'checkpoint'), out)
+  return source.info, checkpoint.load_params(out)
+
+
 @pytest.fixture(scope='module', params=CASES)
-def quantities(request) -> list[Quantity]:
-  directory = GOLDEN / request.param
-  info, params, _, _ = read_checkpoint(directory / 'checkpoint')
-  return verify(info, params, directory / 'case.npz')
+def quantities(request, tmp_path_factory) -> list[Quantity]:
+  info, params = converted(request.param, tmp_path_factory.mktemp('converted'))
+  return verify(info, params, GOLDEN / request.param / 'case.npz')
 
 
 @pytest.mark.parametrize('group', GROUPS)
@@ -60,11 +66,11 @@ def test_tolerances_are_the_promised_ones(quantities):
   assert by_name['train/loss'].tolerance < 1e-5 * 50
 
 
-def test_a_wrong_weight_is_noticed():
-  directory = GOLDEN / 'public_b'
-  info, params, _, _ = read_checkpoint(directory / 'checkpoint')
-  params['llama']['layers']['down'][3] *= 1.001
-  failed = {q.name for q in verify(info, params, directory / 'case.npz') if not q.ok}
+def test_a_wrong_weight_is_noticed(tmp_path):
+  info, params = converted('public_b', tmp_path)
+  layers = params['llama']['layers']
+  layers['down'] = layers['down'].at[3].multiply(1.001)
+  failed = {q.name for q in verify(info, params, GOLDEN / 'public_b' / 'case.npz') if not q.ok}
   assert 'prefill_b1/logits' in failed and 'vision/projected' not in failed
 
 

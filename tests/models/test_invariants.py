@@ -142,6 +142,22 @@ def test_masked_full_length_forward_equals_gathered_forward(params):
     np.testing.assert_allclose(gathered[row, :real], out.logits[row, places], atol=1e-4)
 
 
+def test_rows_trained_dense_use_no_mask(params):
+  prompt, pixels = batch(ROWS[:2])
+  drop = jnp.broadcast_to(jnp.array([-100.0, 100.0]), (2, TEXT + P, 2))  # noise that drops whatever it may
+
+  def logits(stages, *extra):
+    model, variables = DynLlava(CFG, stages), {'params': cut_params(params, stages)}
+    image = model.apply(variables, normalize(pixels, CFG.vision), method='encode_images')
+    return model.apply(variables, prompt, image, prompt.length, 50, *extra, method='train_forward').logits
+
+  sparse = logits(DYNAMIC, (drop[:, :P], drop), jnp.float32(1.0), jnp.array([True, False]))
+  whole = logits((Stage(),), None, None)
+  real = int(prompt.length[0])
+  np.testing.assert_allclose(sparse[0, :real], whole[0, :real], atol=1e-5)
+  assert np.abs(sparse[1, : int(prompt.length[1])] - whole[1, : int(prompt.length[1])]).max() > 1e-2
+
+
 def test_cache_with_room_for_everything_never_evicts(params, together):
   roomy = (DYNAMIC[0], dataclasses.replace(DYNAMIC[1], text_keep_budget=1.0))
   result = jax.device_get(Generator(CFG, roomy, params, max_new_tokens=NEW, eos_id=None)(*batch()))

@@ -1,0 +1,58 @@
+"""The benchmarks of LLaVA-1.5 and the long-answer evaluations of Dynamic-LLaVA, on any converted checkpoint.
+
+    python eval.py --config=configs/eval.py:pope --checkpoint=CHECKPOINT --data=DIR --out=results/pope
+    python eval.py --config=configs/eval.py:pope,compare --checkpoint=CHECKPOINT --data=DIR --out=results/pope
+    python eval.py --config=configs/eval.py:pope --answers=FILE --data=DIR
+
+The first runs the checkpoint with its own stage list, the second compares stage lists, the third scores an answer
+file made elsewhere. docs/evaluation.md says what DIR must hold. Hardware: one accelerator with 24 GiB for a 7B model in
+bfloat16 (batch_size=16); more of them with `--config.mesh...`.
+"""
+
+from ml_collections import ConfigDict
+
+# Long answers: longest generation 1024 tokens as in LLaVA's scripts; short ones 128.
+LONG = ('scienceqa', 'mmbench', 'mmbench_cn', 'llava_bench', 'mmvet', 'lvis_single', 'lvis_multi', 'sharegpt4v')
+SPARSE_LAYER = 2
+
+
+def cut(selector: str, keep: float, text: float = 1.0) -> dict:
+  """All tokens up to layer SPARSE_LAYER, then the share `keep` of the image tokens."""
+  return dict(
+    stages=[dict(start=0), dict(start=SPARSE_LAYER, selector=selector, image_keep_rate=keep, text_keep_budget=text)],
+  )
+
+
+def comparison() -> dict:
+  """Dense, dynamic at three budgets, and baselines near the 20 % budget: by position, at random, a smaller image."""
+  return dict(
+    dense=dict(stages=[dict(start=0)]),
+    dynamic_40=cut('dynamic', 0.4),
+    dynamic_20=cut('dynamic', 0.2),
+    dynamic_10=cut('dynamic', 0.1),
+    uniform_20=cut('uniform', 0.2),
+    random_20=cut('random', 0.2),
+    image_168=dict(stages=[dict(start=0)], image_size=168),
+  )
+
+
+def get_config(arg: str = 'pope') -> ConfigDict:
+  """`BENCHMARK` or `BENCHMARK,compare`."""
+  name, _, mode = arg.partition(',')
+  if mode not in ('', 'compare'):
+    raise ValueError(f'configs/eval.py:{arg}: expected BENCHMARK or BENCHMARK,compare')
+  return ConfigDict(
+    dict(
+      benchmark=name,
+      labels='',
+      runs=comparison() if mode else dict(own=dict(stages=[])),
+      text_lengths=(128, 256, 512, 768),
+      questions=0,
+      batch_size=16,
+      max_new_tokens=1024 if name in LONG else 128,
+      dtype='bfloat16',
+      mesh=dict(data=-1, fsdp=1, tensor=1),
+      seed=0,
+      agreement=False,
+    )
+  )

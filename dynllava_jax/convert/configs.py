@@ -1,0 +1,184 @@
+"""`config.json` of each layout -> our description of the model; what cannot be honoured is refused."""
+
+import pathlib
+from typing import Any
+
+from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import (
+  CLIP_MEAN,
+  CLIP_STD,
+  DENSE,
+  LlamaConfig,
+  ModelConfig,
+  PredictorConfig,
+  RopeScaling,
+  SparsityConfig,
+  Stage,
+  VisionConfig,
+  check_stages,
+)
+from dynllava_jax.convert.export_configs import UNPADDED
+from dynllava_jax.convert.layouts import Layout
+from dynllava_jax.convert.readers import ConversionError, read_json
+
+# Hugging Face leaves out of `text_config` and `vision_config` what equals the defaults of transformers' LlamaConfig and
+# CLIPVisionConfig. These are they.
+LLAMA_DEFAULTS = dict(
+  vocab_size=32000,
+  hidden_size=4096,
+  intermediate_size=11008,
+  num_hidden_layers=32,
+  num_attention_heads=32,
+  rms_norm_eps=1e-6,
+)
+CLIP_DEFAULTS = dict(
+  hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
+)
+# Towers that LLaVA's configs name by their place on the hub; used if only their weights are at hand.
+PUBLISHED_TOWERS = {
+  'openai/clip-vit-large-patch14-336': VisionConfig(),
+  'openai/clip-vit-large-patch14': VisionConfig(image_size=224),
+}
+
+
+def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], vision: VisionConfig | None) -> CheckpointInfo:
+  """Model, stage list and objective.
+
+  Args:
+    file: the config's path, for messages; layout, config: from `layouts.detect`.
+    vision: the tower, if it is not part of `config`.
+
+  Raises:
+    ConversionError: a missing key, or something this model does not have.
+  """
+  hf = layout is Layout.LLAVA_HF
+  text = LLAMA_DEFAULTS | config.get('text_config', {}) if hf else config
+  try:
+    _refuse(file, config, text)
+    tied = bool(config.get('tie_word_embeddings') or text.get('tie_word_embeddings'))
+    llama = LlamaConfig(
+      vocab_size=config.get(UNPADDED) or text['vocab_size'],
+      hidden_size=text['hidden_size'],
+      mlp_dim=text['intermediate_size'],
+      num_layers=text['num_hidden_layers'],
+      num_heads=text['num_attention_heads'],
+      num_kv_heads=text.get('num_key_value_heads') or text['num_attention_heads'],
+      rms_norm_eps=text['rms_norm_eps'],
+      **_rope(text),
+      tie_embeddings=tied,
+    )
+    projector = 'mlp2x_gelu' if hf else config.get('mm_projector_type', 'linear')
+    sparse = config.get('sparse_config')
+    if not sparse:
+      return CheckpointInfo(model=ModelConfig(vision=vision, projector=projector, llama=llama), unused_vision_layers=True)
+    predictor = PredictorConfig(
+      d_model=sparse['d_model'],
+      num_heads=sparse['nhead'],
+      num_layers=sparse['num_layers'],
+      mlp_dim=int(sparse['d_model'] * (sparse['dim_feedforward'] / sparse['d_model'])),
+    )
+    model = ModelConfig(vision=vision, projector=projector, llama=llama, predictor=predictor)
+    sparsity = SparsityConfig(
+      image_keep_rate=sparse['vision_keep_rate'],
+      text_keep_rate=sparse['output_text_keep_rate'],
+      mask_loss_weight=sparse['mask_loss_weight'],
+      min_answer_len=sparse['output_text_len_for_training'],
+    )
+    stages = dynamic_stages(model, sparse['sparse_layer'], sparse['vision_keep_rate'])
+    return CheckpointInfo(model=model, stages=stages, sparsity=sparsity, unused_vision_layers=True)
+  except KeyError as e:
+    raise ConversionError(f'{file}: key {e} is missing') from None
+  except (TypeError, ValueError, ZeroDivisionError, AttributeError) as e:  # ConfigError is a ValueError
+    raise ConversionError(f'{file}: {e}') from None
+
+
+def dynamic_stages(model: ModelConfig, start: int, image_keep_rate: float) -> tuple[Stage, ...]:
+  """Dense layers up to `start`, dynamic ones from there."""
+  stages = (*(DENSE if start else ()), Stage(start=start, selector='dynamic', image_keep_rate=image_keep_rate))
+  check_stages(stages, model)
+  return stages
+
+
+def _rope(text: dict[str, Any]) -> dict[str, Any]:
+  """Fields of `LlamaConfig`: `rope_theta` and `rope_scaling` to transformers 4, `rope_parameters` since 5."""
+  rope = dict(text.get('rope_scaling') or {}) | dict(text.get('rope_parameters') or {})
+  theta = float(rope.get('rope_theta') or text.get('rope_theta') or 10000.0)
+  kind = rope.get('rope_type') or rope.get('type') or 'default'
+  if kind == 'default':
+    return dict(rope_theta=theta)
+  if kind == 'linear':
+    return dict(rope_theta=theta, rope_scaling=RopeScaling(kind=kind, factor=float(rope['factor'])))
+  if kind == 'llama3':
+    scaling = RopeScaling(
+      kind=kind,
+      factor=float(rope['factor']),
+      low_freq_factor=float(rope['low_freq_factor']),
+      high_freq_factor=float(rope['high_freq_factor']),
+      original_max_positions=rope['original_max_position_embeddings'],
+    )
+    return dict(rope_theta=theta, rope_scaling=scaling)
+  hint = '; its frequencies change with the length of each sequence, so cached keys go stale' if kind == 'dynamic' else ''
+  raise ValueError(f'not supported: rope_scaling of type {kind!r}{hint}; default, linear and llama3 are')
+
+
+def _refuse(file: pathlib.Path, config: dict[str, Any], text: dict[str, Any]) -> None:
+  """ConversionError for what would silently be computed wrong."""
+  sparse = config.get('sparse_config') or {}
+  heads = text.get('num_attention_heads') or 1
+  layer = config.get('vision_feature_layer', -2)
+  problems = {
+    f'hidden_act {text.get("hidden_act")!r} (only silu)': text.get('hidden_act', 'silu') != 'silu',
+    'attention_bias': bool(text.get('attention_bias')),
+    'mlp_bias': bool(text.get('mlp_bias')),
+    'head_dim other than hidden_size / heads': text.get('head_dim') not in (None, text.get('hidden_size', 0) // heads),
+    'any-resolution images': str(config.get('image_aspect_ratio')).startswith('anyres') or bool(config.get('image_grid_pinpoints')),
+    "feature select 'cls_patch'": config.get('mm_vision_select_feature', 'patch') != 'patch',
+    "vision_feature_select_strategy other than 'default'": config.get('vision_feature_select_strategy', 'default') != 'default',
+    'several vision feature layers': not isinstance(layer, int),
+    'projector_hidden_act other than gelu': config.get('projector_hidden_act', 'gelu') != 'gelu',
+    'a projector without bias': not config.get('multimodal_projector_bias', True),
+    'the image marks <im_start> and <im_end>': bool(config.get('mm_use_im_start_end')),
+    'the instruction predictor': bool(sparse.get('use_instruct_predictor')),
+    'a sparse config without vision predictor': bool(sparse) and not sparse.get('use_vision_predictor', True),
+    'a sparse config without output text predictor': bool(sparse) and not sparse.get('use_output_text_predictor', True),
+  }
+  found = [name for name, present in problems.items() if present]
+  if found:
+    raise ConversionError(f'{file}: not supported: {", ".join(found)}')
+
+
+def vision_config(file: pathlib.Path, config: dict[str, Any], images: pathlib.Path, select_layer: int) -> VisionConfig:
+  """The tower that a CLIP config (or the `vision_config` inside a larger one) describes.
+
+  Args:
+    file: the config's path, for messages, and its content.
+    images: `preprocessor_config.json`, which may be absent.
+    select_layer: which layer's features LLaVA takes.
+  """
+  nested = 'vision_config' in config
+  config = config.get('vision_config', config)
+  kind = config.get('model_type', 'clip_vision_model')
+  if kind not in ('clip_vision_model', 'clip'):
+    raise ConversionError(f'{file}: vision tower {kind!r} is not supported, only CLIP')
+  if config.get('hidden_act', 'quick_gelu') != 'quick_gelu':
+    raise ConversionError(f'{file}: hidden_act {config["hidden_act"]!r} is not supported, only quick_gelu')
+  if nested:
+    config = CLIP_DEFAULTS | config
+  norm = read_json(images) if images.exists() else {}
+  try:
+    return VisionConfig(
+      image_size=config['image_size'],
+      patch_size=config['patch_size'],
+      hidden_size=config['hidden_size'],
+      mlp_dim=config['intermediate_size'],
+      num_layers=config['num_hidden_layers'],
+      num_heads=config['num_attention_heads'],
+      layer_norm_eps=config.get('layer_norm_eps', 1e-5),
+      select_layer=select_layer,
+      image_mean=tuple(norm.get('image_mean') or CLIP_MEAN),
+      image_std=tuple(norm.get('image_std') or CLIP_STD),
+    )
+  except KeyError as e:
+    raise ConversionError(f'{file}: key {e} is missing') from None
+  except (TypeError, ValueError) as e:
+    raise ConversionError(f'{file}: {e}') from None

@@ -1,0 +1,187 @@
+"""`config.json` and its companions for the way back to PyTorch."""
+
+import json
+from typing import Any
+
+from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import LlamaConfig, VisionConfig
+
+IMAGE_TOKEN, PAD_TOKEN = '<image>', '<pad>'
+VOCAB_MULTIPLE = 64  # transformers' conversion of LLaVA pads the embedding to this
+UNPADDED = 'unpadded_vocab_size'  # our note in an exported config: rows from here on were added by the export
+
+
+def _rope(llama: LlamaConfig) -> dict[str, Any]:
+  scaling = llama.rope_scaling
+  if scaling is None:
+    return {'rope_theta': llama.rope_theta, 'rope_scaling': None}
+  fields: dict[str, Any] = {'type': scaling.kind, 'rope_type': scaling.kind, 'factor': scaling.factor}
+  if scaling.kind == 'llama3':
+    fields |= {
+      'low_freq_factor': scaling.low_freq_factor,
+      'high_freq_factor': scaling.high_freq_factor,
+      'original_max_position_embeddings': scaling.original_max_positions,
+    }
+  return {'rope_theta': llama.rope_theta, 'rope_scaling': fields}
+
+
+def _llama(llama: LlamaConfig, base: dict[str, Any], dtype: str) -> dict[str, Any]:
+  """transformers' LlamaConfig; `base` holds what we do not know (lengths, token ids)."""
+  base = {k: v for k, v in base.items() if k not in ('rope_parameters', 'dtype')}
+  defaults = {'max_position_embeddings': 4096, 'bos_token_id': 1, 'eos_token_id': 2, 'hidden_act': 'silu', 'attention_bias': False}
+  return (
+    defaults
+    | base
+    | {
+      'vocab_size': llama.vocab_size,
+      'hidden_size': llama.hidden_size,
+      'intermediate_size': llama.mlp_dim,
+      'num_hidden_layers': llama.num_layers,
+      'num_attention_heads': llama.num_heads,
+      'num_key_value_heads': llama.num_kv_heads,
+      'rms_norm_eps': llama.rms_norm_eps,
+      'tie_word_embeddings': llama.tie_embeddings,
+      'torch_dtype': dtype,
+    }
+    | _rope(llama)
+  )
+
+
+def clip_config(vision: VisionConfig, dtype: str) -> dict[str, Any]:
+  """transformers' CLIPVisionConfig."""
+  return {
+    'architectures': ['CLIPVisionModel'],
+    'model_type': 'clip_vision_model',
+    'hidden_act': 'quick_gelu',
+    'hidden_size': vision.hidden_size,
+    'image_size': vision.image_size,
+    'intermediate_size': vision.mlp_dim,
+    'layer_norm_eps': vision.layer_norm_eps,
+    'num_attention_heads': vision.num_heads,
+    'num_channels': 3,
+    'num_hidden_layers': vision.num_layers,
+    'patch_size': vision.patch_size,
+    'projection_dim': 768,
+    'torch_dtype': dtype,
+  }
+
+
+def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
+  """transformers' CLIPImageProcessor, as published with CLIP ViT-L/14-336."""
+  size = vision.image_size
+  return {
+    'image_processor_type': 'CLIPImageProcessor',
+    'crop_size': {'height': size, 'width': size},
+    'do_center_crop': True,
+    'do_convert_rgb': True,
+    'do_normalize': True,
+    'do_rescale': True,
+    'do_resize': True,
+    'image_mean': list(vision.image_mean),
+    'image_std': list(vision.image_std),
+    'resample': 3,
+    'rescale_factor': 1 / 255,
+    'size': {'shortest_edge': size},
+  }
+
+
+def padded_vocab(info: CheckpointInfo, base: dict[str, Any]) -> int:
+  """Rows of the embedding in `LlavaForConditionalGeneration`, which needs one for the image token."""
+  vocab = info.model.llama.vocab_size
+  if base.get('image_token_index', base.get('image_token_id', vocab)) < vocab:
+    return vocab
+  return -(-(vocab + 2) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def llava_hf_config(info: CheckpointInfo, base: dict[str, Any], dtype: str) -> dict[str, Any]:
+  """transformers' LlavaConfig; `base` is the config of the checkpoint this one came from, if it had this layout."""
+  model, vocab = info.model, padded_vocab(info, base)
+  added = vocab > model.llama.vocab_size
+  ids = {'image_token_index': model.llama.vocab_size, 'pad_token_id': model.llama.vocab_size + 1} if added else {}
+  text = _llama(model.llama, base.get('text_config', {}), dtype) | {'model_type': 'llama', 'vocab_size': vocab}
+  base = {k: v for k, v in base.items() if k not in ('dtype', 'image_token_id', UNPADDED)}
+  return (
+    {'ignore_index': -100, 'projector_hidden_act': 'gelu', 'vision_feature_select_strategy': 'default'}
+    | base
+    | ids
+    | {
+      'architectures': ['LlavaForConditionalGeneration'],
+      'model_type': 'llava',
+      'image_seq_length': model.vision.num_patches,
+      'tie_word_embeddings': model.llama.tie_embeddings,
+      'torch_dtype': dtype,
+      'vision_feature_layer': model.vision.select_layer,
+      'text_config': text,
+      'vision_config': clip_config(model.vision, dtype),
+    }
+    | ({UNPADDED: model.llama.vocab_size} if added else {})
+  )
+
+
+def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: str) -> dict[str, Any]:
+  """The authors' config of LLaVA or, if the model has predictors, Dynamic-LLaVA.
+
+  Args:
+    info: the model.
+    base: the config of the checkpoint this one came from, if it had this layout.
+    dtype: of the stored weights.
+    tower: where the CLIP directory is.
+  """
+  model = info.model
+  config = (
+    {
+      'image_aspect_ratio': 'pad',
+      'mm_patch_merge_type': 'flat',
+      'mm_use_im_patch_token': False,
+      'mm_use_im_start_end': False,
+      'mm_vision_select_feature': 'patch',
+      'model_type': 'llava_llama',
+      'pad_token_id': 0,
+      'use_mm_proj': True,
+    }
+    | {k: v for k, v in base.items() if k not in ('sparse_config', 'architectures')}
+    | {
+      'mm_hidden_size': model.vision.hidden_size,
+      'mm_projector_type': model.projector,
+      'mm_vision_select_layer': model.vision.select_layer,
+      'mm_vision_tower': tower,
+    }
+  )
+  config = _llama(model.llama, config, dtype)
+  if model.predictor is None:
+    return config | {'architectures': ['LlavaLlamaForCausalLM']}
+  sparse = {'instruct_keep_rate': 0.7, 'instruct_len_for_training': 25} | base.get('sparse_config', {})
+  stage = next(s for s in info.stages if s.selector == 'dynamic')
+  return config | {
+    'architectures': ['DynamicLlavaLlamaForCausalLM'],
+    'sparse_config': sparse
+    | {
+      'd_model': model.predictor.d_model,
+      'dim_feedforward': model.predictor.mlp_dim,
+      'mask_loss_weight': info.sparsity.mask_loss_weight,
+      'nhead': model.predictor.num_heads,
+      'num_layers': model.predictor.num_layers,
+      'output_text_keep_rate': info.sparsity.text_keep_rate,
+      'output_text_len_for_training': info.sparsity.min_answer_len,
+      'sparse_layer': stage.start,
+      'use_instruct_predictor': False,
+      'use_output_text_predictor': True,
+      'use_text_predictor': True,
+      'use_vision_predictor': True,
+      'vision_keep_rate': stage.image_keep_rate,
+    },
+  }
+
+
+def tokenizer_files(vocab: int, assets: dict[str, bytes]) -> dict[str, bytes]:
+  """The tokenizer's JSON files with `<image>` and `<pad>` after its own `vocab` pieces."""
+  added = {IMAGE_TOKEN: vocab, PAD_TOKEN: vocab + 1}
+  config = json.loads(assets.get('tokenizer_config.json', b'{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}'))
+  plain = {'lstrip': False, 'normalized': False, 'rstrip': False, 'single_word': False, 'special': True}
+  decoder = config.get('added_tokens_decoder', {}) | {str(i): plain | {'content': t} for t, i in added.items()}
+  config |= {'added_tokens_decoder': decoder, 'pad_token': PAD_TOKEN}
+  known = json.loads(assets.get('added_tokens.json', b'{}'))
+  return {
+    'tokenizer_config.json': json.dumps(config, indent=1).encode(),
+    'added_tokens.json': json.dumps(known | added, indent=1).encode(),
+  }

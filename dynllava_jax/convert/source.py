@@ -1,0 +1,276 @@
+"""Putting a PyTorch model together: from one directory, or from base, adapter, projector and tower."""
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import TOKENIZER_FILES, ConfigError, ModelConfig, PredictorConfig, SparsityConfig, VisionConfig
+from dynllava_jax.convert.configs import PUBLISHED_TOWERS, dynamic_stages, model_info, vision_config
+from dynllava_jax.convert.export_configs import UNPADDED
+from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical, detect
+from dynllava_jax.convert.lora import merge
+from dynllava_jax.convert.readers import ConversionError, Tensor, directory_tensors, file_tensors, has_weights, read_json
+from dynllava_jax.convert.tables import predictor_rules, projector_rules
+from dynllava_jax.models.dynllava import init_predictors, init_projector
+
+CARRIED = (
+  'config.json',
+  'generation_config.json',
+  'preprocessor_config.json',
+  'processor_config.json',
+  'chat_template.json',
+  'chat_template.jinja',
+)
+TOWER_CARRIED = ('config.json', 'preprocessor_config.json')
+PROJECTOR_FILE = 'mm_projector.bin'
+NEW = 'new'
+TOWER = 'vision_model.'
+PROJECTOR = 'model.mm_projector.'
+VOCAB_KEYS = ('model.embed_tokens.weight', 'lm_head.weight')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """What the command line asks for.
+
+  Attributes:
+    src: the checkpoint directory.
+    vision: CLIP directory; by default the config's `mm_vision_tower`.
+    base: the model that a LoRA adapter or a lone projector in `src` belongs to.
+    projector: `mm_projector.bin`, or 'new' for a random one.
+    add_predictors: make a dense model dynamic with random predictors.
+    seed: of whatever is random.
+  """
+
+  src: pathlib.Path
+  vision: pathlib.Path | None = None
+  base: pathlib.Path | None = None
+  projector: str | None = None
+  add_predictors: bool = False
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A model ready to be converted; nothing is loaded.
+
+  Attributes:
+    layout: what was found, for people.
+    tensors: (the converter's name, tensor).
+    tokenizer, assets: files that travel with the weights.
+    notes: what was left out or made up, for people.
+  """
+
+  layout: str
+  info: CheckpointInfo
+  tensors: list[tuple[str, Tensor]]
+  tokenizer: dict[str, bytes]
+  assets: dict[str, bytes]
+  notes: list[str]
+
+
+def open_source(request: Request) -> Source:
+  """Recognises `request.src` and collects everything that belongs to the model.
+
+  Raises:
+    ConversionError: what is missing, not understood or not supported.
+  """
+  layout, config = detect(request.src)
+  notes: list[str] = []
+  if layout is Layout.CLIP:
+    raise ConversionError(f'{request.src}: a CLIP tower alone; give it with --vision, and the language model with --src')
+  partial = layout is Layout.LORA or (not has_weights(request.src) and (request.src / PROJECTOR_FILE).exists())
+  if partial:
+    found, config = _on_base(request, layout, config, notes)
+    directories = [_base_directory(request), request.src]
+  else:
+    found = _named(layout, directory_tensors(request.src), notes)
+    if added := config.get(UNPADDED):
+      found = [(k, _first_rows(t, added) if k in VOCAB_KEYS else t) for k, t in found]
+      notes.append(f'left out the rows of the vocabulary from {added} on, which an export added')
+    directories = [request.src]
+  if request.projector:
+    found, config = _with_projector(request, found, config, notes)
+  if layout is Layout.LLAMA and not (request.vision and request.projector):
+    raise ConversionError(
+      f'{request.src}: a text-only LLaMA, not a LLaVA (no projector, no vision tower). To start LLaVA training from it, '
+      f'give --vision=CLIP_DIRECTORY and --projector={PROJECTOR_FILE} (or --projector={NEW} for a random one)'
+    )
+  file = request.src / 'config.json'
+  vision, tower_dir = _tower(request, file, layout, config)
+  if tower_dir is not None:
+    inside = [k for k, _ in found if k.startswith(TOWER)]
+    if inside:
+      notes.append(f'passed over {len(inside)} tensors of the tower inside the checkpoint; {tower_dir} was read instead')
+    found = [(k, t) for k, t in found if not k.startswith(TOWER)] + _named(Layout.CLIP, directory_tensors(tower_dir), notes)
+  info = model_info(file, layout, config, vision)
+  if request.add_predictors:
+    info, fresh = _add_predictors(request, info, found)
+    found += fresh
+    notes.append(f'added {len(fresh)} tensors of untrained predictors (seed {request.seed})')
+  tokenizer, assets = _carried(directories, tower_dir)
+  name = layout.value + (f', merged into {_base_directory(request)}' if partial else '')
+  return Source(name, info, found, tokenizer, assets, notes)
+
+
+def _first_rows(tensor: Tensor, count: int) -> Tensor:
+  return dataclasses.replace(tensor, shape=(count, *tensor.shape[1:]), read=lambda: tensor.read()[:count])
+
+
+def _named(layout: Layout, tensors: list[Tensor], notes: list[str]) -> list[tuple[str, Tensor]]:
+  named = [(canonical(layout, t.key), t) for t in tensors]
+  skipped = sum(k is None for k, _ in named)
+  if skipped:
+    notes.append(f'passed over {skipped} tensors that are computed or not part of LLaVA (rotary frequencies, ids, CLIP text side)')
+  return [(k, t) for k, t in named if k is not None]
+
+
+def _base_directory(request: Request) -> pathlib.Path:
+  file = request.src / ADAPTER_CONFIG
+  named = request.base or (read_json(file).get('base_model_name_or_path') if file.exists() else None)
+  if named and pathlib.Path(named).is_dir():
+    return pathlib.Path(named)
+  raise ConversionError(
+    f'{request.src}: an adapter or projector alone; give the directory of the model it belongs to with --base'
+    + (f' ({named} is not here)' if named else '')
+  )
+
+
+def _on_base(
+  request: Request, layout: Layout, config: dict[str, Any], notes: list[str]
+) -> tuple[list[tuple[str, Tensor]], dict[str, Any]]:
+  """The base's tensors with the adapter and the separately trained weights of `src` put in, and the config of the whole."""
+  base = _base_directory(request)
+  base_layout, base_config = detect(base)
+  if base_layout not in (Layout.LLAMA, Layout.LLAVA, Layout.DYNAMIC_LLAVA):
+    raise ConversionError(f'{base}: {base_layout.value}; expected a LLaMA or LLaVA checkpoint as --base')
+  found = dict(_named(base_layout, directory_tensors(base), notes))
+  if layout is Layout.LORA:
+    found = merge(request.src, found, notes)
+  elif not request.projector:
+    trained = _projector_tensors(request.src / PROJECTOR_FILE)
+    found |= dict(trained)
+    notes.append(f'took {len(trained)} tensors from {request.src / PROJECTOR_FILE}')
+  return list(found.items()), base_config | config
+
+
+def _projector_tensors(path: pathlib.Path) -> list[tuple[str, Tensor]]:
+  if not path.exists():
+    raise ConversionError(f'{path}: missing; expected a projector file ({PROJECTOR_FILE})')
+  named = [(re.sub(r'.*mm_projector\.', PROJECTOR, t.key), t) for t in file_tensors(path)]
+  strange = [t.key for k, t in named if not k.startswith(PROJECTOR)]
+  if strange or not named:
+    raise ConversionError(f'{path}: holds {strange[0] if strange else "nothing"}; expected only the tensors of a projector')
+  return named
+
+
+def _with_projector(
+  request: Request, found: list[tuple[str, Tensor]], config: dict[str, Any], notes: list[str]
+) -> tuple[list[tuple[str, Tensor]], dict[str, Any]]:
+  """Puts in the projector of `--projector` in place of any that is there."""
+  rest = [(k, t) for k, t in found if not k.startswith(PROJECTOR)]
+  if request.projector == NEW:
+    kind = config.get('mm_projector_type', 'mlp2x_gelu')
+    if request.vision is None:
+      raise ConversionError(f'--projector={NEW} needs --vision, whose width it starts from')
+    vision = _tower_config(request.vision, config)
+    model = ModelConfig(vision=vision, projector=kind, llama=_llama_of(request, config))
+    fresh = _fresh(init_projector(model, jax.random.key(request.seed)), projector_rules(model), _dtype(found), request.seed)
+    notes.append(f'added {len(fresh)} tensors of an untrained projector (seed {request.seed})')
+    return rest + fresh, config | {'mm_projector_type': kind}
+  trained = _projector_tensors(pathlib.Path(request.projector))
+  depth = sum(k.endswith('.weight') for k, _ in trained)
+  linear = any(k == f'{PROJECTOR}weight' for k, _ in trained)
+  notes.append(f'took {len(trained)} tensors from {request.projector}')
+  return rest + trained, config | {'mm_projector_type': 'linear' if linear else f'mlp{depth}x_gelu'}
+
+
+def _llama_of(request: Request, config: dict[str, Any]):
+  return model_info(request.src / 'config.json', Layout.LLAMA, config, VisionConfig()).model.llama
+
+
+def _tower(
+  request: Request, file: pathlib.Path, layout: Layout, config: dict[str, Any]
+) -> tuple[VisionConfig, pathlib.Path | None]:
+  """(tower, directory its weights are read from; None if they are inside the checkpoint)."""
+  if request.vision is not None:
+    return _tower_config(request.vision, config), request.vision
+  if layout is Layout.LLAVA_HF:
+    images = request.src / 'preprocessor_config.json'
+    return vision_config(file, {'vision_config': config['vision_config']}, images, config.get('vision_feature_layer', -2)), None
+  named = config.get('mm_vision_tower') or config.get('vision_tower')
+  if not named:
+    raise ConversionError(f'{file}: names no vision tower (mm_vision_tower); give the CLIP directory with --vision')
+  for path in (request.src / named, request.src / 'clip', pathlib.Path(named)):
+    if (path / 'config.json').exists():
+      return _tower_config(path, config), path if has_weights(path) else None
+  if named in PUBLISHED_TOWERS and _has_tower_copy(request):
+    return dataclasses.replace(PUBLISHED_TOWERS[named], select_layer=config.get('mm_vision_select_layer', -2)), None
+  raise ConversionError(
+    f'{file}: the vision tower {named} is no CLIP directory here, neither below {request.src} nor below the current directory; '
+    'fetch it and give its directory with --vision'
+  )
+
+
+def _has_tower_copy(request: Request) -> bool:
+  return has_weights(request.src) and any('.vision_tower.' in t.key for t in directory_tensors(request.src))
+
+
+def _tower_config(directory: pathlib.Path, llava: dict[str, Any]) -> VisionConfig:
+  file = directory / 'config.json'
+  if not file.exists():
+    raise ConversionError(f'{directory}: no CLIP vision tower here (config.json is missing); give its directory with --vision')
+  layer = llava.get('mm_vision_select_layer', llava.get('vision_feature_layer', -2))
+  return vision_config(file, read_json(file), directory / 'preprocessor_config.json', layer)
+
+
+def _dtype(found: list[tuple[str, Tensor]]) -> np.dtype:
+  """The dtype of the decoder, which new weights take on."""
+  return next((t.dtype for k, t in found if k == 'model.norm.weight'), np.dtype(np.float32))
+
+
+def _add_predictors(request: Request, info: CheckpointInfo, found: list[tuple[str, Tensor]]):
+  if info.model.predictor is not None:
+    raise ConversionError(f'{request.src}: has predictors already; leave out --add_predictors')
+  sparsity = SparsityConfig()
+  model = dataclasses.replace(info.model, predictor=PredictorConfig())
+  try:
+    stages = dynamic_stages(model, 2, sparsity.image_keep_rate)
+  except ConfigError as e:
+    raise ConversionError(f'{request.src}: no predictors can be added: {e}') from None
+  params = init_predictors(model, jax.random.key(request.seed))
+  fresh = _fresh(params, predictor_rules(), _dtype(found), request.seed)
+  return dataclasses.replace(info, model=model, stages=stages, sparsity=sparsity), fresh
+
+
+def _fresh(params: dict[str, Any], rules, dtype: np.dtype, seed: int) -> list[tuple[str, Tensor]]:
+  """Random parameters as if they were tensors of a checkpoint."""
+  fresh = []
+  for rule in rules:
+    leaf = params
+    for name in rule.path:
+      leaf = leaf[name]
+    for key, index in rule.keys(len(leaf)):
+      value = np.ascontiguousarray(rule.transform.invert(np.asarray(leaf[index])).astype(dtype))
+      fresh.append((key, Tensor(key, value.shape, value.dtype, f'random (seed {seed})', lambda value=value: value)))
+  return fresh
+
+
+def _carried(directories: list[pathlib.Path], tower: pathlib.Path | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
+  """(the tokenizer's files, other files to carry along); later directories win."""
+  tokenizer, assets = {}, {}
+  for directory in directories:
+    assets |= _read_present(directory, CARRIED)
+    tokenizer |= _read_present(directory, TOKENIZER_FILES)
+  if tower is not None:
+    assets |= {f'vision/{n}': content for n, content in _read_present(tower, TOWER_CARRIED).items()}
+  return tokenizer, assets
+
+
+def _read_present(directory: pathlib.Path, names: tuple[str, ...]) -> dict[str, bytes]:
+  return {n: (directory / n).read_bytes() for n in names if (directory / n).is_file()}

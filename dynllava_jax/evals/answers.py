@@ -1,0 +1,71 @@
+"""Answer files, joined with labels by key; whatever does not fit is refused."""
+
+import dataclasses
+import pathlib
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems, canonical
+from dynllava_jax.evals.folders import fields, read_lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+  """(gold, answer row) pairs in the order of the labels; `total` is the number of labels."""
+
+  pairs: tuple[tuple[Gold, dict[str, Any]], ...]
+  total: int
+
+
+def read_answers(path: pathlib.Path, problems: Problems) -> list[dict[str, Any]]:
+  """Rows of a LLaVA answer file; unreadable ones go to `problems`.
+
+  Raises:
+    DataError: no such file, or a row without `question_id` or `text`.
+  """
+  rows = read_lines(path, lambda message: problems.add('unreadable lines', message))
+  for i, row in enumerate(rows, 1):
+    _, text = fields(row, ('question_id', 'text'), f'{path}, answer {i}')
+    if not isinstance(text, str) and not (isinstance(text, list) and all(isinstance(t, str) for t in text)):
+      raise DataError(f'{path}, answer {i}: text is {text!r}, expected a string, or one for each round')
+  return rows
+
+
+def join(benchmark: Benchmark, golds: Sequence[Gold], rows: Sequence[dict[str, Any]], problems: Problems) -> Joined:
+  """Pairs labels with answers by the benchmark's key; what has no partner goes to `problems`.
+
+  A key may stand for several questions (it does in SEED and TextVQA); then it needs as many answers. Of surplus
+  copies of an answer the last counts, as in the official scorers.
+  """
+  asked: dict[Hashable, list[Gold]] = {}
+  given: dict[Hashable, list[dict[str, Any]]] = {}
+  for gold in golds:
+    asked.setdefault(gold.key, []).append(gold)
+  for row in rows:
+    given.setdefault(benchmark.key(row), []).append(row)
+  for key in given.keys() - asked.keys():
+    for _ in given[key]:
+      problems.add('answers to questions that were not asked', _show(key))
+  pairs = []
+  for key, questions in asked.items():
+    answers = given.get(key, [])
+    for _ in range(len(questions) - len(answers)):
+      problems.add('questions without an answer', _show(key))
+    for _ in range(len(answers) - len(questions)):
+      problems.add('answers given more than once', _show(key))
+    answers = answers[-len(questions) :]
+    if benchmark.last_answer_wins:
+      answers = answers[-1:] * len(answers)
+    for gold, row in zip(questions, answers):
+      if gold.label is None and benchmark.scored:
+        problems.add('questions without a label', f'{_show(key)}: {gold.expected!r}')
+      elif len(questions) == 1 and 'prompt' in row and gold.expected not in canonical(row['prompt']):
+        problems.add('answers to another question', f'{_show(key)}: asked {gold.expected!r}, answered {canonical(row["prompt"])!r}')
+      else:
+        pairs.append((gold, row))
+  return Joined(tuple(pairs), len(golds))
+
+
+def _show(key: Hashable) -> str:
+  return ' '.join(map(str, key)) if isinstance(key, tuple) else str(key)

@@ -1,0 +1,203 @@
+"""What every benchmark of the suite provides, and the pieces that they share."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from dynllava_jax.config import EvalConfig
+from dynllava_jax.evals.folders import Folder, fields, read_lines
+
+WORD = 'Answer the question using a single word or phrase.'
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = '请直接回答选项字母。'
+YES_NO = 'Please answer yes or no.'
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+LLAVA_EVAL = 'eval.zip of LLaVA (https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md)'
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """One question as LLaVA puts it.
+
+  Attributes:
+    id: as in the question file; not always unique.
+    text: the user's words after `<image>`; several for a conversation of several rounds.
+    prompt: what the answer file stores as `prompt`.
+    image: file, encoded bytes, decoded uint8[H, W, 3] array, or None.
+    extra: further fields of an answer row.
+    reference: answer(s) that perplexity is computed for, one per round; empty for none.
+    long: a long answer is expected; such questions share batches.
+  """
+
+  id: str | int
+  text: tuple[str, ...]
+  prompt: str
+  image: Any = None
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  reference: tuple[str, ...] = ()
+  long: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Gold:
+  """What one question is scored against.
+
+  Attributes:
+    key: joins it with its answer.
+    label: in the benchmark's own form; None if there is none.
+    expected: text that the answer's prompt must hold (see `canonical`); '' is not checked.
+    cluster: questions that are scored and resampled together; None for each on its own.
+  """
+
+  key: Hashable
+  label: Any
+  expected: str = ''
+  cluster: Hashable = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Needed:
+  """A file or folder of a benchmark, for `--check_data`: the first of `paths` that exists counts."""
+
+  paths: tuple[str, ...]
+  source: str
+  what: str = 'questions'
+  optional: bool = False
+
+
+class Problems:
+  """What does not fit, by kind, in the order in which it was met."""
+
+  def __init__(self):
+    self.kinds: dict[str, list[str]] = {}
+
+  def add(self, kind: str, example: Any) -> None:
+    self.kinds.setdefault(kind, []).append(str(example))
+
+  def __bool__(self) -> bool:
+    return bool(self.kinds)
+
+  def __str__(self) -> str:
+    lines = []
+    for kind, found in self.kinds.items():
+      examples = '; '.join(f if len(f) < 160 else f[:157] + '...' for f in found[:3])
+      lines.append(f'  {len(found)} {kind}, e.g. {examples}')
+    return '\n'.join(lines)
+
+  def counts(self) -> dict[str, int]:
+    return {kind: len(found) for kind, found in self.kinds.items()}
+
+
+class Benchmark:
+  """Base of all benchmarks; a subclass is one file.
+
+  Scores are functions of sums: `tally` counts what one cluster of answers adds, `figures` turns the sums over
+  all clusters into numbers. So a bootstrap resamples clusters, whatever the metric.
+  """
+
+  name: ClassVar[str]
+  metric: ClassVar[str]  # what `figures()[headline]` is, in words
+  hint: ClassVar[str] = 'use answers and labels of one version'  # when they do not fit together
+  headline: ClassVar[str] = 'accuracy'
+  shown: ClassVar[tuple[str, ...]] = ()  # further figures that tables show
+  folders: ClassVar[tuple[str, ...]]
+  needed: ClassVar[tuple[Needed, ...]]
+  images: ClassVar[tuple[str, ...]] = ()  # folders, the first that exists is used
+  expected_questions: ClassVar[int | None] = None
+  max_new_tokens: ClassVar[int] = 128
+  scored: ClassVar[bool] = True  # False: labels are not public, only a submission is made
+  last_answer_wins: ClassVar[bool] = False
+  notes: ClassVar[tuple[str, ...]] = ()
+
+  def configured(self, cfg: EvalConfig) -> 'Benchmark':
+    """The benchmark as a config wants it."""
+    del cfg
+    return self
+
+  def questions(self, folder: Folder) -> list[Question]:
+    """Questions in file order; DataError for what is missing or malformed."""
+    raise NotImplementedError
+
+  def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
+    """What must be answered, in file order; labels without a question go to `problems`."""
+    del problems
+    return [Gold(self.key({'question_id': q.id, 'prompt': q.prompt}), None, canonical(q.prompt)) for q in self.questions(folder)]
+
+  def key(self, row: Mapping[str, Any]) -> Hashable:
+    """Key of an answer row (`question_id`, `prompt`)."""
+    return str(row['question_id'])
+
+  def seen(self, row: Mapping[str, Any]) -> Any:
+    """What `tally` is given of an answer row: its text."""
+    return row['text']
+
+  def headline_of(self, figures: Mapping[str, float]) -> str:
+    """Name of the figure that is the score."""
+    del figures
+    return self.headline
+
+  def remarks(self) -> list[str]:
+    """What to know about the numbers, stored with them."""
+    return list(self.notes)
+
+  def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:
+    """Counts that one cluster adds. `answers`: (label, what `seen` says) pairs."""
+    raise NotImplementedError
+
+  def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+    """Named results from the summed tallies; ZeroDivisionError if they are not defined."""
+    raise NotImplementedError
+
+  def submission(self, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
+    """Files for the benchmark's server or official tool, by path; `rows` are answer rows, `name` the run's."""
+    del folder, rows, name
+    return {}
+
+
+class Lines(Benchmark):
+  """A benchmark whose questions are `question_id, image, text` in a JSON-lines file, suffix included."""
+
+  question_file: ClassVar[str]
+
+  def questions(self, folder: Folder) -> list[Question]:
+    path, images = folder.need(self.question_file), image_folder(folder, self.images)
+    result = []
+    for i, row in enumerate(read_lines(path), 1):
+      id_, image, text = fields(row, ('question_id', 'image', 'text'), f'{path}, row {i}')
+      result.append(Question(id_, (text,), text, images / image))
+    return result
+
+
+def image_folder(folder: Folder, places: tuple[str, ...]) -> pathlib.Path:
+  """The first of the benchmark's image folders that exists, else where it should be."""
+  return folder.find(*places) or folder.root / folder.names[0] / places[0]
+
+
+def canonical(prompt: str) -> str:
+  """A prompt without image token, suffix and differences of white space: what tells two questions apart."""
+  for part in ('<image>', WORD, LETTER, LETTER_CN, YES_NO, UNANSWERABLE):
+    prompt = prompt.replace(part, ' ')
+  return ' '.join(prompt.split())
+
+
+def add_counts(counts: Mapping[str, float], groups: Sequence[str]) -> dict[str, float]:
+  """`counts` once for everything and once for each group, as `group/name`."""
+  return dict(counts) | {f'{g}/{k}': v for g in groups for k, v in counts.items()}
+
+
+def rates(sums: Mapping[str, float], right: str = 'correct') -> dict[str, float]:
+  """Percentages `right / n`, overall as 'accuracy' and per group of `add_counts`."""
+  result = {'accuracy': 100 * sums.get(right, 0) / sums['n']}
+  for key in sums:
+    group, _, kind = key.rpartition('/')
+    if group and kind == 'n' and sums[key]:
+      result[group] = 100 * sums.get(f'{group}/{right}', 0) / sums[key]
+  return result
+
+
+def letter(text: str, options: str) -> str | None:
+  """The option letter an answer names: the letter alone, or followed by a period or in the form `A. ...`."""
+  match = re.fullmatch(r'\(?([A-Z])\)?(?:[.:)](?:\s.*)?)?', text.strip(), re.DOTALL)
+  return match.group(1) if match and match.group(1) in options else None

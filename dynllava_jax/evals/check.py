@@ -1,0 +1,65 @@
+"""`--check_data`: what of each benchmark is there, what is missing, where it comes from."""
+
+import pathlib
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals import suite
+from dynllava_jax.evals.benchmark import Benchmark
+from dynllava_jax.evals.folders import Folder
+
+WIDTH = 150  # where there is no terminal to ask
+OK, MISSING = 'ok', 'missing'
+
+
+def inspect(benchmark: Benchmark, root: pathlib.Path) -> list[tuple[str, str, str]]:
+  """(file, state, what to do) of everything one benchmark needs; state is 'ok', 'missing' or what is wrong."""
+  folder = Folder(root, benchmark.folders)
+  found = []
+  for needed in benchmark.needed:
+    path = folder.find(*needed.paths)
+    where = f'{needed.what}: {path.relative_to(root) if path else pathlib.Path(benchmark.folders[0], needed.paths[0])}'
+    found.append((where, OK if path else MISSING, '' if path else needed.source))
+  try:
+    questions = benchmark.questions(folder)
+  except DataError as e:
+    if all(state == OK for _, state, _ in found):
+      found.append(('questions', f'unreadable: {e}', 'get the file again'))
+    return found
+  expected = benchmark.expected_questions
+  state = OK if expected in (None, len(questions)) else f'{len(questions):,}, expected {expected:,}'
+  found.append((f'{len(questions):,} questions', state, '' if state == OK else 'another version, or cut off'))
+  files = {q.image for q in questions if isinstance(q.image, pathlib.Path)}
+  absent = sorted(f for f in files if not f.is_file())
+  if files:
+    state = OK if not absent else f'{len(absent):,} missing'
+    found.append((f'{len(files):,} images', state, f'e.g. {absent[0]}' if absent else ''))
+  return found
+
+
+def run(root: pathlib.Path, names: list[str]) -> int:
+  """Prints the state of the named benchmarks, of all if none are named; 1 if something is missing, else 0.
+
+  Raises:
+    DataError: `root` is no folder. ConfigError: unknown benchmark.
+  """
+  if not root.is_dir():
+    raise DataError(f'--data={root}: no such folder; expected one laid out as playground/data/eval of LLaVA')
+  table = Table(title=f'benchmark data in {root}')
+  for column in ('benchmark', 'what', 'state', 'where to get it'):
+    table.add_column(column, overflow='fold')
+  complete = 0
+  chosen = [suite.get(n) for n in names] if names else [b for b in suite.BENCHMARKS.values() if b.needed]
+  for benchmark in chosen:
+    rows = inspect(benchmark, root)
+    complete += all(state == OK for _, state, _ in rows)
+    for i, (what, state, source) in enumerate(rows):
+      colour = 'green' if state == OK else 'red'
+      table.add_row('' if i else benchmark.name, what, f'[{colour}]{state}[/]', source, end_section=i == len(rows) - 1)
+  console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+  console.print(table)
+  console.print(f'{complete} of {len(chosen)} benchmarks are complete')
+  return int(complete < len(chosen))

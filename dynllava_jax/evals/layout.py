@@ -1,0 +1,183 @@
+"""Questions to batches: prompts exactly as LLaVA's inference makes them, laid out for fixed shapes."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dynllava_jax import checkpoint
+from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
+from dynllava_jax.config import IMAGE_ID, ConfigError, EvalRun, ModelConfig, Stage, check_stages
+from dynllava_jax.data import conversation, images
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals.hosts import share
+from dynllava_jax.evals.resize import resize_tower
+from dynllava_jax.models.dynllava import Prompt
+
+CHUNK = 16  # questions of later rounds are padded to a multiple of this
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """What a run needs besides its weights."""
+
+  name: str
+  path: str
+  info: CheckpointInfo
+  model: ModelConfig  # with the run's image size
+  stages: tuple[Stage, ...]
+  tokenizer: Tokenizer
+
+
+def load_model(name: str, run: EvalRun, default: str) -> Loaded:
+  """Description and tokenizer of a run's checkpoint, `default` if the run names none.
+
+  Raises:
+    CheckpointError, ConfigError: no checkpoint, no tokenizer, or a stage list that does not fit the model.
+  """
+  path = run.checkpoint or default
+  info = checkpoint.read_info(path)
+  model = info.model
+  try:
+    if run.image_size:
+      model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=run.image_size))
+    stages = run.stages or info.stages
+    check_stages(stages, model)
+  except ConfigError as e:
+    raise ConfigError(f'config.runs.{name}: {e}') from None
+  files = checkpoint.read_tokenizer(path)
+  if files is None:
+    raise CheckpointError(f'{path}: has no tokenizer; this evaluation needs the one it was trained with')
+  return Loaded(name, path, info, model, stages, load_tokenizer(files))
+
+
+def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Parameters on the mesh, position embeddings scaled to the run's image size."""
+  params = checkpoint.load_params(loaded.path, mesh)
+  return resize_tower(params, loaded.info.model.vision, loaded.model.vision)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """A batch on its way to the device.
+
+  Attributes:
+    prompt: the first questions.
+    pixels: uint8[B, R, R, 3], zeros for questions without image.
+    later: int32[B, L, C], the questions of the L later rounds, right-padded.
+    counts: int32[B, L], their lengths.
+  """
+
+  prompt: Prompt
+  pixels: np.ndarray
+  later: np.ndarray
+  counts: np.ndarray
+
+
+def first_turn(question: Question) -> tuple[dict[str, str], ...]:
+  """The conversation up to the first question, the image in front of it."""
+  text = question.text[0]
+  return ({'from': 'human', 'value': text if question.image is None else f'{conversation.IMAGE_TOKEN}\n{text}'},)
+
+
+class Layout:
+  """Questions to rows of batches, for one model."""
+
+  def __init__(self, loaded: Loaded, questions: Sequence[Question], buckets: Sequence[int]):
+    """Encodes all prompts, exactly as LLaVA's inference does; DataError for one that fits no bucket."""
+    self.loaded, self.questions = loaded, questions
+    style = conversation.template(loaded.info.conversation)
+    self.later: list[list[np.ndarray]] = []  # ids of the later rounds' questions
+    self.rendered: list[str] = []
+    self.ids: list[np.ndarray] = []
+    self.text_tokens: list[int] = []
+    self.bucket: list[int] = []
+    for question in questions:
+      turns = first_turn(question)
+      text, _ = conversation.render(turns, style, str(question.id))
+      conversation.check_special(turns, loaded.tokenizer, str(question.id))
+      ids = conversation.encode(text, [], loaded.tokenizer).ids
+      images_named = int((ids == IMAGE_ID).sum())
+      if images_named != (question.image is not None):
+        raise DataError(f'question {question.id}: the text names {conversation.IMAGE_TOKEN} itself')
+      tokens = len(ids) - images_named
+      fitting = [b for b in buckets if b >= tokens]
+      if not fitting:
+        raise DataError(f'question {question.id}: {tokens} text tokens, the largest of config.text_lengths is {max(buckets)}')
+      self.later.append([later_round(q, loaded.tokenizer) for q in question.text[1:]])
+      self.rendered.append(text)
+      self.ids.append(ids)
+      self.text_tokens.append(tokens)
+      self.bucket.append(fitting[0])
+
+  def batches(self, todo: Sequence[int], size: int) -> list[list[int]]:
+    """Question numbers in groups of at most `size`, of one number of rounds, one text bucket and one expected length."""
+    groups: dict[tuple, list[int]] = {}
+    for i in todo:
+      groups.setdefault((len(self.later[i]), self.bucket[i], self.questions[i].long), []).append(i)
+    return [g[i : i + size] for _, g in sorted(groups.items()) for i in range(0, len(g), size)]
+
+  def rows(self, chunk: Sequence[int], size: int) -> Rows:
+    """This host's part of a batch, filled up with copies of its last question to one shape for all batches."""
+    chunk = list(chunk) + [chunk[-1]] * (size - len(chunk))
+    own = share(chunk, jax.process_count(), jax.process_index())
+    made = {i: self._row(i) for i in dict.fromkeys(own)}
+    return jax.tree.map(lambda *xs: np.stack(xs), *(made[i] for i in own))
+
+  def chunk_length(self) -> int:
+    """Length to which the questions of later rounds are padded; 0 if there is but one round."""
+    longest = max((len(ids) for later in self.later for ids in later), default=0)
+    return -(-longest // CHUNK) * CHUNK
+
+  def later_tokens(self) -> int:
+    """Room that a cache needs for later rounds."""
+    return self.chunk_length() * max(map(len, self.later))
+
+  def _row(self, i: int) -> Rows:
+    vision, ids = self.loaded.model.vision, self.ids[i]
+    (where,) = np.nonzero(ids == IMAGE_ID)
+    start = int(where[0]) if len(where) else -1
+    pad = self.loaded.tokenizer.pad_id
+    if len(where):
+      ids = np.concatenate([ids[:start], np.full(vision.num_patches, pad, np.int32), ids[start + 1 :]])
+    tokens = np.full(self.bucket[i] + vision.num_patches, pad, np.int32)
+    tokens[: len(ids)] = ids
+    image = load_image(self.questions[i])
+    size = vision.image_size
+    pixels = np.zeros((size, size, 3), np.uint8) if image is None else images.preprocess(image, vision)
+    later = pad_rows(self.later[i], self.chunk_length(), pad) if self.later[i] else np.zeros((0, 0), np.int32)
+    counts = np.asarray([len(ids) for ids in self.later[i]], np.int32)
+    return Rows(Prompt(tokens, np.int32(len(ids)), np.int32(start), np.uint32(i)), pixels, later, counts)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], length: int, pad: int) -> np.ndarray:
+  """int32[N, length] from N rows of at most `length` tokens."""
+  out = np.full((len(rows), length), pad, np.int32)
+  for i, row in enumerate(rows):
+    out[i, : len(row)] = row
+  return out
+
+
+def later_round(question: str, tokenizer: Tokenizer) -> np.ndarray:
+  """Ids of a question of the second or a later round, as the authors' long-answer scripts write it.
+
+  Unlike in training there is neither a blank around the question nor the end token of the answer before it.
+  """
+  return np.asarray([i for i, _ in tokenizer.encode(f'USER:{question}ASSISTANT:')], np.int32)
+
+
+def load_image(question: Question) -> Any:
+  """The question's picture as RGB; DataError naming question and file if it is missing or no picture."""
+  image = question.image
+  if isinstance(image, pathlib.Path):
+    try:
+      return images.decode(image.read_bytes(), f'question {question.id}: {image}')
+    except OSError as e:
+      raise DataError(f'question {question.id}: {image} cannot be read ({e.strerror})', 'missing_image') from None
+  return images.decode(image, f'question {question.id}') if isinstance(image, bytes) else image

@@ -1,0 +1,103 @@
+"""The long-answer evaluations of Dynamic-LLaVA: LVIS-VQA in one and in several rounds, ShareGPT4V-VQA.
+
+The authors' files are a JSON list of `id, image, question, answer`, the last two lists in several rounds.
+Perplexity is that of the reference answer, METEOR that of the generated one (arXiv 2412.00876, section 4.3).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals import meteor
+from dynllava_jax.evals.benchmark import Benchmark, Gold, Needed, Problems, Question, canonical, image_folder
+from dynllava_jax.evals.folders import Folder, fields, read_json
+
+PAPER = 'https://github.com/Osilly/dynamic_llava (LVIS-Instruct4V and ShareGPT4V subsets of 1,000)'
+
+
+class LongAnswers(Benchmark):
+  """Base of the three; a label is the list of reference answers."""
+
+  metric = 'perplexity of the reference answers, mean over samples (lower is better)'
+  headline = 'perplexity'
+  shown = ('meteor', 'meteor_without_synonyms', 'reference_kept')
+  question_file: ClassVar[str]
+  images = ('images', '.')
+  max_new_tokens = 1024
+
+  def questions(self, folder: Folder) -> list[Question]:
+    path, images = folder.need_labels(self.question_file), image_folder(folder, self.images)
+    result = []
+    for i, row in enumerate(read_json(path), 1):
+      id_, image, question, answer = fields(row, ('id', 'image', 'question', 'answer'), f'{path}, sample {i}')
+      asked, answers = ([v] if isinstance(v, str) else list(v) for v in (question, answer))
+      if not asked or len(asked) != len(answers):
+        raise DataError(f'{path}, sample {id_}: {len(asked)} questions and {len(answers)} answers, expected one answer each')
+      asked[0] = asked[0].replace('<image>', '').strip()
+      answers[0] = answers[0].strip()  # the authors' scripts strip the first answer only
+      result.append(Question(id_, tuple(asked), asked[0], images / image, reference=tuple(answers), long=True))
+    return result
+
+  def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
+    return [Gold(str(q.id), q.reference, canonical(q.prompt)) for q in self.questions(folder)]
+
+  def seen(self, row: Mapping[str, Any]) -> Any:
+    return row
+
+  def tally(self, answers: Sequence[tuple[Any, Any]]) -> dict[str, float]:
+    ((references, row), *_) = answers
+    texts = [row['text']] if isinstance(row['text'], str) else row['text']
+    if len(texts) != len(references):
+      raise ValueError(f'answer {row["question_id"]}: {len(texts)} rounds, expected {len(references)}')
+    words = meteor.wordnet()
+    scores = [meteor.score(r, t, words) for r, t in zip(references, texts)]
+    counts = {'n': 1, 'meteor' if words else 'meteor_without_synonyms': sum(scores) / len(scores)}
+    meta = row.get('metadata', {})
+    if 'perplexity' in meta:
+      counts['perplexity'] = sum(meta['perplexity']) / len(meta['perplexity'])
+      counts |= {k: sum(meta[k]) for k in ('reference_fed', 'reference_kept')}
+    if 'kept' in meta:
+      counts |= {'fed': len(meta['kept']), 'kept': meta['kept'].count('1')}
+    return counts
+
+  def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+    n = sums['n']
+    result = {'perplexity': sums['perplexity'] / n} if 'perplexity' in sums else {}
+    result |= {k: 100 * sums[k] / n for k in ('meteor', 'meteor_without_synonyms') if k in sums}
+    for fed, kept in (('fed', 'kept'), ('reference_fed', 'reference_kept')):
+      if sums.get(fed):
+        result |= {f'{fed}_tokens': sums[fed] / n, f'{kept}_tokens': sums[kept] / n, kept: 100 * sums[kept] / sums[fed]}
+    return result
+
+  def headline_of(self, figures: Mapping[str, float]) -> str:
+    return next(k for k in ('perplexity', 'meteor', 'meteor_without_synonyms') if k in figures)
+
+  def remarks(self) -> list[str]:
+    return [*self.notes, *(f'METEOR: NLTK data missing: {m}' for m in meteor.missing_data())]
+
+
+class LvisSingle(LongAnswers):
+  """One question, one long answer."""
+
+  name = 'lvis_single'
+  folders = ('lvis_vqa',)
+  question_file = 'lvis_vqa_single_round.json'
+  needed = (Needed((question_file,), PAPER), Needed(('images', '.'), PAPER, 'images'))
+
+
+class LvisMulti(LongAnswers):
+  """Several rounds about one picture; a round sees the rounds before it."""
+
+  name = 'lvis_multi'
+  folders = ('lvis_vqa',)
+  question_file = 'lvis_vqa_multi_round.json'
+  needed = (Needed((question_file,), PAPER), Needed(('images', '.'), PAPER, 'images'))
+
+
+class ShareGpt4v(LongAnswers):
+  """Captions of more than 300 words."""
+
+  name = 'sharegpt4v'
+  folders = ('sharegpt4v_vqa',)
+  question_file = 'sharegpt4v_vqa_single_round.json'
+  needed = (Needed((question_file,), PAPER), Needed(('images', '.'), PAPER, 'images'))

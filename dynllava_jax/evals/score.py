@@ -1,0 +1,146 @@
+"""Scores answer files: one JSON-ready result, with bootstrap intervals."""
+
+import dataclasses
+import pathlib
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+
+from dynllava_jax.config import EvalConfig
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals import suite
+from dynllava_jax.evals.answers import Joined, join, read_answers
+from dynllava_jax.evals.benchmark import Benchmark, Problems
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.files import write_atomically
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Tallies:
+  """What every cluster of answers adds. `clusters`: K names; `columns`: C names; `counts`: float64[K, C]."""
+
+  clusters: tuple[Hashable, ...]
+  columns: tuple[str, ...]
+  counts: np.ndarray
+
+
+def tally(benchmark: Benchmark, joined: Joined) -> Tallies:
+  """Counts of a joined answer file, cluster by cluster."""
+  groups: dict[Hashable, list] = {}
+  for i, (gold, row) in enumerate(joined.pairs):
+    groups.setdefault((gold.key, i) if gold.cluster is None else gold.cluster, []).append((gold.label, row))
+  try:
+    counted = [benchmark.tally([(label, benchmark.seen(row)) for label, row in group]) for group in groups.values()]
+  except ValueError as e:
+    raise DataError(f'{benchmark.name}: {e}') from None
+  columns = tuple(dict.fromkeys(c for counts in counted for c in counts))
+  place = {c: i for i, c in enumerate(columns)}
+  counts = np.zeros((len(counted), len(columns)))
+  for i, one in enumerate(counted):
+    for column, value in one.items():
+      counts[i, place[column]] = value
+  return Tallies(tuple(groups), columns, counts)
+
+
+def figures(benchmark: Benchmark, tallies: Tallies, weights: np.ndarray | None = None) -> dict[str, float]:
+  """The benchmark's results; `weights` int[K] counts each cluster several times.
+
+  Raises:
+    DataError: not defined for these answers, such as a precision without any 'yes'.
+  """
+  sums = tallies.counts.sum(0) if weights is None else weights @ tallies.counts
+  try:
+    return benchmark.figures(dict(zip(tallies.columns, map(float, sums))))
+  except (ZeroDivisionError, KeyError):
+    raise DataError(f'{benchmark.name}: the score is not defined for these answers (a rate over nothing)') from None
+
+
+def bootstrap(benchmark: Benchmark, tallies: Tallies, reference: Tallies | None = None) -> list[float]:
+  """95 % percentile interval of the headline score, or of its difference to `reference` on the same clusters.
+
+  Clusters are drawn with replacement; both runs are given the same draws (paired).
+  """
+  rng = np.random.default_rng(0)
+  headline = benchmark.headline_of(figures(benchmark, tallies))
+  count = len(tallies.clusters)
+  values = []
+  for _ in range(RESAMPLES):
+    weights = np.bincount(rng.integers(count, size=count), minlength=count)
+    try:
+      value = figures(benchmark, tallies, weights)[headline]
+      values.append(value - (figures(benchmark, reference, weights)[headline] if reference else 0))
+    except (DataError, KeyError):
+      continue  # a draw for which the score is not defined, possible only with a handful of questions
+  if not values:
+    return []
+  return [float(v) for v in np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]
+
+
+def join_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_partial: bool) -> tuple[Joined, Problems]:
+  """An answer file with its labels.
+
+  Raises:
+    DataError: something does not fit and `allow_partial` is off, or nothing fits.
+  """
+  problems = Problems()
+  golds = benchmark.golds(folder, problems)
+  rows = read_answers(path, problems)
+  joined = join(benchmark, golds, rows, problems)
+  if problems and not allow_partial:
+    raise DataError(
+      f'{path}: these answers and the labels of {benchmark.name} do not fit together ({len(joined.pairs)} of {joined.total} do):\n'
+      f'{problems}\n{benchmark.hint}; --allow_partial scores what fits'
+    )
+  if not joined.pairs:
+    raise DataError(f'{path}: no answer fits a label of {benchmark.name}:\n{problems}')
+  return joined, problems
+
+
+def score_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_partial: bool) -> dict[str, Any]:
+  """Scores an answer file made here or elsewhere; DataError as `join_file`.
+
+  Returns:
+    A JSON-ready dict; `score` is None where the labels are not public.
+  """
+  joined, problems = join_file(benchmark, folder, path, allow_partial)
+  result = {'benchmark': benchmark.name, 'score': None, 'metric': benchmark.metric}
+  counts = {'answered': f'{len(joined.pairs)}/{joined.total}', 'n': len(joined.pairs), 'total': joined.total}
+  if benchmark.scored:
+    tallies = tally(benchmark, joined)
+    found = figures(benchmark, tallies)
+    headline = benchmark.headline_of(found)
+    if headline not in found:
+      raise DataError(f'{path}: {benchmark.name} reports {headline!r}, and no answered question counts for it')
+    result |= {'score': found[headline], 'headline': headline, 'interval': bootstrap(benchmark, tallies)}
+    counts['figures'] = found
+  return result | counts | {'problems': problems.counts(), 'answers': str(path), 'notes': benchmark.remarks()}
+
+
+def run(cfg: EvalConfig, path: pathlib.Path, data: pathlib.Path, allow_partial: bool, out: pathlib.Path | None) -> dict[str, Any]:
+  """`score_file` for a config; writes the submission files to `out` if that is given.
+
+  Raises:
+    ConfigError: unknown benchmark.
+    DataError: see `score_file`.
+  """
+  benchmark = suite.get(cfg.benchmark).configured(cfg)
+  folder = Folder(data, benchmark.folders, cfg.labels)
+  result = score_file(benchmark, folder, path, allow_partial)
+  if out is None:
+    return result
+  return result | {'submission': write_submission(benchmark, folder, path, out, path.stem, allow_partial)}
+
+
+def write_submission(
+  benchmark: Benchmark, folder: Folder, path: pathlib.Path, out: pathlib.Path, name: str, allow_partial: bool
+) -> list[str]:
+  """Writes what the benchmark's server or official tool wants; the paths written."""
+  joined, _ = join_file(benchmark, folder, path, allow_partial)
+  files = benchmark.submission(folder, [row for _, row in joined.pairs], name)
+  for file, content in files.items():
+    write_atomically(out / file, content)
+  return [str(out / file) for file in files]

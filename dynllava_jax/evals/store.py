@@ -1,0 +1,106 @@
+"""Answers on disk while they are made: appended batch by batch, so that a killed run loses and doubles none.
+
+    answers/RUN.jsonl             LLaVA's answer rows; `metadata.row` numbers the question
+    answers/RUN.provenance.json   what made them: config, checkpoint, versions
+
+Rows are appended in the order in which they are made. A line that a kill cut off is dropped when the run is started again.
+Finished, the file is written once more in the order of the questions.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.files import write_atomically
+
+LIBRARIES = ('jax', 'jaxlib', 'flax', 'numpy', 'orbax-checkpoint', 'pillow', 'sentencepiece')
+MAY_DIFFER = ('versions', 'batch_size', 'mesh')  # between the parts of one run
+
+
+class AnswerStore:
+  """The answer file of one run. `rows`: finished rows by question number."""
+
+  def __init__(self, folder: pathlib.Path, run: str, provenance: Mapping[str, Any]):
+    """Opens or begins `folder/RUN.jsonl`.
+
+    Answers that something else made, by their provenance, are set aside as `RUN.previous-N.*`; `set_aside` names them.
+    """
+    self.path = folder / f'{run}.jsonl'
+    self._provenance_path = folder / f'{run}.provenance.json'
+    self.set_aside: pathlib.Path | None = None
+    folder.mkdir(parents=True, exist_ok=True)
+    comparable = json.loads(json.dumps({k: v for k, v in provenance.items() if k not in MAY_DIFFER}))
+    if self.path.exists() and comparable != self._stored():
+      self._set_aside(folder, run)
+    write_atomically(self._provenance_path, (json.dumps(provenance, indent=1) + '\n').encode())
+    self.rows = self._read()
+
+  def _stored(self) -> dict[str, Any] | None:
+    try:
+      stored = json.loads(self._provenance_path.read_text())
+    except (OSError, ValueError):
+      return None
+    return {k: v for k, v in stored.items() if k not in MAY_DIFFER}
+
+  def _set_aside(self, folder: pathlib.Path, run: str) -> None:
+    number = 1
+    while (folder / f'{run}.previous-{number}.jsonl').exists():
+      number += 1
+    self.set_aside = folder / f'{run}.previous-{number}.jsonl'
+    os.replace(self.path, self.set_aside)
+    if self._provenance_path.exists():
+      os.replace(self._provenance_path, folder / f'{run}.previous-{number}.provenance.json')
+
+  def _read(self) -> dict[int, dict[str, Any]]:
+    """Whole rows; what follows the last line end is cut off."""
+    if not self.path.exists():
+      return {}
+    content = self.path.read_bytes()
+    whole = content[: content.rfind(b'\n') + 1]
+    if len(whole) < len(content):
+      write_atomically(self.path, whole)
+    rows = [json.loads(line) for line in whole.decode().split('\n') if line]
+    return {row['metadata']['row']: row for row in rows}
+
+  def add(self, rows: Iterable[dict[str, Any]]) -> None:
+    """Appends rows; they are on disk when this returns."""
+    rows = list(rows)
+    with open(self.path, 'ab') as file:
+      file.write(''.join(json.dumps(row) + '\n' for row in rows).encode())
+      file.flush()
+      os.fsync(file.fileno())
+    self.rows |= {row['metadata']['row']: row for row in rows}
+
+  def finish(self) -> list[dict[str, Any]]:
+    """Rewrites the file in the order of the questions; the rows."""
+    rows = [self.rows[i] for i in sorted(self.rows)]
+    write_atomically(self.path, ''.join(json.dumps(row) + '\n' for row in rows).encode())
+    return rows
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python and of the libraries that a number may depend on."""
+  return {'python': platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def questions_sha256(questions: Sequence[Question]) -> str:
+  """Digest of what is asked, in which order."""
+  return hashlib.sha256(json.dumps([[q.id, q.text, q.reference] for q in questions]).encode()).hexdigest()
+
+
+def folder_sha256(folder: pathlib.Path, names: Iterable[str]) -> str:
+  """Digest of files and of all files in subfolders, by name and content. `names`: paths in `folder` that exist or not."""
+  digest = hashlib.sha256()
+  for name in names:
+    path = folder / name
+    for file in sorted(p for p in (path.rglob('*') if path.is_dir() else [path]) if p.is_file()):
+      digest.update(str(file.relative_to(folder)).encode())
+      with open(file, 'rb') as f:
+        digest.update(hashlib.file_digest(f, 'sha256').digest())
+  return digest.hexdigest()

@@ -1,0 +1,46 @@
+"""The benchmarks by name."""
+
+from dynllava_jax.config import ConfigError
+from dynllava_jax.evals.benchmark import Benchmark
+from dynllava_jax.evals.digits import Digits
+from dynllava_jax.evals.gqa import Gqa
+from dynllava_jax.evals.judged import LlavaBench, MmVet
+from dynllava_jax.evals.longanswers import LvisMulti, LvisSingle, ShareGpt4v
+from dynllava_jax.evals.mmbench import MmBench, MmBenchCn
+from dynllava_jax.evals.mme import Mme
+from dynllava_jax.evals.pope import Pope
+from dynllava_jax.evals.scienceqa import ScienceQa
+from dynllava_jax.evals.seed import Seed
+from dynllava_jax.evals.textvqa import TextVqa
+from dynllava_jax.evals.vqa import Vizwiz, VizwizVal, Vqav2, Vqav2Val
+
+BENCHMARKS: dict[str, Benchmark] = {
+  b.name: b()
+  for b in (
+    Vqav2,
+    Vqav2Val,
+    Gqa,
+    Vizwiz,
+    VizwizVal,
+    ScienceQa,
+    TextVqa,
+    Pope,
+    Mme,
+    MmBench,
+    MmBenchCn,
+    Seed,
+    LlavaBench,
+    MmVet,
+    LvisSingle,
+    LvisMulti,
+    ShareGpt4v,
+    Digits,
+  )
+}
+
+
+def get(name: str) -> Benchmark:
+  """The benchmark called `name`; ConfigError with the known names otherwise."""
+  if name not in BENCHMARKS:
+    raise ConfigError(f'config.benchmark: {name!r} is unknown; expected one of {", ".join(BENCHMARKS)}')
+  return BENCHMARKS[name]

@@ -1,0 +1,153 @@
+"""VQAv2 and VizWiz: submissions for the test servers, VQA accuracy on the public validation sets."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dynllava_jax.evals import vqa_text
+from dynllava_jax.evals.benchmark import (
+  LLAVA_EVAL,
+  UNANSWERABLE,
+  WORD,
+  Benchmark,
+  Gold,
+  Lines,
+  Needed,
+  Problems,
+  Question,
+  add_counts,
+  canonical,
+  image_folder,
+  rates,
+)
+from dynllava_jax.evals.folders import Folder, fields, read_json, read_lines
+
+
+class VqaAccuracy(Benchmark):
+  """Scored by agreement with ten annotators; labels are (groups, answers)."""
+
+  metric = 'VQA accuracy in %'
+
+  def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:
+    ((groups, given), text), *_ = answers
+    return add_counts({'n': 1, 'correct': vqa_text.accuracy(text, given)}, groups)
+
+  def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+    return rates(sums)
+
+
+class Vqav2(Lines):
+  """The test-dev questions; the server wants all of the test split."""
+
+  name = 'vqav2'
+  metric = 'none offline: submit to https://eval.ai/web/challenges/challenge-page/830'
+  folders = ('vqav2',)
+  question_file = 'llava_vqav2_mscoco_test-dev2015.jsonl'
+  all_questions = 'llava_vqav2_mscoco_test2015.jsonl'
+  images = ('test2015',)
+  expected_questions = 107394
+  scored = False
+  needed = (
+    Needed((question_file,), LLAVA_EVAL),
+    Needed((all_questions,), LLAVA_EVAL, 'all questions of the test split, for the submission'),
+    Needed(('test2015',), 'http://images.cocodataset.org/zips/test2015.zip', 'images'),
+  )
+
+  def submission(self, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
+    answers = {str(r['question_id']): vqa_text.normalize(r['text']) for r in rows}
+    split = [q['question_id'] for q in read_lines(folder.need(self.all_questions))]
+    content = [{'question_id': i, 'answer': answers.get(str(i), '')} for i in split]
+    return {f'answers_upload/llava_vqav2_mscoco_test-dev2015/{name}.json': json.dumps(content).encode()}
+
+
+class Vizwiz(Lines):
+  """The test questions."""
+
+  name = 'vizwiz'
+  metric = 'none offline: submit to https://eval.ai/web/challenges/challenge-page/2185'
+  folders = ('vizwiz',)
+  question_file = 'llava_test.jsonl'
+  images = ('test',)
+  expected_questions = 8000
+  scored = False
+  needed = (
+    Needed(('llava_test.jsonl',), LLAVA_EVAL),
+    Needed(('test',), 'https://vizwiz.cs.colorado.edu/VizWiz_final/images/test.zip', 'images'),
+  )
+
+  def submission(self, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
+    answers = {str(r['question_id']): vqa_text.normalize(r['text']) for r in rows}
+    split = read_lines(folder.need(self.question_file))
+    content = [{'image': q['image'], 'answer': answers[str(q['question_id'])]} for q in split if str(q['question_id']) in answers]
+    return {f'answers_upload/{name}.json': json.dumps(content).encode()}
+
+
+class Vqav2Val(VqaAccuracy):
+  """The validation questions of the VQA site with the suffix of LLaVA."""
+
+  name = 'vqav2_val'
+  folders = ('vqav2',)
+  images = ('val2014',)
+  expected_questions = 214354
+  question_file = 'v2_OpenEnded_mscoco_val2014_questions.json'
+  label_file = 'v2_mscoco_val2014_annotations.json'
+  needed = (
+    Needed((question_file,), 'https://visualqa.org/download.html'),
+    Needed((label_file,), 'https://visualqa.org/download.html', 'labels'),
+    Needed(('val2014',), 'http://images.cocodataset.org/zips/val2014.zip', 'images'),
+  )
+  notes = ('The 78.5 and 80.0 of the LLaVA table are test-dev; val2014 is in the training mixture of LLaVA-1.5.',)
+
+  def questions(self, folder: Folder) -> list[Question]:
+    path, images = folder.need(self.question_file), image_folder(folder, self.images)
+    result = []
+    for i, row in enumerate(read_json(path)['questions'], 1):
+      id_, image, text = fields(row, ('question_id', 'image_id', 'question'), f'{path}, question {i}')
+      prompt = f'{text}\n{WORD}'
+      result.append(Question(id_, (prompt,), prompt, images / f'COCO_val2014_{image:012}.jpg'))
+    return result
+
+  def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
+    del problems
+    path = folder.need_labels(self.label_file)
+    questions = folder.find(self.question_file)
+    texts = {q['question_id']: q['question'] for q in read_json(questions)['questions']} if questions else {}
+    golds = []
+    for i, row in enumerate(read_json(path)['annotations'], 1):
+      id_, answers = fields(row, ('question_id', 'answers'), f'{path}, annotation {i}')
+      label = [row['answer_type']] if 'answer_type' in row else [], [a['answer'] for a in answers]
+      golds.append(Gold(str(id_), label, canonical(texts.get(id_, ''))))
+    return golds
+
+
+class VizwizVal(VqaAccuracy):
+  """The validation questions of the VizWiz site with the suffixes of LLaVA."""
+
+  name = 'vizwiz_val'
+  folders = ('vizwiz',)
+  images = ('val',)
+  expected_questions = 4319
+  needed = (
+    Needed(('val.json', 'Annotations/val.json'), 'https://vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip', 'labels'),
+    Needed(('val',), 'https://vizwiz.cs.colorado.edu/VizWiz_final/images/val.zip', 'images'),
+  )
+  notes = ('The 50.0 and 53.6 of the LLaVA table are on the test split.',)
+
+  def _rows(self, folder: Folder) -> list[tuple]:
+    path = folder.need_labels('val.json', 'Annotations/val.json')
+    return [(*fields(r, ('image', 'question', 'answers'), f'{path}, row {i}'), r) for i, r in enumerate(read_json(path), 1)]
+
+  def questions(self, folder: Folder) -> list[Question]:
+    images, result = image_folder(folder, self.images), []
+    for image, question, _, _ in self._rows(folder):
+      prompt = f'{question}\n{UNANSWERABLE}\n{WORD}'
+      result.append(Question(image, (prompt,), prompt, images / image))
+    return result
+
+  def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
+    del problems
+    kinds = lambda row: [row['answer_type']] if 'answer_type' in row else []
+    return [
+      Gold(image, (kinds(row), [a['answer'] for a in answers]), canonical(question))
+      for image, question, answers, row in self._rows(folder)
+    ]

@@ -1,0 +1,169 @@
+"""Each kind of bad input is one readable error that names file and key, and nothing is written."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from safetensors.numpy import load_file, save_file
+
+from dynllava_jax import checkpoint
+from dynllava_jax.checkpoint import CheckpointError
+from dynllava_jax.convert.convert import convert
+from dynllava_jax.convert.plan import assign
+from dynllava_jax.convert.readers import ConversionError, file_tensors
+from dynllava_jax.convert.source import Request, open_source
+from dynllava_jax.convert.verify import load_case
+
+
+@pytest.fixture
+def source(tmp_path):
+  """A copy of the safetensors case that a test may damage."""
+  shutil.copytree(GOLDEN / 'public_b', tmp_path / 'case')
+  return tmp_path / 'case' / 'checkpoint'
+
+
+def plan(source, **kw):
+  """What a conversion decides before it writes anything."""
+  found = open_source(Request(src=source, **kw))
+  return found, assign(found.info, found.tensors, None)
+
+
+def damage(source, change):
+  weights = load_file(source / 'model.safetensors')
+  change(weights)
+  save_file(weights, source / 'model.safetensors')
+
+
+def reconfigure(source, **changes):
+  config = json.loads((source / 'config.json').read_text())
+  for key, value in changes.items():
+    if key in config['sparse_config']:
+      config['sparse_config'][key] = value
+    else:
+      config[key] = value
+  (source / 'config.json').write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda w: w.pop('model.norm.weight'), '- llama/norm/scale: missing'),
+    (lambda w: w.pop('model.layers.3.mlp.up_proj.weight'), r'- llama/layers/up\[3\]: missing'),
+    (lambda w: w.update({'model.extra.weight': np.zeros(3, np.float32)}), r'\+ model.extra.weight \(3,\): unknown'),
+    (
+      lambda w: w.update({'model.norm.weight': np.zeros(81, np.float32)}),
+      r'! model.norm.weight: shape \(81,\), the config asks for \(80,\)',
+    ),
+    (lambda w: w.update({'model.layers.4.mlp.up_proj.weight': np.zeros((112, 80), np.float32)}), 'beyond the 4 layers'),
+  ],
+)
+def test_tensors_that_do_not_fit(source, tmp_path, change, message):
+  damage(source, change)
+  with pytest.raises(ConversionError, match=message):
+    convert(Request(src=source), tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_layers_of_different_dtypes_are_refused(source):
+  damage(
+    source, lambda w: w.update({'model.layers.0.mlp.up_proj.weight': w['model.layers.0.mlp.up_proj.weight'].astype(np.float16)})
+  )
+  with pytest.raises(ConversionError, match='! model.layers.1.mlp.up_proj.weight: stored as float32, other layers as float16'):
+    plan(source)
+
+
+def test_integers_are_no_weights(source):
+  damage(source, lambda w: w.update({'model.norm.weight': np.ones(80, np.int8)}))
+  with pytest.raises(ConversionError, match='! model.norm.weight: stored as int8; only floating point'):
+    plan(source)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_passed_over(source):
+  damage(source, lambda w: w.update({'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8, np.float32)}))
+  found, _ = plan(source)
+  assert any(note.startswith('passed over 1 tensors that are computed') for note in found.notes)
+
+
+def test_truncated_case_file(tmp_path):
+  content = (GOLDEN / 'public_b' / 'case.npz').read_bytes()
+  (tmp_path / 'case.npz').write_bytes(content[: len(content) // 2])
+  with pytest.raises(ConversionError, match='not a readable case file'):
+    load_case(tmp_path / 'case.npz')
+
+
+def test_duplicate_key_across_shards(source):
+  weights = load_file(source / 'model.safetensors')
+  save_file({'model.norm.weight': weights['model.norm.weight']}, source / 'extra.safetensors')
+  index = {'weight_map': dict.fromkeys(weights, 'model.safetensors') | {'model.norm.weight': 'extra.safetensors'}}
+  (source / 'model.safetensors.index.json').write_text(json.dumps(index))
+  with pytest.raises(
+    ConversionError,
+    match=r'! model.norm.weight: fills llama/norm/scale a second time \(.*model.safetensors, after .*extra.safetensors',
+  ):
+    plan(source)
+
+
+def test_index_that_names_an_absent_shard(source):
+  index = {'weight_map': {'model.norm.weight': 'model-00009-of-00009.safetensors'}}
+  (source / 'model.safetensors.index.json').write_text(json.dumps(index))
+  with pytest.raises(ConversionError, match='names model-00009-of-00009.safetensors'):
+    plan(source)
+
+
+def test_truncated_shard(source):
+  content = (source / 'model.safetensors').read_bytes()
+  (source / 'model.safetensors').write_bytes(content[: len(content) // 2])
+  with pytest.raises(ConversionError, match='model.safetensors: unreadable'):
+    plan(source)
+
+
+def test_no_weights_and_no_config(source):
+  (source / 'model.safetensors').unlink()
+  with pytest.raises(ConversionError, match='no weights found'):
+    plan(source)
+  (source / 'config.json').unlink()
+  with pytest.raises(ConversionError, match='config.json: missing'):
+    plan(source)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (dict(mm_vision_tower=None), 'names no vision tower'),
+    (dict(mm_vision_tower='../elsewhere'), 'the vision tower ../elsewhere is no CLIP directory here'),
+    (dict(rope_scaling={'type': 'dynamic', 'factor': 2.0}), "not supported: rope_scaling of type 'dynamic'"),
+    (dict(use_instruct_predictor=True), 'not supported: the instruction predictor'),
+    (dict(mm_projector_type='resampler'), "projector 'resampler' is unknown"),
+    (dict(sparse_layer=4), 'starts at layer 4, but the decoder has 4 layers'),
+    (dict(image_aspect_ratio='anyres'), 'not supported: any-resolution images'),
+  ],
+)
+def test_configs_that_cannot_be_honoured(source, tmp_path, changes, message):
+  reconfigure(source, **changes)
+  with pytest.raises((ConversionError, CheckpointError), match=message):
+    convert(Request(src=source), tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_pickle_that_holds_more_than_tensors_is_refused(tmp_path):
+  torch = pytest.importorskip('torch', reason='writing a .bin file needs torch')
+  torch.save({'a': torch.zeros(2), 'b': object}, tmp_path / 'x.bin')
+  with pytest.raises(ConversionError, match='x.bin: unreadable, truncated or not a plain tensor file'):
+    file_tensors(tmp_path / 'x.bin')
+  torch.save({'a': torch.ones(2, dtype=torch.bfloat16)}, tmp_path / 'y.bin')
+  (tensor,) = file_tensors(tmp_path / 'y.bin')
+  value = tensor.read()
+  assert tensor.key == 'a' and str(tensor.dtype) == str(value.dtype) == 'bfloat16' and value.astype(np.float32).tolist() == [1, 1]
+
+
+def test_checkpoint_whose_arrays_do_not_match_its_description(source, tmp_path):
+  convert(Request(src=source), tmp_path / 'out')
+  file = tmp_path / 'out' / checkpoint.MODEL_FILE
+  content = json.loads(file.read_text())
+  content['model']['llama']['mlp_dim'] = 128
+  del content['sha256']
+  file.write_text(json.dumps(content))
+  with pytest.raises(CheckpointError, match=r'! llama/layers/down: stored \(4, 112, 80\), expected \(4, 128, 80\)'):
+    checkpoint.load_params(tmp_path / 'out')

@@ -1,0 +1,128 @@
+"""Every benchmark of the suite on a few rows, through the command line: questions, answers, submission, score."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from conftest import ROOT
+
+import eval as eval_script
+from dynllava_jax.config import EvalConfig, EvalRun, Stage
+from dynllava_jax.evals import report, suite
+from dynllava_jax.evals.folders import Folder
+
+pytest_plugins = ('tiny_suite',)
+
+SMALL = ('--config.text_lengths=(192,)', '--config.batch_size=2', '--config.max_new_tokens=3', '--config.dtype=float32')
+
+
+@pytest.fixture
+def command(monkeypatch, small_machine):
+  """Runs `eval.py` with these flags in this process."""
+
+  def run(*arguments):
+    argv = ['eval.py', *map(str, arguments)]
+    monkeypatch.setattr(sys, 'argv', argv)  # where ml_collections looks for overrides
+    try:
+      flags.FLAGS(argv)
+      eval_script.main([])
+    finally:
+      for name in [n for n in flags.FLAGS if n.startswith('config.')]:
+        delattr(flags.FLAGS, name)
+      for name in ('config', 'checkpoint', 'data', 'out', 'answers', 'allow_partial', 'check_data'):
+        flags.FLAGS[name].unparse()
+
+  return run
+
+
+@pytest.mark.parametrize('name', [n for n in suite.BENCHMARKS if n != 'digits'])
+def test_benchmark(name, command, tiny_checkpoint, eval_data, tmp_path, capsys):
+  command(f'--config=configs/eval.py:{name}', *SMALL, f'--checkpoint={tiny_checkpoint}', f'--data={eval_data}', f'--out={tmp_path}')
+  benchmark = suite.get(name)
+  questions = benchmark.questions(Folder(eval_data, benchmark.folders))
+  rows = [json.loads(line) for line in (tmp_path / 'answers' / 'own.jsonl').read_text().splitlines()]
+  assert [r['question_id'] for r in rows] == [q.id for q in questions]
+  assert [r['prompt'] for r in rows] == [q.prompt for q in questions]
+  assert {'text', 'answer_id', 'model_id', 'metadata'} <= rows[0].keys()
+  image = [
+    r['metadata']['rendered_prompt'].startswith('A chat between') and '<image>\n' in r['metadata']['rendered_prompt'] for r in rows
+  ]
+  assert image == [q.image is not None for q in questions]
+  assert all(r['metadata']['rendered_prompt'].endswith(' ASSISTANT:') for r in rows)
+  provenance = json.loads((tmp_path / 'answers' / 'own.provenance.json').read_text())
+  assert provenance['benchmark'] == name and len(provenance['checkpoint_sha256']) == 64 and provenance['versions']['jax']
+  results = json.loads((tmp_path / 'results.json').read_text())
+  run = results['runs']['own']
+  assert run['image_tokens'] == 4 and run['image_tokens_layer_average'] == 10
+  assert ('score' in run) == benchmark.scored
+  capsys.readouterr()
+
+  command(f'--config=configs/eval.py:{name}', f'--answers={tmp_path / "answers" / "own.jsonl"}', f'--data={eval_data}')
+  (line,) = capsys.readouterr().out.splitlines()
+  scored = json.loads(line)
+  assert scored['answered'] == f'{len(rows)}/{len(rows)}' and scored['problems'] == {}
+  if 'score' in run and not questions[0].reference:
+    assert scored['score'] == pytest.approx(run['score'])
+
+
+def test_comparison(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  """Dense, dynamic and a smaller image on long answers, with agreement: table in three forms, plot, picture."""
+  dynamic = (Stage(), Stage(start=1, selector='dynamic', image_keep_rate=0.25))
+  runs = {'dense': EvalRun(stages=(Stage(),)), 'dynamic': EvalRun(stages=dynamic)}
+  runs['small'] = EvalRun(stages=(Stage(),), image_size=28)
+  cfg = EvalConfig(
+    runs=runs, benchmark='lvis_single', text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=3, agreement=True
+  )
+  report.run(cfg, str(tiny_checkpoint), tmp_path, eval_data)
+  results = json.loads((tmp_path / 'results.json').read_text())['runs']
+  assert {n: r['image_tokens'] for n, r in results.items()} == {'dense': 16, 'dynamic': 4, 'small': 4}
+  assert {n: r['image_tokens_layer_average'] for n, r in results.items()} == {'dense': 16, 'dynamic': 10, 'small': 4}
+  dense = results['dense']
+  assert dense['agreement']['token_agreement'] == 100, 'reading its own greedy answer, dense chooses every token of it again'
+  assert dense['answers_differ'] == 0 and dense['difference'] is None and dense['figures']['reference_kept'] == 100
+  for name in ('dynamic', 'small'):
+    run = results[name]
+    assert run['difference'] == pytest.approx(run['score'] - dense['score'])
+    assert run['difference_interval'][0] <= run['difference'] <= run['difference_interval'][1]
+    assert run['flops_per_sample'] < dense['flops_per_sample'] and run['kv_bytes_per_sample'] < dense['kv_bytes_per_sample']
+  assert dense['score'] == pytest.approx(dense['figures']['perplexity']) and dense['score'] > 1
+  assert (tmp_path / 'results.md').read_text().count('\n| ') == 4
+  assert len((tmp_path / 'results.csv').read_text().splitlines()) == 4
+  for picture in ('results.png', 'tokens.png'):
+    assert (tmp_path / picture).read_bytes().startswith(b'\x89PNG')
+
+
+HOST = """
+import pathlib, sys
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from dynllava_jax.config import EvalConfig, EvalRun
+from dynllava_jax.evals import report
+cfg = EvalConfig(runs={'own': EvalRun()}, benchmark='gqa', text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=3)
+report.run(cfg, sys.argv[3], pathlib.Path(sys.argv[5]), pathlib.Path(sys.argv[4]))
+"""
+
+
+def test_two_hosts_give_the_answers_of_one(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  """Two processes with one device each; every batch is divided over them."""
+  cfg = EvalConfig(runs={'own': EvalRun()}, benchmark='gqa', text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=3)
+  report.run(cfg, str(tiny_checkpoint), tmp_path / 'one', eval_data)
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{probe.getsockname()[1]}'
+  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}
+  command = [sys.executable, '-c', HOST, address]
+  hosts = [
+    subprocess.Popen([*command, str(i), tiny_checkpoint, eval_data, tmp_path / 'two'], cwd=ROOT, env=env, stderr=subprocess.PIPE)
+    for i in range(2)
+  ]
+  errors = [host.communicate(timeout=300)[1].decode() for host in hosts]
+  assert [host.returncode for host in hosts] == [0, 0], errors
+  one, two = ([json.loads(x) for x in (tmp_path / o / 'answers/own.jsonl').read_text().splitlines()] for o in ('one', 'two'))
+  assert [r['question_id'] for r in two] == [r['question_id'] for r in one]
+  assert [r['text'] for r in two] == [r['text'] for r in one]

@@ -1,0 +1,228 @@
+"""What goes wrong with evaluations, one test each: the message names the place, and no number comes out."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from dynllava_jax.config import EvalConfig, EvalRun
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals import check, report, score, suite
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.store import AnswerStore
+
+pytest_plugins = ('tiny_suite',)
+
+PUBLISHED = ROOT.parent / 'shared' / 'evaldata' / 'pope'
+
+
+def folder_of(name, root, labels=''):
+  return Folder(root, suite.get(name).folders, labels)
+
+
+def answers_for(name, data, path, change=lambda rows: rows, text='yes'):
+  """An answer file that answers every question with `text`, after `change`."""
+  questions = suite.get(name).questions(folder_of(name, data))
+  rows = [{'question_id': q.id, 'prompt': q.prompt, 'text': text} for q in questions]
+  path.write_text(''.join(json.dumps(r) + '\n' for r in change(rows)))
+  return path
+
+
+def scored(name, data, path, partial=False, labels=''):
+  return score.score_file(suite.get(name), folder_of(name, data, labels), path, partial)
+
+
+def needs_published():
+  if not PUBLISHED.is_dir():
+    pytest.skip(f'the published POPE answers are not at {PUBLISHED}')
+
+
+def test_published_pope_answers_give_the_published_score():
+  needs_published()
+  result = scored('pope', PUBLISHED.parent, PUBLISHED / 'answers_llava-v1.5-13b.jsonl', labels=str(PUBLISHED / 'labels_e3e3926'))
+  figures = result['figures']
+  assert [round(figures[f'{c}/f1_score'], 2) for c in ('adversarial', 'popular', 'random')] == [84.46, 86.25, 87.14]
+  assert round(result['score'], 2) == 85.95 and result['answered'] == '8910/8910'
+
+
+def test_published_pope_answers_are_refused_with_later_labels():
+  needs_published()
+  answers, labels = PUBLISHED / 'answers_llava-v1.5-13b.jsonl', str(PUBLISHED / 'labels_newer')
+  with pytest.raises(DataError) as error:
+    scored('pope', PUBLISHED.parent, answers, labels=labels)
+  assert '246 questions without a label' in str(error.value) and 'e3e39262c85a6a83f26cf5094022a782cb0df58d' in str(error.value)
+  partial = scored('pope', PUBLISHED.parent, answers, partial=True, labels=labels)
+  assert partial['answered'] == '8664/8910' and round(partial['score'], 2) == 86.04
+
+
+def test_missing_question_file_is_named(tmp_path):
+  with pytest.raises(DataError, match=r'llava_gqa_testdev_balanced.jsonl: missing; .*--check_data'):
+    suite.get('gqa').questions(folder_of('gqa', tmp_path))
+
+
+def test_missing_answer_file_is_named(eval_data, tmp_path):
+  with pytest.raises(DataError, match=r'nowhere.jsonl: no such file'):
+    scored('gqa', eval_data, tmp_path / 'nowhere.jsonl')
+
+
+def test_labels_of_other_questions_are_refused(eval_data, tmp_path):
+  for file in (eval_data / 'pope' / 'coco').iterdir():
+    (tmp_path / file.name).write_text(file.read_text().replace('dog 1', 'cat 1'))
+  answers = answers_for('pope', eval_data, tmp_path / 'a.jsonl')
+  with pytest.raises(DataError) as error:
+    scored('pope', eval_data, answers, labels=str(tmp_path))
+  assert '3 labels without a question' in str(error.value) and '3 questions without a label' in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'name, change, problem',
+  [
+    ('gqa', lambda rows: rows[1:], '1 questions without an answer, e.g. 20'),
+    ('gqa', lambda rows: [*rows, rows[0]], '1 answers given more than once, e.g. 20'),
+    ('gqa', lambda rows: [*rows, rows[0] | {'question_id': '77'}], '1 answers to questions that were not asked, e.g. 77'),
+    (
+      'gqa',
+      lambda rows: [r | {'question_id': s['question_id']} for r, s in zip(rows, rows[::-1])],
+      '2 answers to another question',
+    ),
+    ('textvqa', lambda rows: rows[:2], '1 questions without an answer, e.g. 0 is there a dog 2?'),
+    ('textvqa', lambda rows: [*rows, rows[2]], '1 answers given more than once'),
+    ('mme', lambda rows: rows[:-1], '1 questions without an answer, e.g. code_reasoning 7 Is it blue?'),
+    ('seed', lambda rows: rows[:-1], '1 questions without an answer, e.g. 2'),
+  ],
+)
+def test_answers_that_do_not_fit_are_refused_with_counts_and_examples(eval_data, tmp_path, name, change, problem):
+  path = answers_for(name, eval_data, tmp_path / 'a.jsonl', change)
+  with pytest.raises(DataError) as error:
+    scored(name, eval_data, path)
+  assert problem in str(error.value) and str(path) in str(error.value) and '--allow_partial' in str(error.value)
+  partial = scored(name, eval_data, path, partial=True)
+  assert partial['answered'] == f'{partial["n"]}/{partial["total"]}' and partial['problems']
+
+
+def test_ids_that_repeat_are_no_duplicates(eval_data, tmp_path):
+  for name, total in (('textvqa', 3), ('mme', 28), ('seed', 4)):
+    assert scored(name, eval_data, answers_for(name, eval_data, tmp_path / 'a.jsonl'))['answered'] == f'{total}/{total}'
+
+
+def test_order_of_the_answers_does_not_matter(eval_data, tmp_path):
+  for name in ('pope', 'mme', 'textvqa', 'scienceqa'):
+    there = scored(name, eval_data, answers_for(name, eval_data, tmp_path / 'a.jsonl'))
+    back = scored(name, eval_data, answers_for(name, eval_data, tmp_path / 'a.jsonl', lambda rows: rows[::-1]))
+    assert there['figures'] == back['figures']
+
+
+def test_answer_file_without_texts_is_named(eval_data, tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"question_id": 1, "answer": "yes"}\n')
+  with pytest.raises(DataError, match='answer 1: lacks text; has question_id, answer'):
+    scored('gqa', eval_data, tmp_path / 'a.jsonl')
+
+
+def test_score_that_is_not_defined_is_no_number(eval_data, tmp_path):
+  with pytest.raises(DataError, match='not defined for these answers'):
+    scored('pope', eval_data, answers_for('pope', eval_data, tmp_path / 'a.jsonl', text='no'))
+
+
+def config(name, **changes):
+  runs = {'own': EvalRun()}
+  return EvalConfig(runs=runs, benchmark=name, text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=3, **changes)
+
+
+def test_undecodable_image_stops_the_run(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  data = tmp_path / 'data'
+  shutil.copytree(eval_data / 'gqa', data / 'gqa')
+  (data / 'gqa/data/images/0.png').write_bytes(b'\x89PNG\r\n\x1a\n cut off')
+  with pytest.raises(DataError, match=r'question 20: .*0.png: '):
+    report.run(config('gqa'), str(tiny_checkpoint), tmp_path / 'out', data)
+  assert not (tmp_path / 'out' / 'results.json').exists()
+
+
+def test_missing_image_stops_the_run(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  data = tmp_path / 'data'
+  shutil.copytree(eval_data / 'gqa', data / 'gqa')
+  (data / 'gqa/data/images/0.png').unlink()
+  with pytest.raises(DataError, match=r'question 20: .*0.png cannot be read'):
+    report.run(config('gqa'), str(tiny_checkpoint), tmp_path / 'out', data)
+
+
+def test_prompt_beyond_the_largest_bucket_is_named(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  cfg = config('gqa')
+  object.__setattr__(cfg, 'text_lengths', (16,))
+  with pytest.raises(DataError, match=r'question 20: \d+ text tokens, the largest of config.text_lengths is 16'):
+    report.run(cfg, str(tiny_checkpoint), tmp_path / 'out', eval_data)
+
+
+def rows_of(numbers):
+  return [{'question_id': i, 'text': f'answer {i}', 'metadata': {'row': i}} for i in numbers]
+
+
+def test_line_cut_off_by_a_kill_is_dropped_and_the_rest_kept(tmp_path):
+  store = AnswerStore(tmp_path, 'own', {'checkpoint': 'a'})
+  store.add(rows_of((2, 0)))
+  with open(tmp_path / 'own.jsonl', 'a') as file:
+    file.write('{"question_id": 1, "te')
+  again = AnswerStore(tmp_path, 'own', {'checkpoint': 'a', 'versions': {'jax': 'another'}})
+  assert sorted(again.rows) == [0, 2] and again.set_aside is None
+  again.add(rows_of((1,)))
+  assert [r['question_id'] for r in again.finish()] == [0, 1, 2]
+  assert [json.loads(line)['question_id'] for line in (tmp_path / 'own.jsonl').read_text().splitlines()] == [0, 1, 2]
+
+
+def test_answers_of_another_checkpoint_are_set_aside_not_mixed(tmp_path):
+  AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'a'}).add(rows_of((0,)))
+  other = AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'b'})
+  assert other.rows == {} and other.set_aside == tmp_path / 'own.previous-1.jsonl'
+  assert json.loads(other.set_aside.read_text())['text'] == 'answer 0'
+
+
+def test_killed_run_goes_on_without_losing_or_doubling_an_answer(tiny_checkpoint, eval_data, small_machine, tmp_path, monkeypatch):
+  """Stopped in the middle of a batch's rows; the second start answers what is missing, and all equals one whole run."""
+  cfg, run = config('pope'), lambda out: report.run(cfg, str(tiny_checkpoint), tmp_path / out, eval_data)
+  run('whole')
+  add, calls = AnswerStore.add, []
+
+  def dying(self, rows):
+    calls.append(1)
+    if len(calls) == 3:
+      with open(self.path, 'a') as file:
+        file.write('{"question_id": 10, "prom')  # what a kill leaves of a line
+      raise KeyboardInterrupt
+    add(self, rows)
+
+  monkeypatch.setattr(AnswerStore, 'add', dying)
+  with pytest.raises(KeyboardInterrupt):
+    run('killed')
+  monkeypatch.setattr(AnswerStore, 'add', add)
+  run('killed')
+  whole, killed = ((tmp_path / out / 'answers' / 'own.jsonl').read_text() for out in ('whole', 'killed'))
+  assert killed == whole and len(whole.splitlines()) == 9
+
+
+def test_check_data_says_what_is_missing_and_where_to_get_it(eval_data, tmp_path, capsys):
+  data = tmp_path / 'data'
+  shutil.copytree(eval_data / 'gqa', data / 'gqa')
+  (data / 'gqa/data/images/1.png').unlink()
+  assert check.run(data, ['gqa', 'mme']) == 1
+  out = ' '.join(capsys.readouterr().out.split())
+  assert '1 missing' in out and '3, expected 12,578' in out and 'llava_mme.jsonl' in out and '0 of 2 benchmarks' in out
+
+
+def test_scoring_needs_neither_jax_nor_a_checkpoint(eval_data, tmp_path):
+  """The command in a process where jax cannot be imported: one JSON line."""
+  answers = answers_for('pope', eval_data, tmp_path / 'a.jsonl')
+  code = (
+    'import sys, runpy\n'
+    'class NoJax:\n'
+    '  def find_spec(self, name, *_):\n'
+    '    if name.split(".")[0] in ("jax", "jaxlib", "flax"): raise ImportError("jax was asked for")\n'
+    'sys.meta_path.insert(0, NoJax())\n'
+    f'sys.argv = ["eval.py", "--config=configs/eval.py:pope", "--answers={answers}", "--data={eval_data}"]\n'
+    'runpy.run_path("eval.py", run_name="__main__")'
+  )
+  result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert result.returncode == 0, result.stderr
+  (line,) = result.stdout.splitlines()
+  assert json.loads(line)['answered'] == '9/9'

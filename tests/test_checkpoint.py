@@ -1,0 +1,99 @@
+"""Checkpoints on disk: whatever is damaged is noticed on load, with the file's name."""
+
+import json
+import re
+import shutil
+
+import jax
+import pytest
+from conftest import GOLDEN
+from orbax.checkpoint import v1 as ocp
+
+from dynllava_jax import checkpoint, presets
+from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
+from dynllava_jax.convert.convert import convert
+from dynllava_jax.convert.source import Request
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory, tiny_params):
+  """One converted checkpoint, and one as training writes it."""
+  converted, trained = tmp_path_factory.mktemp('converted') / 'c', tmp_path_factory.mktemp('trained') / 't'
+  convert(Request(src=GOLDEN / 'public_b' / 'checkpoint'), converted)
+  checkpoint.write_info(trained, CheckpointInfo(model=presets.TINY), {'tokenizer.model': b'tokenizer'}, {'config.json': b'{}'})
+  with ocp.training.Checkpointer(trained, context=checkpoint.sealing_context(trained)) as saver:
+    for step in (1, 2):
+      saver.save_checkpointables_async(step, {'params': tiny_params, 'optimizer': {'step': jax.numpy.int32(step)}}, force=True)
+  return {'converted': converted, 'trained': trained}
+
+
+@pytest.fixture(params=['converted', 'trained'])
+def damaged(request, written, tmp_path):
+  return shutil.copytree(written[request.param], tmp_path / 'copy')
+
+
+def largest_file(directory):
+  step = checkpoint.locate(directory)[1]
+  return max((p for p in (directory / str(step) / 'params').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_every_step_is_sealed_before_it_has_its_name(written):
+  for step in (1, 2):
+    table = json.loads((written['trained'] / str(step) / 'integrity.json').read_text())['files']
+    assert any(n.startswith('params/') for n in table) and any(n.startswith('optimizer/') for n in table)
+  checkpoint.load_params(written['trained'])
+  checkpoint.check_integrity(written['trained'] / '1', 'optimizer')
+
+
+def test_flipped_bit(damaged):
+  file = largest_file(damaged)
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
+  with pytest.raises(CheckpointError, match=re.escape(f'{file}: damaged')):
+    checkpoint.load_params(damaged)
+
+
+def test_truncated_and_missing_file(damaged):
+  file = largest_file(damaged)
+  size = file.stat().st_size
+  file.write_bytes(file.read_bytes()[:-1])
+  with pytest.raises(CheckpointError, match=re.escape(f'{file}: {size - 1} bytes, expected {size}')):
+    checkpoint.load_params(damaged)
+  file.unlink()
+  with pytest.raises(CheckpointError, match=re.escape(f'{file}: missing')):
+    checkpoint.load_params(damaged)
+
+
+def test_damaged_description(damaged):
+  file = damaged / checkpoint.MODEL_FILE
+  text = file.read_text()
+  assert '"rope_theta": 10000.0' in text
+  file.write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 18000.0'))
+  with pytest.raises(CheckpointError, match='model.json: does not match its own checksum'):
+    checkpoint.read_info(damaged)
+  file.write_text(text[: len(text) // 2])
+  with pytest.raises(CheckpointError, match='model.json: unreadable'):
+    checkpoint.read_info(damaged)
+
+
+def test_damaged_checksums(damaged):
+  file = damaged / str(checkpoint.locate(damaged)[1]) / 'integrity.json'
+  file.write_text('{"files": 3}')
+  with pytest.raises(CheckpointError, match='integrity.json: damaged'):
+    checkpoint.load_params(damaged)
+  file.unlink()
+  with pytest.raises(CheckpointError, match='integrity.json: missing'):
+    checkpoint.load_params(damaged)
+
+
+def test_damaged_tokenizer_and_assets(written, tmp_path):
+  directory = shutil.copytree(written['trained'], tmp_path / 'copy')
+  assert checkpoint.read_tokenizer(directory) == {'tokenizer.model': b'tokenizer'}
+  assert checkpoint.read_assets(directory) == {'config.json': b'{}'}
+  (directory / 'tokenizer.model').write_bytes(b'Tokenizer')
+  (directory / 'assets' / 'config.json').unlink()
+  with pytest.raises(CheckpointError, match='tokenizer.model: damaged'):
+    checkpoint.read_tokenizer(directory)
+  with pytest.raises(CheckpointError, match='config.json: cannot be read'):
+    checkpoint.read_assets(directory)
