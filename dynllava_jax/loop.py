@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
-from dynllava_jax.config import TOKENIZER_FILES, ConfigError, TrainConfig, to_dict
+from dynllava_jax.config import TOKENIZER_FILES, ConfigError, DataConfig, TrainConfig, to_dict
 from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
 from dynllava_jax.data.sources import TrainingData, new_tokenizer, training_data
 from dynllava_jax.models.dynllava import abstract_params, cut_params, init_params, join_params
@@ -32,6 +32,7 @@ from dynllava_jax.training.step import (
 CHECKPOINTS = 'checkpoints'
 CONFIG_FILE = 'config.json'
 SKIPPED_FILE = 'skipped.json'  # samples left out, by reason
+DATA_MAY_CHANGE = ('workers', 'images')
 MAY_CHANGE = ('mesh', 'log_every', 'save_every', 'init_from', 'remat')  # between start and resumption
 
 
@@ -190,6 +191,9 @@ def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   if not file.exists():
     return
   before, now = json.loads(file.read_text()), json.loads(json.dumps(to_dict(cfg)))
+  defaults = json.loads(json.dumps(to_dict(DataConfig())))
+  for side in (before, now):  # the stream is the same for any number of workers and wherever the pictures lie
+    side['data'] = {k: v for k, v in (defaults | side['data']).items() if k not in DATA_MAY_CHANGE}
   for key in now:
     if key not in MAY_CHANGE and before.get(key) != now[key]:
       raise ConfigError(

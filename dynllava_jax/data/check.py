@@ -173,6 +173,7 @@ def histogram(scan: Scan, findings: Sequence[Finding]) -> Figure:
   for size in scan.data.text_buckets:
     axes.axvline(size, color='black', linewidth=1)
     axes.annotate(str(size), (size, 1), xycoords=('data', 'axes fraction'), rotation=90, va='top', ha='right', fontsize=8)
-  axes.set(yscale='log', xlabel='text tokens per sample (vertical lines: buckets)', ylabel='samples')
+  axes.set_yscale('log' if any(by_source.values()) else 'linear')
+  axes.set(xlabel='text tokens per sample (vertical lines: buckets)', ylabel='samples')
   axes.legend()
   return figure

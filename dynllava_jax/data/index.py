@@ -56,7 +56,7 @@ def index_path(folder: pathlib.Path, files: Mapping[str, bytes], template: str) 
 
 def write_index(path: pathlib.Path, index: Index) -> None:
   """Writes under a temporary name, then renames."""
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.npz')
+  temporary = path.with_name(f'.{path.name}.{os.urandom(6).hex()}.npz')  # hosts that share the folder may share a process id
   np.savez_compressed(temporary, **dataclasses.asdict(index))
   os.replace(temporary, path)
 

@@ -20,7 +20,6 @@ REASONS = {
   'several_images': 'more than one image',
   'missing_image': 'the image file does not exist',
   'undecodable_image': 'the image file cannot be read as a picture',
-  'duplicate_id': 'an id that another sample of the same file has',
 }
 
 

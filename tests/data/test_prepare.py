@@ -1,6 +1,7 @@
 """Preparing and checking: every fault is reported, nothing is lost, nothing comes twice."""
 
 import collections
+import io
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import llava_files
 import numpy as np
 import pytest
 from conftest import GOLDEN, ROOT
+from rich.console import Console
 
 from dynllava_jax.config import ConfigError, DataConfig
 from dynllava_jax.data import check, prepare
@@ -53,17 +55,32 @@ def ids(store):
   return [store.record(i)[0].id for i in range(len(store))]
 
 
+@pytest.fixture(scope='module')
+def faulty(root, tmp_path_factory):
+  """(report, printed table) of a file with one sample per fault, its reason as id, between good ones."""
+  folder = tmp_path_factory.mktemp('faulty')
+  bad = [fault | {'id': reason} for reason, fault in llava_files.faults(root).items()]
+  path = llava_files.write_json(folder / 'bad.jsonl', [llava_files.sample(1), *bad, llava_files.sample(2)])
+  what = scan(root, {'bad': path})
+  assert run(what, folder / 'out', only_check=True) is False
+  content = json.loads((folder / 'out' / check.REPORT_FILE).read_text())
+  console = Console(file=io.StringIO(), width=200)
+  console.print(check.table(content))
+  return content['sources']['bad'], console.file.getvalue()
+
+
 @pytest.mark.parametrize('reason', REASONS)
-def test_every_fault_is_reported_under_its_reason(root, tmp_path, reason, capsys):
-  fault = {'id': 'the-bad-one'} | llava_files.faults(root)[reason] | {'id': 'the-bad-one'}
-  path = llava_files.write_json(tmp_path / 'bad.jsonl', [llava_files.sample(1), fault])
-  assert run(scan(root, {'bad': path}), tmp_path / 'out', only_check=True) is False
-  (source,) = json.loads((tmp_path / 'out' / check.REPORT_FILE).read_text())['sources'].values()
-  assert source['samples'] == 2 and source['usable'] == 1
-  assert list(source['problems']) == [reason]
+def test_every_fault_is_reported_under_its_reason(faulty, reason):
+  source, printed = faulty
   (problem,) = source['problems'][reason]['samples']
-  assert problem['id'] == 'the-bad-one' and 'the-bad-one' in problem['message']
-  assert reason in capsys.readouterr().out
+  assert problem['id'] == reason and reason in problem['message']
+  assert f'{reason}: {REASONS[reason]}' in printed
+
+
+def test_good_samples_are_not_reported(faulty):
+  source, _ = faulty
+  assert source['samples'] == len(REASONS) + 2 and source['usable'] == 2
+  assert source['problems'].keys() == REASONS.keys()
 
 
 def test_policy_error_writes_no_data_and_skip_leaves_the_bad_out(root, tmp_path):
@@ -184,8 +201,6 @@ def test_command_line_checks_in_parallel_and_fails_by_exit_status(root, tmp_path
   command += [f'--json={path}', f'--images={root}', f'--out={tmp_path / "out"}']
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert done.returncode == 1 and 'missing_image' in done.stdout and 'Traceback' not in done.stderr
-  skipping = subprocess.run([*command, '--on_bad_sample=skip'], cwd=ROOT, capture_output=True, text=True, timeout=300)
-  assert skipping.returncode == 0
   report = json.loads(pathlib.Path(tmp_path / 'out' / check.REPORT_FILE).read_text())
   assert report['text_tokens'] == 'not measured: no tokenizer given'
 

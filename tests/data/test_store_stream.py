@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -128,22 +129,20 @@ def test_a_batch_without_supervised_token_stops_the_run_with_its_ids(folder):
     batches(data, 1, step=1, layout=Unsupervised(data, VISION, FILES))
 
 
-def test_errors_of_workers_arrive_with_type_and_id(folder, tmp_path):
-  """A picture that rotted after the check."""
-  import shutil
-
-  broken = tmp_path / 'store'
-  shutil.copytree(folder, broken)
-  shard = sorted(broken.glob('*.array_record-00000*'))[0]
-  content = shard.read_bytes()
-  start = content.index(b'\xff\xd8\xff')
-  shard.write_bytes(content[: start + 40] + bytes(400) + content[start + 440 :])
-  with pytest.raises((DataError, RuntimeError, ValueError)) as caught:
-    batches(settings(str(broken), shuffle=False), 3)
-  assert caught.value is not None and 'zero image' not in str(caught.value)
+def test_a_picture_that_rotted_after_the_check_stops_the_run_by_id(tmp_path):
+  llava_files.write_pictures(tmp_path)
+  path = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(i) for i in range(4)])
+  data = DataConfig(conversation='vicuna_v1', text_length=1000)
+  scan = check.Scan(json={'mix': path}, images=tmp_path, data=data, tokenizer=None, num_patches=4, processes=1)
+  assert prepare.prepare(scan, [1.0], tmp_path / 'out', only_check=False, image_bytes=False, shard_samples=25)
+  picture = tmp_path / 'pictures' / '2.jpg'
+  picture.write_bytes(picture.read_bytes()[:-100])
+  with pytest.raises(DataError, match='sample s2: image pictures/2.jpg: cannot be decoded') as caught:
+    batches(settings(str(tmp_path / 'out'), images=str(tmp_path), shuffle=False), 1, batch_size=4)
+  assert pickle.loads(pickle.dumps(caught.value)).reason == 'undecodable_image'  # as it comes out of a worker process
 
 
-def test_more_tokens_than_the_template_allows_are_refused(folder):
+def test_a_template_that_the_tokenizer_cannot_end_is_refused(folder):
   with pytest.raises(ConfigError, match=r'answers end in <\|im_end\|>'):
     batches(settings(folder, conversation='chatml_direct'), 1)
 

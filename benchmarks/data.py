@@ -1,0 +1,162 @@
+"""What the data pipeline costs on the host.
+
+    python benchmarks/data.py --out=benchmarks/results
+
+Images: decode + pad + resize of 640x480 JPEGs, per second and core, beside the bare Pillow calls for the same work,
+interleaved in one process. Rows: a prepared store of such pictures and conversations, read through `training_batches`.
+"""
+
+import contextlib
+import datetime
+import io
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+
+import numpy as np
+from absl import app, flags
+from PIL import Image
+
+from dynllava_jax.config import DataConfig, VisionConfig
+from dynllava_jax.data import check, prepare
+from dynllava_jax.data.images import decode, preprocess
+from dynllava_jax.data.pipeline import LayOut, training_batches
+from dynllava_jax.data.sources import training_data
+from dynllava_jax.data.tokenizer import read_files
+
+TOKENIZER = flags.DEFINE_string('tokenizer', 'tests/golden/text/tok_nonlegacy', 'Folder of a tokenizer.')
+OUT = flags.DEFINE_string('out', 'benchmarks/results', 'Where the results go.')
+PICTURES = flags.DEFINE_integer('pictures', 48, 'JPEGs.')
+ROUNDS = flags.DEFINE_integer('rounds', 15, 'Measurements of each kind.')
+BATCH = 64
+VISION = VisionConfig()
+PAD = tuple(int(255 * m) for m in VISION.image_mean)
+
+
+def jpegs(count: int) -> list[bytes]:
+  """640x480, with the low-pass spectrum of photographs, quality 90: about 100 KB each."""
+  rng, out = np.random.default_rng(0), []
+  for _ in range(count):
+    layers = [rng.normal(0, 60 / 2**i, (480 >> (6 - i) or 1, 640 >> (6 - i) or 1, 3)) for i in range(7)]
+    layers = [Image.fromarray(np.clip(x + 128, 0, 255).astype(np.uint8)).resize((640, 480), Image.BICUBIC) for x in layers]
+    picture = np.clip(sum(np.asarray(x, np.float32) - 128 for x in layers) + 128, 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, 'JPEG', quality=90)
+    out.append(file.getvalue())
+  return out
+
+
+def ours(content: bytes) -> None:
+  """The pipeline's own functions."""
+  preprocess(decode(content, 'x'), VISION)
+
+
+def pillow(content: bytes) -> None:
+  """The calls that the result cannot be had without."""
+  image = Image.open(io.BytesIO(content))
+  image.load()
+  square = Image.new('RGB', (640, 640), PAD)
+  square.paste(image, (0, 80))
+  np.asarray(square.resize((336, 336), Image.Resampling.BICUBIC))
+
+
+def spread(values: list[float]) -> dict:
+  """Median and quartiles."""
+  low, middle, high = statistics.quantiles(values, n=4)
+  return {'median': round(middle, 3), 'quartiles': [round(low, 3), round(high, 3)], 'n': len(values)}
+
+
+def images_per_second(files: list[bytes], rounds: int) -> dict:
+  """CPU time, so that what else runs on the machine counts as little as it can."""
+  rates: dict[str, list[float]] = {'ours': [], 'pillow': []}
+  for work in (ours, pillow):  # warm-up
+    work(files[0])
+  for _ in range(rounds):
+    for name, work in (('ours', ours), ('pillow', pillow)):
+      start = time.process_time()
+      for content in files:
+        work(content)
+      rates[name].append(len(files) / (time.process_time() - start))
+  ratios = [a / b for a, b in zip(rates['ours'], rates['pillow'])]
+  return {name: spread(values) for name, values in rates.items()} | {'ratio': spread(ratios)}
+
+
+def prepared(folder: pathlib.Path, files: list[bytes]) -> str:
+  """A store of the pictures with conversations as long as mix665k's usually are, three rounds."""
+  rng = np.random.default_rng(1)
+  words = ('the', 'a', 'man', 'woman', 'dog', 'street', 'red', 'blue', 'large', 'near', 'under', 'holding', 'old', 'wooden', 'two')
+  text = lambda n: ' '.join(rng.choice(words, n))
+  samples = []
+  for i, content in enumerate(files * (2 * BATCH // len(files) + 1)):
+    (folder / f'{i}.jpg').write_bytes(content)
+    turns = []
+    for k in range(3):
+      turns += [
+        {'from': 'human', 'value': ('<image>\n' if k == 0 else '') + text(12) + '?'},
+        {'from': 'gpt', 'value': text(40) + '.'},
+      ]
+    samples.append({'id': str(i), 'image': f'{i}.jpg', 'conversations': turns})
+  (folder / 'mix.json').write_text(json.dumps(samples))
+  data = DataConfig(conversation='vicuna_v1', text_length=1472)
+  scan = check.Scan(
+    json={'mix': folder / 'mix.json'}, images=folder, data=data, tokenizer=read_files(TOKENIZER.value), num_patches=576, processes=1
+  )
+  prepare.prepare(scan, [1.0], folder / 'out', only_check=False, image_bytes=True, shard_samples=500)
+  return str(folder / 'out')
+
+
+def batch_cost(path: str, rounds: int) -> dict:
+  """CPU seconds of one batch of 64 on the host, all threads of the process together."""
+  data = DataConfig(source='prepared', path=path, conversation='vicuna_v1', text_length=1472, buckets=(256, 512, 1024))
+  files = read_files(TOKENIZER.value)
+  training = training_data(data, VISION, files, batch_size=BATCH, seed=0)
+  with contextlib.closing(training_batches(training, LayOut(data, VISION, files), batch_size=BATCH, step=0)) as stream:
+    next(stream)
+    cpu, wall = [], []
+    for _ in range(max(rounds // 2, 3)):
+      start_cpu, start_wall = time.process_time(), time.monotonic()
+      batch = next(stream)
+      cpu.append(time.process_time() - start_cpu)
+      wall.append(time.monotonic() - start_wall)
+  layout = LayOut(data, VISION, files)
+  parts: dict[str, list[float]] = {'read and decode': [], 'encode, resize and lay out': []}
+  for i in itertools.islice(itertools.cycle(range(len(training.source))), BATCH):
+    start = time.process_time()
+    sample = training.source[i]
+    middle = time.process_time()
+    layout(sample, i, 512)
+    parts['read and decode'].append((middle - start) * 1e3)
+    parts['encode, resize and lay out'].append((time.process_time() - middle) * 1e3)
+  return {
+    'cpu_seconds_per_batch': spread(cpu),
+    'wall_seconds_per_batch_2_threads': spread(wall),
+    'positions': batch.tokens.shape[1],
+    'milliseconds_per_row': {name: spread(values) for name, values in parts.items()},
+  }
+
+
+def main(_) -> None:
+  """Measures and writes `data.json`."""
+  files = jpegs(PICTURES.value)
+  with tempfile.TemporaryDirectory() as folder:
+    result = {
+      'date': datetime.date.today().isoformat(),
+      'hardware': f'{os.cpu_count()} CPU cores ({platform.machine()})',
+      'load_average': [round(x, 1) for x in os.getloadavg()],
+      'jpeg_kilobytes': round(sum(map(len, files)) / len(files) / 1024, 1),
+      'images_per_second_and_core': images_per_second(files, ROUNDS.value),
+      'batch_of_64': batch_cost(prepared(pathlib.Path(folder), files), ROUNDS.value),
+    }
+  print(json.dumps(result, indent=1))
+  out = pathlib.Path(OUT.value)
+  out.mkdir(parents=True, exist_ok=True)
+  (out / 'data.json').write_text(json.dumps(result, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  app.run(main)
