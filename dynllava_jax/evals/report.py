@@ -61,7 +61,7 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   for name, found in agreements.items():
     rows[name]['agreement'] = found
   for name, result in results.items():
-    if len(questions) == benchmark.expected_questions or cfg.questions == 0:
+    if cfg.questions == 0:  # servers want all questions answered
       for file, content in benchmark.submission(folder, result.rows, name).items():
         write_atomically(out / file, content)
   title = f'{benchmark.name}: {benchmark.metric}, {len(questions)} questions'
