@@ -155,6 +155,15 @@ def test_prompt_beyond_the_largest_bucket_is_named(tiny_checkpoint, eval_data, s
     report.run(cfg, str(tiny_checkpoint), tmp_path / 'out', eval_data)
 
 
+def test_labels_of_other_questions_are_refused_before_anything_is_computed(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  labels = {'20': {'question': 'Is there a cat 0?', 'answer': 'yes'}, '21': {'question': 'Is there a dog 1?', 'answer': 'no'}}
+  (tmp_path / 'labels.json').write_text(json.dumps(labels))
+  with pytest.raises(DataError) as error:
+    report.run(config('gqa', labels=str(tmp_path / 'labels.json')), str(tiny_checkpoint), tmp_path / 'out', eval_data)
+  assert '1 answers to another question' in str(error.value) and '1 answers to questions that were not asked' in str(error.value)
+  assert not (tmp_path / 'out').exists()
+
+
 def rows_of(numbers):
   return [{'question_id': i, 'text': f'answer {i}', 'metadata': {'row': i}} for i in numbers]
 
