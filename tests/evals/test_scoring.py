@@ -122,6 +122,7 @@ def test_configs_of_all_benchmarks_can_be_built():
     assert name == 'digits' or suite.get(name).max_new_tokens == cfg.max_new_tokens
   assert set(cfg.runs) == {'dense', 'dynamic_40', 'dynamic_20', 'dynamic_10', 'uniform_20', 'random_20', 'image_168'}
   assert cfg.reference == 'dense'
+  assert suite.get('MM-Vet') is suite.get('mmvet') and suite.get('LLaVA-Bench').name == 'llava_bench'
   with pytest.raises(ConfigError, match="'popes' is unknown; expected one of vqav2"):
     suite.get('popes')
   with pytest.raises(ConfigError, match='text_lengths are'):
