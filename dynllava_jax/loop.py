@@ -173,12 +173,13 @@ def initial_state(
     stored = ocp.load_checkpointables(folder / str(step), {'optimizer': target})['optimizer']
     return State(stored['step'], trained, stored['opt_state']), frozen
 
-  boxed = abstract_params(cfg.model)
-  fresh = jax.jit(
-    lambda: sharding.unboxed(init_params(cfg.model, jax.random.key(cfg.seed))), out_shardings=sharding.shardings(boxed, mesh)
-  )()
-  params = fresh | (pretrained(cfg, mesh) if cfg.init_from else {})
-  trained, frozen = split_frozen(cut_params(params, cfg.stages), cfg.frozen)
+  loaded = pretrained(cfg, mesh) if cfg.init_from else {}
+  boxed = {k: v for k, v in abstract_params(cfg.model).items() if k not in loaded}
+  draw = lambda: {k: v for k, v in sharding.unboxed(init_params(cfg.model, jax.random.key(cfg.seed))).items() if k in boxed}
+  fresh = jax.jit(draw, out_shardings=sharding.shardings(boxed, mesh))()
+  trained, frozen = split_frozen(cut_params(loaded | fresh, cfg.stages), cfg.frozen)
+  # Converted checkpoints are often bfloat16, in which the small steps of fine-tuning round to nothing.
+  trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
   opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trained)
   return State(jax.device_put(jnp.int32(0), places.step), trained, opt_state), frozen
 

@@ -22,6 +22,8 @@ ORDER = [
   ('command_line',),
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
+# Programs that live beside what they drive; nothing imports them, and they stand where the root scripts stand.
+PROGRAMS = {ROOT / 'dynllava_jax' / 'data' / name for name in ('prepare.py', 'inspect.py')}
 FILES = sorted((ROOT / 'dynllava_jax').rglob('*.py'))
 
 
@@ -42,7 +44,7 @@ def part(path: pathlib.Path) -> str:
 
 @pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_upwards(path):
-  if part(path) == '__init__':
+  if part(path) == '__init__' or path in PROGRAMS:
     return
   for name in imported(path):
     if name.startswith('dynllava_jax.'):
@@ -50,8 +52,13 @@ def test_imports_go_upwards(path):
       assert RANK[target] <= RANK[part(path)], f'{path.name} imports {name}, which stands below it'
 
 
+def test_nothing_imports_a_program():
+  names = {str(p.relative_to(ROOT).with_suffix('')).replace('/', '.') for p in PROGRAMS}
+  assert not [path for path in FILES if imported(path) & names]
+
+
 def test_data_needs_only_config():
-  for path in FILES:
+  for path in set(FILES) - PROGRAMS:
     if part(path) == 'data':
       ours = {n.split('.')[1] for n in imported(path) if n.startswith('dynllava_jax.')}
       assert ours <= {'config', 'files', 'data'}, path

@@ -184,7 +184,7 @@ def _tail_tensors(info: CheckpointInfo, vision: pathlib.Path | None) -> dict[str
   if vision is None:
     raise ConversionError(
       f'the checkpoint does not hold the CLIP layers above {info.model.vision.layers_run}: LLaVA never runs them, but '
-      'PyTorch loads it; give the CLIP directory it came from with --vision'
+      'PyTorch loads them; give the CLIP directory it came from with --vision'
     )
   named = {canonical(Layout.CLIP, t.key): t for t in directory_tensors(vision)}
   whole = slots_by_key(dataclasses.replace(info, unused_vision_layers=True))

@@ -37,17 +37,22 @@ class Batch:
   seed: np.ndarray
 
 
-def encode_turns(
-  sample_id: str, turns: Sequence[dict[str, str]], has_image: bool, *, style: Template, tokenizer: Tokenizer
-) -> Encoded:
-  """Token ids and labels of one conversation, the image a single `IMAGE_ID`.
+def render_turns(
+  sample_id: str, turns: Sequence[dict[str, str]], has_image: bool, *, style: Template, special: Sequence[str]
+) -> tuple[str, list[tuple[int, int]]]:
+  """`conversation.render` after LLaVA's clean-up, with everything checked that needs no tokenizer.
+
+  Args:
+    sample_id, turns, has_image: the sample.
+    style: template.
+    special: the tokenizer's special tokens, which no text may hold.
 
   Raises:
     DataError: image without placeholder or the reverse, several images, or whatever else cannot be rendered.
   """
   turns = as_trained(turns, sample_id)
   text, spans = render(turns, style, sample_id)
-  check_special(turns, tokenizer, sample_id)
+  check_special(turns, special, sample_id)
   placeholders = text.count(IMAGE_TOKEN)
   if has_image and not placeholders:
     raise DataError(f'sample {sample_id}: has an image but no {IMAGE_TOKEN}', 'image_without_placeholder')
@@ -55,7 +60,14 @@ def encode_turns(
     raise DataError(f'sample {sample_id}: has {IMAGE_TOKEN} but no image', 'placeholder_without_image')
   if placeholders > 1:
     raise DataError(f'sample {sample_id}: {placeholders} image tokens, at most one is supported', 'several_images')
-  return encode(text, spans, tokenizer)
+  return text, spans
+
+
+def encode_turns(
+  sample_id: str, turns: Sequence[dict[str, str]], has_image: bool, *, style: Template, tokenizer: Tokenizer
+) -> Encoded:
+  """Token ids and labels of one conversation, the image a single `IMAGE_ID`. Raises as `render_turns` does."""
+  return encode(*render_turns(sample_id, turns, has_image, style=style, special=tokenizer.special), tokenizer)
 
 
 def cut(encoded: Encoded, size: int) -> Encoded:

@@ -164,9 +164,9 @@ def _check_turn(turn: dict[str, str], i: int, style: Template, sample_id: str) -
       raise DataError(message, 'separator_in_text')
 
 
-def check_special(turns: Sequence[dict[str, str]], tokenizer: Tokenizer, sample_id: str) -> None:
+def check_special(turns: Sequence[dict[str, str]], special: Sequence[str], sample_id: str) -> None:
   """Raises DataError if a text holds a special token as plain text. LLaVA lets `<s>` pass, and so does this."""
-  for token in set(tokenizer.special) - {BOS, IMAGE_TOKEN}:
+  for token in set(special) - {BOS, IMAGE_TOKEN}:
     for i, turn in enumerate(turns):
       if token in turn['value']:
         message = f"sample {sample_id}, turn {i}: holds the tokenizer's special token {token}"

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from dynllava_jax.config import IGNORE, IMAGE_ID
-from dynllava_jax.data.batches import encode_turns
-from dynllava_jax.data.conversation import Template
+from dynllava_jax.data.batches import render_turns
+from dynllava_jax.data.conversation import Template, encode
 from dynllava_jax.data.images import decode
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.data.tokenizer import Tokenizer
+from dynllava_jax.data.tokenizer import BOS, EOS, UNK, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,18 +95,29 @@ def read_image(record_id: str, path: str, root: pathlib.Path) -> bytes:
     raise DataError(f'sample {record_id}: image {root / path} cannot be read ({e.strerror})', 'missing_image') from None
 
 
-def examine(record: Record, *, style: Template, tokenizer: Tokenizer, images: pathlib.Path | None) -> Finding:
-  """Everything that can be found out about one record without a bucket; `images=None` leaves the image files alone."""
+def examine(record: Record, *, style: Template, tokenizer: Tokenizer | None, images: pathlib.Path | None) -> Finding:
+  """Everything that can be found out about one record without a bucket.
+
+  Args:
+    record: the sample.
+    style: its template.
+    tokenizer: None leaves the tokens uncounted, and takes LLaMA's special tokens for granted.
+    images: root of the image files; None leaves them alone.
+  """
   has_image = bool(record.image_path)
   about = {'id': record.id, 'source': record.source, 'has_image': has_image}
   try:
-    encoded = encode_turns(record.id, record.conversations, has_image, style=style, tokenizer=tokenizer)
-    if encoded.labels[-1] == IGNORE:
+    special = tokenizer.special if tokenizer else (BOS, EOS, UNK)
+    text, spans = render_turns(record.id, record.conversations, has_image, style=style, special=special)
+    if not spans or spans[-1][1] != len(text):
       raise DataError(f'sample {record.id}: no supervised token at its end; does it end with an answer?', 'no_supervised_token')
     if has_image and images is not None:
       decode(read_image(record.id, record.image_path, images), f'sample {record.id}: image {record.image_path}')
   except DataError as e:
     return Finding(**about, reason=e.reason, message=str(e))
+  if tokenizer is None:
+    return Finding(**about)
+  encoded = encode(text, spans, tokenizer)
   image = int(np.argmax(encoded.ids == IMAGE_ID))  # 0 without one
   reach = image + int(np.argmax(encoded.labels[image:] != IGNORE)) + 1
   return Finding(**about, tokens=len(encoded.ids), reach=reach)

@@ -59,13 +59,15 @@ class Store:
       ConfigError: there is no finished store.
     """
     folder = pathlib.Path(path)
-    missing = [name for name in (INFO_FILE, SOURCES_FILE) if not (folder / name).exists()]
-    if missing:
+    if not (folder / INFO_FILE).exists():
       hint = 'prepare it first, or start an interrupted preparation again: python -m dynllava_jax.data.prepare'
-      raise ConfigError(f'config.data.path: {path or "(empty)"} is no finished data set, {", ".join(missing)} missing; {hint}')
+      raise ConfigError(f'config.data.path: {path or "(empty)"} is no finished data set, {INFO_FILE} is missing; {hint}')
     self.folder, self.images, self._rotate = folder, pathlib.Path(images), rotate
-    self.sources = json.loads((folder / SOURCES_FILE).read_text())
     self._lock, self._opened = threading.Lock(), None
+    if (folder / SOURCES_FILE).exists():
+      self.sources = json.loads((folder / SOURCES_FILE).read_text())
+    else:  # written by TFDS itself, see `tfds_builder`
+      self.sources = [{'name': NAME, 'weight': 1.0, 'samples': len(self._reader())}]
 
   def __len__(self) -> int:
     return sum(s['samples'] for s in self.sources)

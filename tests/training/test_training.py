@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint, loop, sharding
 from dynllava_jax.config import (
@@ -143,6 +144,19 @@ def test_dynamic_trains_decoder_and_predictors_and_freezes_the_rest(base_run, dy
   assert 0 < lines[0]['image_keep'] < 1
   total = lines[0]['ce'] + 100 * (lines[0]['image_mask'] + lines[0]['text_mask'])
   assert lines[0]['loss'] == pytest.approx(total, rel=1e-5)
+
+
+def test_what_is_trained_is_float32_whatever_the_checkpoint_holds(base_run, tmp_path):
+  half = tmp_path / 'half'
+  checkpoint.write_info(half, checkpoint.read_info(base_run / loop.CHECKPOINTS), {'tokenizer.model': b'-'})
+  with ocp.training.Checkpointer(half, context=checkpoint.sealing_context(half)) as saver:
+    saver.save_checkpointables(0, {'params': jax.tree.map(lambda x: x.astype(jnp.bfloat16), parameters(base_run))})
+  cfg = dynamic(init_from=str(half))
+  mesh = sharding.make_mesh(cfg.mesh)
+  with sharding.on_mesh(mesh):
+    state, frozen = loop.initial_state(cfg, make_optimizer(cfg.optimizer, cfg.steps), mesh, tmp_path / 'new')
+  assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {'float32'}
+  assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {'bfloat16'}
 
 
 def test_init_from_another_model_is_refused(base_run, tmp_path):

@@ -1,0 +1,89 @@
+"""LLaVA-1.5 in its two stages, and Dynamic-LLaVA on top: 7B, data as LLaVA's README lays it out (docs/data.md).
+
+    python train.py --config=configs/llava.py:pretrain --workdir=runs/llava-pretrain --config.init_from=checkpoints/vicuna-clip
+    python train.py --config=configs/llava.py:finetune --workdir=runs/llava-7b --config.init_from=runs/llava-pretrain/checkpoints
+    python train.py --config=configs/llava.py:dynamic --workdir=runs/dynamic-7b --config.init_from=runs/llava-7b/checkpoints
+
+pretrain: 558,128 captions, projector only, batch 256, learning rate 1e-3 (LLaVA's scripts/v1_5/pretrain.sh).
+finetune: 665,298 conversations, projector and language model, batch 128, 2e-5 (scripts/v1_5/finetune.sh).
+dynamic: the 624,610 of them with an image, language model 5e-6 and predictors 2e-4, batch 64 (the authors' training script).
+
+One epoch each; `steps` counts its whole batches. Hardware: meant for v5p-128 (64 chips, parameters sharded over all of
+them); not run on any accelerator yet, so there is no expected score here.
+"""
+
+from ml_collections import ConfigDict
+
+from dynllava_jax import presets
+from dynllava_jax.config import to_dict
+
+COMMON = dict(
+  mesh=dict(data=1, fsdp=-1, tensor=1),
+  dtype='bfloat16',
+  remat=True,
+  log_every=10,
+  save_every=500,
+  seed=0,
+  init_from='',
+)
+# 1472 text tokens and the 576 of the image are LLaVA's 2048, at which it cuts.
+DATA = dict(
+  source='prepared',
+  images='',
+  tokenizer='',
+  text_length=1472,
+  truncate=True,
+  on_bad_sample='error',
+  images_only=False,
+  image_aspect='pad',
+  rotate_images=False,
+  shuffle=True,
+  workers=8,
+)
+
+
+def pretrain() -> dict:
+  return COMMON | dict(
+    model=to_dict(presets.LLAVA_1_5_7B),
+    data=DATA | dict(path='prepared/llava_pretrain/1.0.0', conversation='plain', buckets=(32, 64, 128), group_lengths=False),
+    stages=[dict(start=0)],
+    steps=558_128 // 256,
+    batch_size=256,
+    frozen=('vision', 'llama'),
+    optimizer=dict(learning_rate=1e-3, warmup_share=0.03),
+  )
+
+
+def finetune() -> dict:
+  return COMMON | dict(
+    model=to_dict(presets.LLAVA_1_5_7B),
+    data=DATA | dict(path='prepared/llava/1.0.0', conversation='vicuna_v1', buckets=(128, 256, 512, 1024), group_lengths=True),
+    stages=[dict(start=0)],
+    steps=665_298 // 128,
+    batch_size=128,
+    frozen=('vision',),
+    optimizer=dict(learning_rate=2e-5, warmup_share=0.03),
+  )
+
+
+def dynamic() -> dict:
+  keep = dict(image_keep_rate=0.2, text_keep_rate=0.5)
+  base = finetune()
+  return base | dict(
+    model=to_dict(presets.DYNAMIC_LLAVA_7B),
+    data=base['data'] | dict(images_only=True),
+    stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=keep['image_keep_rate'])],
+    steps=624_610 // 64,
+    batch_size=64,
+    frozen=('vision', 'projector'),
+    optimizer=dict(learning_rate=5e-6, predictor_learning_rate=2e-4, warmup_share=0.03),
+    sparsity=keep | dict(mask_loss_weight=100.0, min_answer_len=50, tau_start=1.0, tau_end=0.1),
+  )
+
+
+def get_config(name: str = 'finetune') -> ConfigDict:
+  """`pretrain`, `finetune` or `dynamic`."""
+  configs = dict(pretrain=pretrain, finetune=finetune, dynamic=dynamic)
+  if name not in configs:
+    raise ValueError(f'configs/llava.py has no {name!r}; expected one of {", ".join(configs)}')
+  return ConfigDict(configs[name]())

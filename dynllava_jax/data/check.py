@@ -1,0 +1,178 @@
+"""The look at all data before it costs accelerator time: every record read, every image decoded, in parallel.
+
+Leaves `report.json` (counts and all ids by source and reason), `lengths.png` and a table.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from dynllava_jax.config import DataConfig
+from dynllava_jax.data import conversation
+from dynllava_jax.data.index import CODES, Index, fit
+from dynllava_jax.data.progress import follow
+from dynllava_jax.data.records import Finding, Record, examine, parse, read_json
+from dynllava_jax.data.samples import REASONS, DataError
+from dynllava_jax.data.tokenizer import load_tokenizer
+from dynllava_jax.data.workers import pool
+
+REPORT_FILE, HISTOGRAM_FILE = 'report.json', 'lengths.png'
+CHUNK = 500  # records per piece of work
+NAMED = 3  # ids shown in the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+  """What is scanned, and how.
+
+  Attributes:
+    json: source name -> JSON or JSONL file.
+    images: root of the image files.
+    data: template, buckets, truncation.
+    tokenizer: its files; without them lengths are not measured.
+    num_patches: positions an image takes.
+    processes: workers.
+  """
+
+  json: Mapping[str, pathlib.Path]
+  images: pathlib.Path
+  data: DataConfig
+  tokenizer: Mapping[str, bytes] | None
+  num_patches: int
+  processes: int
+
+
+def read_sources(scan: Scan) -> list[Record | Finding]:
+  """All entries, source by source; those without LLaVA's structure as findings.
+
+  Raises:
+    DataError: a file that is no list of samples.
+  """
+  out = []
+  for source, path in scan.json.items():
+    for number, entry in enumerate(read_json(path)):
+      try:
+        out.append(parse(entry, source, number))
+      except DataError as e:
+        name = str(entry.get('id', f'{source}#{number}')) if isinstance(entry, dict) else f'{source}#{number}'
+        out.append(Finding(name, source, e.reason, str(e)))
+  return out
+
+
+def examine_all(scan: Scan, entries: Sequence[Record | Finding], folder: pathlib.Path) -> list[Finding]:
+  """One finding per entry, in order. What is done is kept in `folder`, so that an interrupted scan goes on there."""
+  folder.mkdir(parents=True, exist_ok=True)
+  jobs = []
+  for number, start in enumerate(range(0, len(entries), CHUNK)):
+    jobs.append((scan, entries[start : start + CHUNK], folder / f'scan-{number:06d}.json'))
+  todo = [job for job in jobs if not job[2].exists()]
+  done = len(entries) - sum(len(job[1]) for job in todo)
+  for _ in follow(_run(scan, todo), 'checking samples', len(entries), lambda n: n, done):
+    pass
+  return [Finding(**f) for job in jobs for f in json.loads(job[2].read_text())]
+
+
+def _run(scan: Scan, jobs: list) -> Iterator[int]:
+  if scan.processes == 1:
+    yield from map(_examine_chunk, jobs)
+  elif jobs:
+    with pool(min(scan.processes, len(jobs))) as executor:
+      yield from executor.map(_examine_chunk, jobs)
+
+
+def _examine_chunk(job: tuple[Scan, Sequence[Record | Finding], pathlib.Path]) -> int:
+  scan, entries, path = job
+  style = conversation.template(scan.data.conversation)
+  tokenizer = load_tokenizer(scan.tokenizer) if scan.tokenizer else None
+  look = lambda entry: examine(entry, style=style, tokenizer=tokenizer, images=scan.images)
+  findings = [entry if isinstance(entry, Finding) else look(entry) for entry in entries]
+  temporary = path.with_suffix(f'.{os.getpid()}')
+  temporary.write_text(json.dumps([dataclasses.asdict(f) for f in findings]))
+  os.replace(temporary, path)
+  return len(entries)
+
+
+def with_buckets(scan: Scan, findings: Sequence[Finding]) -> list[Finding]:
+  """The findings, those longer than the largest bucket marked; unchanged where lengths were not measured."""
+  if not scan.tokenizer:
+    return list(findings)
+  _, reason = fit(Index.of(findings), scan.data, scan.num_patches)
+  out = []
+  for finding, code in zip(findings, reason):
+    if code and not finding.reason:
+      message = (
+        f'sample {finding.id}: {finding.tokens - finding.has_image} text tokens, the largest bucket has {scan.data.text_length}'
+      )
+      finding = dataclasses.replace(finding, reason=CODES[code], message=message)
+    out.append(finding)
+  return out
+
+
+def report(scan: Scan, findings: Sequence[Finding]) -> dict:
+  """The content of `report.json`."""
+  sources = {}
+  for name, path in scan.json.items():
+    own = [f for f in findings if f.source == name]
+    problems = collections.defaultdict(list)
+    for f in own:
+      if f.reason:
+        problems[f.reason].append({'id': f.id, 'message': f.message})
+    sources[name] = {
+      'json': str(path),
+      'samples': len(own),
+      'with_image': sum(f.has_image for f in own),
+      'usable': sum(not f.reason for f in own),
+      'problems': {r: {'count': len(p), 'samples': p} for r, p in sorted(problems.items())},
+    }
+  lengths = np.array([f.tokens - f.has_image for f in findings if f.tokens])
+  marks = (50, 90, 99, 100)
+  return {
+    'sources': sources,
+    'images': str(scan.images),
+    'conversation': scan.data.conversation,
+    'text_buckets': list(scan.data.text_buckets),
+    'truncate': scan.data.truncate,
+    'text_tokens': {f'p{q}': int(np.percentile(lengths, q)) for q in marks} if len(lengths) else 'not measured: no tokenizer given',
+  }
+
+
+def table(content: dict) -> Table:
+  """The report for people: one line per reason, one column per source."""
+  out = Table(title='data check')
+  out.add_column('')
+  for name in content['sources']:
+    out.add_column(name, justify='right')
+  out.add_column('for example')
+  sources = content['sources'].values()
+  for row in ('samples', 'with_image', 'usable'):
+    out.add_row(row.replace('_', ' '), *(f'{s[row]:,}' for s in sources), '', end_section=row == 'usable')
+  for reason, meaning in REASONS.items():
+    found = [s['problems'].get(reason, {'count': 0, 'samples': []}) for s in sources]
+    if any(f['count'] for f in found):
+      ids = [p['id'] for f in found for p in f['samples']][:NAMED]
+      out.add_row(f'{reason}: {meaning}', *(f'{f["count"]:,}' for f in found), ', '.join(ids), style='red')
+  return out
+
+
+def histogram(scan: Scan, findings: Sequence[Finding]) -> Figure:
+  """Text lengths of all measured samples by source, with the buckets."""
+  figure = Figure(figsize=(8, 4), layout='constrained')
+  axes = figure.subplots()
+  by_source = {name: [f.tokens - f.has_image for f in findings if f.source == name and f.tokens] for name in scan.json}
+  top = max((max(v) for v in by_source.values() if v), default=1)
+  axes.hist(
+    list(by_source.values()), bins=np.linspace(0, max(top, scan.data.text_length) + 1, 80), stacked=True, label=list(by_source)
+  )
+  for size in scan.data.text_buckets:
+    axes.axvline(size, color='black', linewidth=1)
+    axes.annotate(str(size), (size, 1), xycoords=('data', 'axes fraction'), rotation=90, va='top', ha='right', fontsize=8)
+  axes.set(yscale='log', xlabel='text tokens per sample (vertical lines: buckets)', ylabel='samples')
+  axes.legend()
+  return figure

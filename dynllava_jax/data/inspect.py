@@ -1,0 +1,100 @@
+"""One sample as the model gets it: text with what is supervised in colour, token ids, image span, and the picture as PNG.
+
+python -m dynllava_jax.data.inspect --config=configs/llava.py:finetune --index=5 --out=sample.png
+"""
+
+import itertools
+import pathlib
+
+import numpy as np
+from absl import flags
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+from dynllava_jax import command_line
+from dynllava_jax.config import IGNORE, ConfigError, TrainConfig
+from dynllava_jax.data.batches import Batch
+from dynllava_jax.data.pipeline import LayOut
+from dynllava_jax.data.samples import Sample
+from dynllava_jax.data.sources import new_tokenizer, training_source
+from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+SUPERVISED, IMAGE, PADDING = 'bold green', 'magenta', 'dim'
+
+
+def look(cfg: TrainConfig, index: int) -> tuple[Sample, Batch, Tokenizer]:
+  """Sample number `index` of a run's source, its row in the smallest bucket that holds it, and the tokenizer.
+
+  Raises:
+    ConfigError: no such sample.
+    DataError: the sample cannot be used.
+  """
+  from dynllava_jax.loop import inherited_tokenizer  # brings the whole trainer
+
+  files = inherited_tokenizer(cfg.init_from) if cfg.init_from else new_tokenizer(cfg.data, cfg.model.llama.vocab_size)
+  source = training_source(cfg.data, cfg.seed)
+  if not 0 <= index < len(source):
+    raise ConfigError(f'--index: {index}, the source has samples 0 to {len(source) - 1}')
+  sample = source[index]
+  layout = LayOut(cfg.data, cfg.model.vision, files)
+  row = layout(sample, index, cfg.data.text_length)
+  patches = cfg.model.vision.num_patches
+  bucket = next(b for b in cfg.data.text_buckets if row.length <= b + patches)
+  return sample, layout(sample, index, bucket), load_tokenizer(files)
+
+
+def spans(row: Batch, num_patches: int) -> list[tuple[str, int, int]]:
+  """(kind, start, end) of the runs of a row: 'prompt', 'image', 'supervised', 'padding'."""
+  kinds = np.full(row.tokens.shape, 'prompt', dtype='U10')
+  kinds[row.labels != IGNORE] = 'supervised'
+  if row.image_start >= 0:
+    kinds[row.image_start : row.image_start + num_patches] = 'image'
+  kinds[row.length :] = 'padding'
+  edges = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
+  return [(str(kinds[a]), a, b) for a, b in itertools.pairwise(edges)]
+
+
+def describe(sample: Sample, row: Batch, tokenizer: Tokenizer, num_patches: int) -> list[Text]:
+  """The sample for a terminal."""
+  styles = {'supervised': SUPERVISED, 'image': IMAGE, 'padding': PADDING, 'prompt': ''}
+  text, ids = Text(), Text()
+  for kind, start, end in spans(row, num_patches):
+    if kind in ('image', 'padding'):
+      note = f'<{kind}: positions {start} to {end - 1}>'
+      text.append(note, styles[kind])
+      ids.append(f' {note} ', styles[kind])
+    else:
+      tokens = row.tokens[start:end]
+      text.append(''.join(tokenizer.piece(t) for t in tokens), styles[kind])
+      ids.append(' ' + ' '.join(map(str, tokens)), styles[kind])
+  size = f'{sample.image.size[0]}x{sample.image.size[1]}' if isinstance(sample.image, Image.Image) else 'none'
+  supervised = int((row.labels != IGNORE).sum())
+  head = (
+    f'sample {sample.id}: {int(row.length)} positions of {row.tokens.size}, {supervised} supervised (green); picture {size}; '
+    f'last answer from position {int(row.answer_start)}'
+  )
+  return [Text(head, 'bold'), text, ids]
+
+
+def main(_) -> None:
+  """Prints one sample and saves its picture."""
+  given = flags.FLAGS
+  with command_line.readable_errors():
+    cfg = command_line.parse(TrainConfig, given.config)
+    sample, row, tokenizer = look(cfg, given.index)
+    console = Console(soft_wrap=True, highlight=False)
+    for part in describe(sample, row, tokenizer, cfg.model.vision.num_patches):
+      console.print(part)
+      console.print()
+    if row.image_start >= 0:
+      path = pathlib.Path(given.out)
+      Image.fromarray(row.pixels).save(path)
+      console.print(f'the picture as the model gets it: {path}')
+
+
+if __name__ == '__main__':
+  command_line.define_config()
+  flags.DEFINE_integer('index', 0, 'Number of the sample in its source.')
+  flags.DEFINE_string('out', 'sample.png', 'Where the picture goes.')
+  command_line.run(main)

@@ -1,0 +1,259 @@
+"""LLaVA's JSON and image folders to ArrayRecord shards that TFDS and this project's training read.
+
+    python -m dynllava_jax.data.prepare --json=llava_v1_5_mix665k.json --images=data --out=prepared/llava/1.0.0 \\
+        --tokenizer=vicuna-7b-v1.5 --on_bad_sample=skip
+    python -m dynllava_jax.data.prepare --json=... --images=... --out=check --check       # only look
+
+Everything is checked first (`check`). Interrupted in any way, the same command goes on where it stopped: each shard has a
+temporary name until it is whole, and the files that make the folder a data set are written last.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+from rich.console import Console
+
+from dynllava_jax import command_line
+from dynllava_jax.config import ConfigError, DataConfig
+from dynllava_jax.data.check import (
+  HISTOGRAM_FILE,
+  REPORT_FILE,
+  Scan,
+  examine_all,
+  histogram,
+  read_sources,
+  report,
+  table,
+  with_buckets,
+)
+from dynllava_jax.data.index import Index, index_key, index_path, write_index
+from dynllava_jax.data.progress import follow
+from dynllava_jax.data.records import Finding, Record, read_image
+from dynllava_jax.data.store import INFO_FILE, NAME, SOURCES_FILE, SPLIT, features, to_example
+from dynllava_jax.data.tokenizer import read_files
+from dynllava_jax.data.workers import pool
+
+UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on
+SETTINGS_FILE = 'prepared.json'
+SHARD_OPTIONS = 'group_size:1,uncompressed'  # one record per chunk for random access; JPEG does not shrink
+
+
+def prepare(
+  scan: Scan, weights: Sequence[float], out: pathlib.Path, *, only_check: bool, image_bytes: bool, shard_samples: int
+) -> bool:
+  """Checks, reports and, unless told otherwise, writes the data set.
+
+  Returns:
+    Whether the data may be used under the policy `scan.data.on_bad_sample`.
+
+  Raises:
+    ConfigError: `out` holds something else.
+    DataError: a JSON file that cannot be read.
+  """
+  console = Console(soft_wrap=True)
+  settings = describe(scan, weights, image_bytes, shard_samples)
+  check_resumable(out, settings)
+  unfinished = out / UNFINISHED
+  if not only_check and (out / INFO_FILE).exists():
+    console.print(f'{out}: prepared already')
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return True
+  write(unfinished / SETTINGS_FILE, settings)
+  entries = read_sources(scan)
+  findings = with_buckets(scan, examine_all(scan, entries, unfinished))
+  content = report(scan, findings)
+  write(out / REPORT_FILE, content)
+  if scan.tokenizer:
+    histogram(scan, findings).savefig(out / HISTOGRAM_FILE, dpi=120)
+  console.print(table(content))
+  bad = sum(bool(f.reason) for f in findings)
+  if bad:
+    console.print(f'{bad:,} of {len(findings):,} samples cannot be used; all ids in {out / REPORT_FILE}')
+  accepted = not bad or scan.data.on_bad_sample == 'skip'
+  if accepted and not only_check:
+    good = [(e, f) for e, f in zip(entries, findings) if not f.reason]
+    write_store(scan, weights, out, settings, good, image_bytes, shard_samples)
+    console.print(f'{out}: {len(good):,} samples prepared')
+  shutil.rmtree(unfinished)  # also what the scan found: what is mended must be looked at again
+  return accepted
+
+
+def describe(scan: Scan, weights: Sequence[float], image_bytes: bool, shard_samples: int) -> dict:
+  """Everything the content of the folder depends on."""
+  return {
+    'json': {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in scan.json.items()},
+    'weights': list(weights),
+    'images': str(scan.images.absolute()),
+    'image_bytes': image_bytes,
+    'data': dataclasses.asdict(scan.data),
+    'tokenizer': index_key(scan.tokenizer, scan.data.conversation) if scan.tokenizer else None,
+    'num_patches': scan.num_patches,
+    'shard_samples': shard_samples,
+  }
+
+
+def check_resumable(out: pathlib.Path, settings: dict) -> None:
+  """Raises ConfigError if `out` was begun or finished with other settings."""
+  for path in (out / SETTINGS_FILE, out / UNFINISHED / SETTINGS_FILE):
+    if path.exists():
+      before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
+      changed = [key for key in now if before.get(key) != now[key]]
+      if changed:
+        key = changed[0]
+        raise ConfigError(f'--out: {out} was made with {key} {before.get(key)}, now it is {now[key]}; choose another or remove it')
+
+
+def write(path: pathlib.Path, content: dict | list) -> None:
+  """JSON, under a temporary name first."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  temporary.write_text(json.dumps(content, indent=1) + '\n')
+  os.replace(temporary, path)
+
+
+def write_store(
+  scan: Scan,
+  weights: Sequence[float],
+  out: pathlib.Path,
+  settings: dict,
+  good: Sequence[tuple[Record, Finding]],
+  image_bytes: bool,
+  shard_samples: int,
+) -> None:
+  """Shards that are not there yet, then the files that make them a data set."""
+  starts = range(0, len(good), shard_samples)
+  root = scan.images if image_bytes else None
+  jobs = []
+  for k, start in enumerate(starts):
+    path = out / f'{NAME}-{SPLIT}.array_record-{k:05d}-of-{len(starts):05d}'
+    jobs.append((path, [record for record, _ in good[start : start + shard_samples]], root))
+  for left in out.glob('*.tmp'):  # of writers that were killed
+    left.unlink()
+  todo = [job for job in jobs if not job[0].exists()]
+  done = len(good) - sum(len(job[1]) for job in todo)
+  for _ in follow(_write_all(todo, scan.processes), 'writing samples', len(good), lambda n: n, done):
+    pass
+  counts = [sum(r.source == name for r, _ in good) for name in scan.json]
+  sources = [{'name': n, 'weight': w, 'samples': c} for n, w, c in zip(scan.json, weights, counts)]
+  write(out / SOURCES_FILE, sources)
+  if scan.tokenizer:
+    path = index_path(out, scan.tokenizer, scan.data.conversation)
+    write_index(path, Index.of(f for _, f in good))
+  write(out / SETTINGS_FILE, settings)
+  write_metadata(out, [job[0] for job in jobs], [len(job[1]) for job in jobs])
+
+
+def _write_all(jobs, processes):
+  if processes == 1:
+    yield from map(write_shard, jobs)
+  elif jobs:
+    with pool(min(processes, len(jobs))) as executor:
+      yield from executor.map(write_shard, jobs)
+
+
+def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None]) -> int:
+  """Writes one shard whole or not at all; returns its number of samples."""
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  path, records, images = job
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  writer, form = ArrayRecordWriter(str(temporary), SHARD_OPTIONS), features()
+  try:
+    for record in records:
+      image = read_image(record.id, record.image_path, images) if images and record.image_path else b''
+      writer.write(form.serialize_example(to_example(record, image)))
+  finally:
+    writer.close()
+  os.replace(temporary, path)
+  return len(records)
+
+
+def write_metadata(out: pathlib.Path, shards: Sequence[pathlib.Path], lengths: Sequence[int]) -> None:
+  """`features.json` and `dataset_info.json`, each whole when it appears."""
+  import tensorflow_datasets as tfds
+  from etils import epath
+
+  folder = epath.Path(out / UNFINISHED)
+  template = tfds.core.ShardedFileTemplate(
+    template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+    dataset_name=NAME,
+    data_dir=folder,
+    split=SPLIT,
+    filetype_suffix='array_record',
+  )
+  for path in shards:  # TFDS looks for them where it writes, and does not write atomically
+    link = out / UNFINISHED / path.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.absolute())
+  size = sum(path.stat().st_size for path in shards)
+  info = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(lengths), num_bytes=size, filename_template=template)
+  tfds.folder_dataset.write_metadata(
+    data_dir=folder, features=features(), split_infos=[info], filename_template=template, check_data=False
+  )
+  for name in ('features.json', INFO_FILE):
+    os.replace(out / UNFINISHED / name, out / name)
+
+
+def define_flags() -> None:
+  """The command line, defined only where this file is the program: other programs import it."""
+  flags.DEFINE_multi_string('json', [], 'JSON or JSONL file in LLaVA format; may be given several times.')
+  flags.DEFINE_multi_float('weight', [], 'How often a sample of the JSON file is drawn per epoch; once per --json.')
+  flags.DEFINE_string('images', '', 'Folder that the image paths in the JSON start from.')
+  flags.DEFINE_string('out', '', 'Where the shards and the report go.')
+  flags.DEFINE_bool('check', False, 'Only check and report.')
+  flags.DEFINE_bool('image_bytes', True, 'Store the image files in the shards; off stores their paths.')
+  flags.DEFINE_string('tokenizer', '', 'Folder with the tokenizer; without it lengths are not measured.')
+  flags.DEFINE_string('conversation', 'vicuna_v1', 'Template.')
+  flags.DEFINE_integer('text_length', 1472, 'Largest text bucket; 1472 and 576 image tokens make 2048.')
+  flags.DEFINE_multi_integer('bucket', [], 'Further, smaller text buckets, for the histogram.')
+  flags.DEFINE_integer('image_tokens', 576, 'Positions an image takes.')
+  flags.DEFINE_bool('truncate', False, 'Samples longer than the largest bucket will be cut in training: no problem.')
+  flags.DEFINE_enum('on_bad_sample', 'error', ['error', 'skip'], 'Stop at bad samples, or leave them out.')
+  flags.DEFINE_integer('processes', os.cpu_count(), 'Worker processes.', lower_bound=1)
+  flags.DEFINE_integer('shard_samples', 5000, 'Samples per shard: 700 MB with the images of mix665k.', lower_bound=1)
+
+
+def main(_) -> None:
+  """One run of the command line; exit status 1 if there is something to mend."""
+  given = flags.FLAGS
+  with command_line.readable_errors():
+    for name in ('json', 'images', 'out'):
+      if not given[name].value:
+        raise ConfigError(f'--{name} is missing; see --help')
+    paths = [pathlib.Path(p) for p in given.json]
+    names = [p.stem for p in paths]
+    if len(set(names)) < len(names):
+      raise ConfigError(f'--json: {", ".join(names)}; files need different names, they name the sources')
+    weights = given.weight or [1.0] * len(paths)
+    if len(weights) != len(paths) or min(weights) <= 0:
+      raise ConfigError(f'--weight: {weights}; expected one positive number per --json, {len(paths)} of them')
+    data = DataConfig(
+      conversation=given.conversation,
+      text_length=given.text_length,
+      buckets=tuple(given.bucket),
+      truncate=given.truncate,
+      on_bad_sample=given.on_bad_sample,
+    )
+    scan = Scan(
+      json=dict(zip(names, paths)),
+      images=pathlib.Path(given.images),
+      data=data,
+      tokenizer=read_files(given.tokenizer) if given.tokenizer else None,
+      num_patches=given.image_tokens,
+      processes=given.processes,
+    )
+    out = pathlib.Path(given.out)
+    good = prepare(scan, weights, out, only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == '__main__':
+  define_flags()
+  command_line.run(main)

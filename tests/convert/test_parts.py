@@ -1,0 +1,213 @@
+"""Models put together from parts: language model, tower, projector, LoRA adapter, fresh predictors."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from safetensors.numpy import load_file, save_file
+
+from dynllava_jax import checkpoint
+from dynllava_jax.convert.convert import convert
+from dynllava_jax.convert.inspection import describe
+from dynllava_jax.convert.plan import assign
+from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.source import Request, open_source
+
+CASE = GOLDEN / 'public_b'
+CLIP = CASE / 'clip'
+WEIGHTS = load_file(CASE / 'checkpoint' / 'model.safetensors')
+PROJECTOR = {k: v for k, v in WEIGHTS.items() if 'mm_projector' in k}
+LLAMA = {k: v for k, v in WEIGHTS.items() if 'mm_projector' not in k and 'predictor' not in k}
+CONFIG = json.loads((CASE / 'checkpoint' / 'config.json').read_text())
+TEXT_CONFIG = {k: v for k, v in CONFIG.items() if not k.startswith('mm_') and k != 'sparse_config'} | {'model_type': 'llama'}
+
+
+def write(directory, config, weights, name='model.safetensors'):
+  directory.mkdir(exist_ok=True)
+  if config is not None:
+    (directory / 'config.json').write_text(json.dumps(config))
+  if weights is not None:
+    save_file(weights, directory / name)
+  return directory
+
+
+def planned(**request):
+  """Source tensor by target of what would be converted."""
+  found = open_source(Request(**request))
+  return found, {a.target: a for a in assign(found.info, found.tensors, None)}
+
+
+@pytest.fixture
+def vicuna(tmp_path):
+  return write(tmp_path / 'vicuna', TEXT_CONFIG, LLAMA)
+
+
+@pytest.fixture
+def projector(tmp_path):
+  torch = pytest.importorskip('torch', reason='writing a .bin file needs torch')
+  path = tmp_path / 'mm_projector.bin'
+  torch.save({k: torch.tensor(v) for k, v in PROJECTOR.items()}, path)
+  return path
+
+
+def test_language_model_tower_and_projector(vicuna, projector, tmp_path):
+  convert(Request(src=vicuna, vision=CLIP, projector=str(projector)), tmp_path / 'out')
+  info, params = checkpoint.read_info(tmp_path / 'out'), checkpoint.load_params(tmp_path / 'out')
+  assert info.model.predictor is None and info.model.projector == 'mlp2x_gelu' and len(info.stages) == 1
+  np.testing.assert_array_equal(params['projector']['linear_1']['kernel'], PROJECTOR['model.mm_projector.2.weight'].T)
+  np.testing.assert_array_equal(params['llama']['head'], LLAMA['lm_head.weight'].T)
+
+
+def test_new_projector_follows_from_the_seed(vicuna):
+  at = 'projector/linear_0/kernel'
+  first, again, other = (planned(src=vicuna, vision=CLIP, projector='new', seed=s)[1][at].load() for s in (1, 1, 2))
+  np.testing.assert_array_equal(first, again)
+  assert first.shape == (32, 80) and np.abs(first - other).max() > 0.01
+
+
+def test_text_only_model_is_refused(vicuna):
+  with pytest.raises(ConversionError, match='a text-only LLaMA, not a LLaVA .*--vision=CLIP_DIRECTORY and --projector'):
+    open_source(Request(src=vicuna))
+  with pytest.raises(ConversionError, match='a CLIP tower alone; give it with --vision'):
+    open_source(Request(src=CLIP))
+
+
+def test_projector_file_that_holds_something_else(vicuna, tmp_path):
+  torch = pytest.importorskip('torch', reason='writing a .bin file needs torch')
+  torch.save({'model.norm.weight': torch.ones(3)}, tmp_path / 'p.bin')
+  with pytest.raises(ConversionError, match='p.bin: holds model.norm.weight; expected only the tensors of a projector'):
+    open_source(Request(src=vicuna, vision=CLIP, projector=str(tmp_path / 'p.bin')))
+
+
+def test_predictors_added_to_a_dense_model(tmp_path):
+  weights = {k: v for k, v in WEIGHTS.items() if 'predictor' not in k}
+  config = {k: v for k, v in CONFIG.items() if k != 'sparse_config'} | {'model_type': 'llava_llama'}
+  dense = write(tmp_path / 'dense', config, weights)
+  found, plan = planned(src=dense, vision=CLIP, add_predictors=True)
+  assert [s.selector for s in found.info.stages] == ['all', 'dynamic'] and found.info.model.predictor.d_model == 512
+  assert plan['image_predictor/down/kernel'].load().shape == (80, 512)
+  norm = plan['image_predictor/norm/scale'].load()
+  assert (norm == 1).all() and plan['image_predictor/down/kernel'].load().std() > 0.01
+  with pytest.raises(ConversionError, match='has predictors already'):
+    open_source(Request(src=CASE / 'checkpoint', add_predictors=True))
+
+
+@pytest.fixture
+def lora(tmp_path):
+  """A rank-2 adapter over the queries, and a projector trained whole."""
+  torch = pytest.importorskip('torch', reason='writing a .bin file needs torch')
+  rng = np.random.default_rng(0)
+  pairs = {}
+  for i in range(4):
+    start = f'base_model.model.model.layers.{i}.self_attn.q_proj'
+    pairs[f'{start}.lora_A.weight'] = rng.standard_normal((2, 80)).astype(np.float32)
+    pairs[f'{start}.lora_B.weight'] = rng.standard_normal((80, 2)).astype(np.float32)
+  config = {k: v for k, v in CONFIG.items() if k != 'sparse_config'} | {'model_type': 'llava_llama', 'mm_vision_tower': str(CLIP)}
+  directory = write(tmp_path / 'lora', config, pairs, 'adapter_model.safetensors')
+  (directory / 'adapter_config.json').write_text(json.dumps({'peft_type': 'LORA', 'r': 2, 'lora_alpha': 6, 'bias': 'none'}))
+  trained = {f'base_model.model.{k}': torch.tensor(v + 1) for k, v in PROJECTOR.items()}
+  torch.save(trained, directory / 'non_lora_trainables.bin')
+  return directory, pairs
+
+
+def test_lora_is_merged_into_its_base(lora, vicuna):
+  directory, pairs = lora
+  found, plan = planned(src=directory, base=vicuna)
+  assert found.layout.startswith('LoRA adapter') and len(plan) == len(LLAMA) + len(PROJECTOR) + len(
+    load_file(CLIP / 'model.safetensors')
+  )
+  start = 'base_model.model.model.layers.2.self_attn.q_proj'
+  expected = LLAMA['model.layers.2.self_attn.q_proj.weight'] + 3 * pairs[f'{start}.lora_B.weight'] @ pairs[f'{start}.lora_A.weight']
+  found = plan['llama/layers/q[2]'].load().transpose(0, 2, 1).reshape(80, 80)
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+  np.testing.assert_array_equal(plan['projector/linear_0/bias'].load(), PROJECTOR['model.mm_projector.0.bias'] + 1)
+  np.testing.assert_array_equal(plan['llama/norm/scale'].load(), LLAMA['model.norm.weight'])
+
+
+def test_lora_mistakes(lora, vicuna, tmp_path):
+  directory, pairs = lora
+  with pytest.raises(ConversionError, match='give the directory of the model it belongs to with --base'):
+    open_source(Request(src=directory))
+  half = dict(pairs)
+  del half['base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight']
+  save_file(half, directory / 'adapter_model.safetensors')
+  with pytest.raises(ConversionError, match='model.layers.1.self_attn.q_proj.weight has lora_A but not its other half'):
+    open_source(Request(src=directory, base=vicuna))
+  save_file({k.replace('q_proj', 'qkv'): v for k, v in pairs.items()}, directory / 'adapter_model.safetensors')
+  with pytest.raises(ConversionError, match='adapts model.layers.0.self_attn.qkv.weight, which the base does not have'):
+    open_source(Request(src=directory, base=vicuna))
+  (directory / 'adapter_config.json').write_text(json.dumps({'r': 2, 'lora_alpha': 6, 'use_dora': True}))
+  with pytest.raises(ConversionError, match='only plain LoRA adapters can be merged, this one sets use_dora'):
+    open_source(Request(src=directory, base=vicuna))
+
+
+def test_projector_alone_in_a_pretraining_directory(vicuna, projector, tmp_path):
+  config = CONFIG | {'sparse_config': None, 'model_type': 'llava_llama', 'mm_vision_tower': str(CLIP)}
+  directory = write(tmp_path / 'pretrain', config, None)
+  shutil.move(projector, directory / 'mm_projector.bin')
+  _, plan = planned(src=directory, base=vicuna)
+  assert plan['projector/linear_0/bias'].tensor.origin.endswith('mm_projector.bin')
+
+
+@pytest.mark.parametrize(
+  'rename',
+  [
+    lambda k: k,
+    lambda k: k.removeprefix('vision_model.'),  # CLIPVisionModel since transformers 5
+  ],
+)
+def test_spellings_of_clip(tmp_path, rename):
+  weights = {rename(k): v for k, v in load_file(CLIP / 'model.safetensors').items()}
+  # What a whole CLIP holds besides, and a buffer of old versions.
+  extra = {'text_model.final_layer_norm.weight': np.ones(4, np.float32), 'logit_scale': np.ones((), np.float32)}
+  extra['vision_model.embeddings.position_ids'] = np.arange(65)[None]
+  clip = write(tmp_path / 'clip', json.loads((CLIP / 'config.json').read_text()), weights | extra)
+  found, _ = planned(src=CASE / 'checkpoint', vision=clip)
+  assert any(n.startswith('passed over 3 tensors') for n in found.notes)
+
+
+def test_tower_inside_the_checkpoint(tmp_path):
+  """Used if the CLIP directory has only its config; without any config the sizes are not known."""
+  inside = {f'model.vision_tower.vision_tower.{k}': v + 1 for k, v in load_file(CLIP / 'model.safetensors').items()}
+  source = write(tmp_path / 'source', CONFIG, WEIGHTS | inside)
+  with pytest.raises(ConversionError, match=r'the vision tower ../clip is no CLIP directory here'):
+    open_source(Request(src=source))
+  write(tmp_path / 'clip', json.loads((CLIP / 'config.json').read_text()), None)
+  _, plan = planned(src=source)
+  name = 'vision_model.pre_layrnorm.bias'
+  np.testing.assert_array_equal(plan['vision/pre_layernorm/bias'].load(), inside[f'model.vision_tower.vision_tower.{name}'])
+  found, plan = planned(src=source, vision=CLIP)
+  np.testing.assert_array_equal(plan['vision/pre_layernorm/bias'].load(), load_file(CLIP / 'model.safetensors')[name])
+  assert any('of the tower inside the checkpoint' in n for n in found.notes)
+
+
+@pytest.mark.parametrize(
+  'config, message',
+  [
+    ({'model_type': 'llava_next'}, r"model_type 'llava_next', LLaVA-NeXT \(any-resolution images\), is not supported"),
+    ({'model_type': 'llava_mpt'}, 'LLaVA on MPT, is not supported'),
+    ({'model_type': 'llava_qwen'}, 'LLaVA on Qwen, is not supported'),
+    ({'model_type': 'qwen2_vl'}, "model_type 'qwen2_vl' is not supported"),
+    ({'model_type': 'llava', 'text_config': {'model_type': 'qwen2'}}, "text_config.model_type 'qwen2' is not supported"),
+    (
+      {'model_type': 'llava', 'text_config': {}, 'vision_config': {'model_type': 'siglip_vision_model'}},
+      "tower 'siglip_vision_model'",
+    ),
+    ({}, "model_type '' is not supported"),
+  ],
+)
+def test_other_architectures(tmp_path, config, message):
+  with pytest.raises(ConversionError, match=f'config.json: .*{message}'):
+    open_source(Request(src=write(tmp_path / 'src', config, {'x': np.zeros(1, np.float32)})))
+
+
+def test_inspect_tells_parts_without_loading(lora, tmp_path):
+  text = describe(CASE / 'checkpoint')
+  assert 'layout: Dynamic-LLaVA (the authors)' in text and 'decoder layers              210,560 parameters, float32' in text
+  assert 'layout: CLIP' in describe(CLIP)
+  assert 'LoRA pairs                    1,280 parameters, float32' in describe(lora[0])
+  convert(Request(src=CASE / 'checkpoint'), tmp_path / 'ours', dtype='bfloat16')
+  text = describe(tmp_path / 'ours')
+  assert 'layout: dynllava_jax, step 0' in text and 'llama                       292,560 parameters, bfloat16' in text

@@ -1,0 +1,213 @@
+"""Preparing and checking: every fault is reported, nothing is lost, nothing comes twice."""
+
+import collections
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import llava_files
+import numpy as np
+import pytest
+from conftest import GOLDEN, ROOT
+
+from dynllava_jax.config import ConfigError, DataConfig
+from dynllava_jax.data import check, prepare
+from dynllava_jax.data.images import decode
+from dynllava_jax.data.samples import REASONS, DataError
+from dynllava_jax.data.store import Store
+from dynllava_jax.data.tokenizer import read_files
+
+TOKENIZER = GOLDEN / 'text' / 'tok_nonlegacy'
+DATA = DataConfig(conversation='vicuna_v1', text_length=120, buckets=(60, 80), on_bad_sample='error')
+
+
+def scan(root, json_files, **changes):
+  settings = dict(json=json_files, images=root, data=DATA, tokenizer=read_files(TOKENIZER), num_patches=4, processes=1)
+  return check.Scan(**settings | changes)
+
+
+def run(what, out, **changes):
+  settings = dict(only_check=False, image_bytes=True, shard_samples=30)
+  return prepare.prepare(what, [1.0] * len(what.json), out, **settings | changes)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('llava')
+  llava_files.write_pictures(folder)
+  llava_files.write_json(folder / 'mix.json', [llava_files.sample(i, image=i % 5 != 0) for i in range(100)])
+  return folder
+
+
+@pytest.fixture(scope='module')
+def prepared(root):
+  out = root / 'prepared' / 'llava' / '1.0.0'
+  assert run(scan(root, {'mix': root / 'mix.json'}), out)
+  return out
+
+
+def ids(store):
+  return [store.record(i)[0].id for i in range(len(store))]
+
+
+@pytest.mark.parametrize('reason', REASONS)
+def test_every_fault_is_reported_under_its_reason(root, tmp_path, reason, capsys):
+  fault = {'id': 'the-bad-one'} | llava_files.faults(root)[reason] | {'id': 'the-bad-one'}
+  path = llava_files.write_json(tmp_path / 'bad.jsonl', [llava_files.sample(1), fault])
+  assert run(scan(root, {'bad': path}), tmp_path / 'out', only_check=True) is False
+  (source,) = json.loads((tmp_path / 'out' / check.REPORT_FILE).read_text())['sources'].values()
+  assert source['samples'] == 2 and source['usable'] == 1
+  assert list(source['problems']) == [reason]
+  (problem,) = source['problems'][reason]['samples']
+  assert problem['id'] == 'the-bad-one' and 'the-bad-one' in problem['message']
+  assert reason in capsys.readouterr().out
+
+
+def test_policy_error_writes_no_data_and_skip_leaves_the_bad_out(root, tmp_path):
+  bad = [fault | {'id': reason} for reason, fault in llava_files.faults(root).items()]
+  path = llava_files.write_json(tmp_path / 'mixed.json', [llava_files.sample(1), *bad, llava_files.sample(2)])
+  assert run(scan(root, {'mixed': path}), tmp_path / 'out') is False
+  with pytest.raises(ConfigError, match='no finished data set'):
+    Store(str(tmp_path / 'out'))
+  skip = DataConfig(conversation='vicuna_v1', text_length=120, on_bad_sample='skip')
+  assert run(scan(root, {'mixed': path}, data=skip), tmp_path / 'out')
+  assert ids(Store(str(tmp_path / 'out'))) == ['s1', 's2']
+
+
+def test_what_was_mended_is_looked_at_again(root, tmp_path):
+  path = llava_files.write_json(tmp_path / 'one.json', [llava_files.sample(1) | {'image': 'pictures/late.jpg'}])
+  assert run(scan(root, {'one': path}), tmp_path / 'out') is False
+  (root / 'pictures' / 'late.jpg').write_bytes((root / 'pictures' / '1.jpg').read_bytes())
+  assert run(scan(root, {'one': path}), tmp_path / 'out')
+
+
+def test_samples_come_back_as_they_were(root, prepared):
+  store = Store(str(prepared))
+  raw = json.loads((root / 'mix.json').read_text())
+  assert ids(store) == [s['id'] for s in raw]
+  sample = store[3]
+  assert list(sample.conversations) == raw[3]['conversations']
+  want = decode((root / raw[3]['image']).read_bytes(), 'x')
+  np.testing.assert_array_equal(np.asarray(sample.image), np.asarray(want))
+  assert store[0].image is None
+  assert (prepared / check.HISTOGRAM_FILE).read_bytes()[:4] == b'\x89PNG'
+  assert not (prepared / prepare.UNFINISHED).exists()
+
+
+def test_tfds_reads_it_by_folder_and_by_name_without_tensorflow(prepared):
+  code = (
+    'import sys, tensorflow_datasets as tfds\n'
+    f'one = tfds.builder_from_directory({str(prepared)!r}).as_data_source("train")\n'
+    f'two = tfds.data_source("llava", data_dir={str(prepared.parent.parent)!r}, split="train")\n'
+    'assert len(one) == len(two) == 100 and one[7]["id"] == two[7]["id"] == b"s7"\n'
+    'assert "tensorflow" not in sys.modules and "torch" not in sys.modules'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=300)
+
+
+def test_paths_instead_of_bytes_give_the_same_samples(root, prepared, tmp_path):
+  out = tmp_path / 'out'
+  assert run(scan(root, {'mix': root / 'mix.json'}), out, image_bytes=False)
+  by_path, by_bytes = Store(str(out), str(root)), Store(str(prepared))
+  assert by_path.record(3)[1] == b'' and len(by_bytes.record(3)[1]) > 100
+  np.testing.assert_array_equal(np.asarray(by_path[3].image), np.asarray(by_bytes[3].image))
+  with pytest.raises(DataError, match='sample s3: image .*3.jpg cannot be read'):
+    Store(str(out), str(tmp_path))[3]
+
+
+def test_two_files_are_two_weighted_sources(root, tmp_path):
+  other = llava_files.write_json(tmp_path / 'other.jsonl', [llava_files.sample(i) for i in range(20)])
+  what = scan(root, {'mix': root / 'mix.json', 'other': other})
+  assert prepare.prepare(what, [1.0, 2.5], tmp_path / 'out', only_check=False, image_bytes=True, shard_samples=50)
+  parts = Store(str(tmp_path / 'out')).parts
+  assert [(p.start, p.stop, p.weight) for p in parts] == [(0, 100, 1.0), (100, 120, 2.5)]
+
+
+def test_other_settings_are_refused(root, prepared):
+  what = scan(root, {'mix': root / 'mix.json'}, num_patches=9)
+  with pytest.raises(ConfigError, match='was made with num_patches 4, now it is 9'):
+    run(what, prepared)
+
+
+KILLED_AFTER_TWO_SHARDS = """
+import os, signal, sys
+sys.path.insert(0, 'tests'); sys.path.insert(0, 'tests/data')
+import pathlib, test_prepare as t
+from dynllava_jax.data import prepare
+whole, count = prepare.write_shard, [0]
+def write_shard(job):
+  count[0] += 1
+  if count[0] == 3:
+    job[0].with_name(job[0].name + '.1.tmp').write_bytes(b'half a shard')
+    os.kill(os.getpid(), signal.SIGKILL)
+  return whole(job)
+prepare.write_shard = write_shard
+root, out = map(pathlib.Path, sys.argv[1:])
+t.run(t.scan(root, {'mix': root / 'mix.json'}), out)
+"""
+
+
+def test_after_kill_9_it_goes_on_with_nothing_lost_and_nothing_twice(root, prepared, tmp_path):
+  out = tmp_path / 'out'
+  killed = subprocess.run([sys.executable, '-c', KILLED_AFTER_TWO_SHARDS, str(root), str(out)], cwd=ROOT, timeout=300)
+  assert killed.returncode == -signal.SIGKILL
+  with pytest.raises(ConfigError, match='no finished data set'):
+    Store(str(out))
+  done = {p: p.stat().st_mtime_ns for p in out.glob('*.array_record-*') if not p.name.endswith('.tmp')}
+  assert len(done) == 2
+  assert run(scan(root, {'mix': root / 'mix.json'}), out)
+  assert collections.Counter(ids(Store(str(out)))) == collections.Counter(ids(Store(str(prepared))))
+  assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+  assert not list(out.glob('*.tmp')) and len(list(out.glob('*.array_record-*'))) == 4
+
+
+def read_ids(path):
+  store = Store(path)
+  return os.getpid(), [store[i].id for i in range(len(store))]
+
+
+def test_two_processes_read_the_same_store(prepared):
+  from dynllava_jax.data.workers import pool
+
+  with pool(2) as executor:
+    (one, first), (two, second) = executor.map(read_ids, [str(prepared)] * 2)
+  assert first == second == ids(Store(str(prepared)))
+  assert one != os.getpid() and two != os.getpid()
+
+
+def test_command_line_checks_in_parallel_and_fails_by_exit_status(root, tmp_path):
+  path = llava_files.write_json(tmp_path / 'bad.json', [llava_files.sample(1), llava_files.faults(root)['missing_image']])
+  command = [sys.executable, '-m', 'dynllava_jax.data.prepare', '--check', '--processes=2']
+  command += [f'--json={path}', f'--images={root}', f'--out={tmp_path / "out"}']
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 1 and 'missing_image' in done.stdout and 'Traceback' not in done.stderr
+  skipping = subprocess.run([*command, '--on_bad_sample=skip'], cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert skipping.returncode == 0
+  report = json.loads(pathlib.Path(tmp_path / 'out' / check.REPORT_FILE).read_text())
+  assert report['text_tokens'] == 'not measured: no tokenizer given'
+
+
+@pytest.mark.parametrize('content', ['{"a": 1}', '[{"id": 1},', ''])
+def test_files_that_are_no_list_are_named(root, tmp_path, content):
+  path = tmp_path / 'broken.json'
+  path.write_text(content)
+  with pytest.raises(DataError, match='broken.json'):
+    run(scan(root, {'broken': path}), tmp_path / 'out')
+
+
+def test_the_builder_of_tfds_writes_the_same(root, tmp_path):
+  import tensorflow_datasets as tfds
+
+  from dynllava_jax.data import tfds_builder
+
+  assert tfds_builder.Llava.name == 'llava'
+  builder = tfds.builder(
+    'llava', data_dir=tmp_path, json=str(root / 'mix.json'), images=str(root), shard_samples=40, file_format='array_record'
+  )
+  builder.download_and_prepare()
+  store = Store(str(builder.data_dir))
+  assert len(store) == 100 and sorted(ids(store)) == sorted(s['id'] for s in json.loads((root / 'mix.json').read_text()))
+  assert store[0].id.startswith('s') and store.parts[0].weight == 1.0
