@@ -135,7 +135,7 @@ def test_two_hosts_give_the_answers_of_one(tiny_checkpoint, eval_data, small_mac
     subprocess.Popen([*command, str(i), tiny_checkpoint, eval_data, tmp_path / 'two'], cwd=ROOT, env=env, stderr=subprocess.PIPE)
     for i in range(2)
   ]
-  errors = [host.communicate(timeout=300)[1].decode() for host in hosts]
+  errors = [host.communicate(timeout=600)[1].decode() for host in hosts]
   assert [host.returncode for host in hosts] == [0, 0], errors
   one, two = ([json.loads(x) for x in (tmp_path / o / 'answers/own.jsonl').read_text().splitlines()] for o in ('one', 'two'))
   assert [r['question_id'] for r in two] == [r['question_id'] for r in one]
