@@ -76,13 +76,13 @@ def timed(source: pathlib.Path, run) -> tuple[float, object]:
   return time.monotonic() - start, result
 
 
-def command(*arguments: str) -> float:
-  """Runs convert_weights.py; returns its peak memory in GB."""
+def command(*arguments: str) -> tuple[float, float]:
+  """Runs convert_weights.py; returns its peak memory in GB and its CPU seconds."""
   process = subprocess.Popen([sys.executable, ROOT / 'convert_weights.py', *arguments], env=os.environ | {'JAX_PLATFORMS': 'cpu'})
   _, status, usage = os.wait4(process.pid, 0)
   if os.waitstatus_to_exitcode(status):
     raise SystemExit('the conversion failed')
-  return usage.ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+  return usage.ru_maxrss * 1024 / 1e9, usage.ru_utime + usage.ru_stime  # Linux counts memory in KiB
 
 
 def main(_) -> None:
@@ -101,8 +101,14 @@ def main(_) -> None:
     runs: dict[str, dict] = {}
 
     def measure(name: str, cold: pathlib.Path, *arguments: str) -> None:
-      seconds, peak = timed(cold, lambda: command(*arguments))
-      figures = {'seconds': seconds, 'copy_seconds': copy_seconds, 'ratio': seconds / copy_seconds, 'peak_rss_gb': peak}
+      seconds, (peak, cpu) = timed(cold, lambda: command(*arguments))
+      figures = {
+        'seconds': seconds,
+        'copy_seconds': copy_seconds,
+        'ratio': seconds / copy_seconds,
+        'cpu_seconds': cpu,
+        'peak_rss_gb': peak,
+      }
       runs[name] = {k: round(v, 2) for k, v in figures.items()}
       print(name, runs[name], flush=True)
 

@@ -11,8 +11,8 @@ bfloat16 (batch_size=16); more of them with `--config.mesh...`.
 
 from ml_collections import ConfigDict
 
-# Long answers: longest generation 1024 tokens as in LLaVA's scripts; short ones 128.
-LONG = ('scienceqa', 'mmbench', 'mmbench_cn', 'llava_bench', 'mmvet', 'lvis_single', 'lvis_multi', 'sharegpt4v')
+from dynllava_jax.evals import suite
+
 SPARSE_LAYER = 2
 
 
@@ -41,15 +41,16 @@ def get_config(arg: str = 'pope') -> ConfigDict:
   name, _, mode = arg.partition(',')
   if mode not in ('', 'compare'):
     raise ValueError(f'configs/eval.py:{arg}: expected BENCHMARK or BENCHMARK,compare')
+  benchmark = suite.get(name)
   return ConfigDict(
     dict(
-      benchmark=name,
+      benchmark=benchmark.name,
       labels='',
       runs=comparison() if mode else dict(own=dict(stages=[])),
       text_lengths=(128, 256, 512, 768),
       questions=0,
       batch_size=16,
-      max_new_tokens=1024 if name in LONG else 128,
+      max_new_tokens=benchmark.max_new_tokens,  # 128 or 1024, as in LLaVA's scripts
       dtype='bfloat16',
       mesh=dict(data=-1, fsdp=1, tensor=1),
       seed=0,

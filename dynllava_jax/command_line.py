@@ -10,6 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dynllava_jax.config import ConfigError, from_config_dict
+from dynllava_jax.data.samples import DataError
 
 
 def define_config() -> flags.FlagHolder:
@@ -28,13 +29,14 @@ def parse(cls: type, value: Any) -> Any:
   return from_config_dict(cls, value)
 
 
-def expected_errors() -> tuple[type[Exception], ...]:
-  """Errors that are the user's to mend: their message is all that is shown."""
-  from dynllava_jax.checkpoint import CheckpointError
+def expected(error: Exception) -> bool:
+  """Whether it is the user's to mend: then its message is all that is shown."""
+  if isinstance(error, (ConfigError, DataError, FloatingPointError, OSError)):
+    return True
+  from dynllava_jax.checkpoint import CheckpointError  # these two bring jax along, which scoring does without
   from dynllava_jax.convert.readers import ConversionError
-  from dynllava_jax.data.samples import DataError
 
-  return CheckpointError, ConfigError, ConversionError, DataError, FloatingPointError, OSError
+  return isinstance(error, (CheckpointError, ConversionError))
 
 
 @contextlib.contextmanager
@@ -42,7 +44,9 @@ def readable_errors() -> Iterator[None]:
   """Turns expected errors into one message on stderr and exit status 1."""
   try:
     yield
-  except expected_errors() as e:
+  except Exception as e:
+    if not expected(e):
+      raise
     sys.exit(f'error: {e}')
 
 

@@ -202,7 +202,9 @@ def _tower(
     return _tower_config(request.vision, config), request.vision
   if layout is Layout.LLAVA_HF:
     images = request.src / 'preprocessor_config.json'
-    return vision_config(file, {'vision_config': config['vision_config']}, images, config.get('vision_feature_layer', -2)), None
+    return vision_config(
+      file, {'vision_config': config.get('vision_config') or {}}, images, config.get('vision_feature_layer', -2)
+    ), None
   named = config.get('mm_vision_tower') or config.get('vision_tower')
   if not named:
     raise ConversionError(f'{file}: names no vision tower (mm_vision_tower); give the CLIP directory with --vision')

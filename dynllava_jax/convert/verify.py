@@ -94,7 +94,8 @@ class Verifier:
   def __init__(self, info: CheckpointInfo, params: dict[str, Any], case: dict[str, np.ndarray]):
     self.info, self.case = info, case
     self.model = DynLlava(info.model, info.stages)
-    self.params = cut_params(jax.tree.map(jnp.asarray, params), info.stages)
+    # Cases are recorded in float32; a gradient in bfloat16 would be rounded.
+    self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), info.stages)
     self.num_image = info.model.vision.num_patches
     self.sparse = next((i for i, s in enumerate(info.stages) if s.selector == 'dynamic'), None)
     if self.sparse is None:
@@ -260,10 +261,10 @@ class Verifier:
     yield compare(at + 'text_predictor_logits', result['text_predictor_logits'], self.case[at + 'text_predictor_logits'], LOGITS)
 
   def uncached(self) -> Iterator[Quantity]:
-    """Uncached decoding on forced tokens: predictor decisions always, logits where the original kept the same set.
+    """Uncached decoding on forced tokens: the predictor's decisions, and logits equal to those of cached decoding.
 
     The original ranks earlier tokens by another quantity and feeds the last prompt row twice in call 0, so its
-    logits are comparable only in the calls whose visible set is the gate's.
+    own uncached logits are comparable only in the calls whose visible set is the gate's.
     """
     case = self.case
     for name in ('b1', 'b2'):
@@ -282,21 +283,26 @@ class Verifier:
         hidden, judgement = self._apply(now, image, start, text_slots, method='recompute')
         return self._apply(hidden, method='logits'), judgement
 
-      errors, compared = [], 0
+      alone = [f'decode_{n}/' for n in ('b1', 'b1s')[:rows]]
+      original, cached = [], []
       for j in range(1, steps + 1):
         logits, judgement = call(j)
         ours = np.array(judgement.keep)[:, slots : slots + j]
         ours[:, -1] = True
-        same = (ours == visible[j][:, :j]).all(1)
-        compared += same.sum()
-        errors += [np.abs(np.asarray(logits) - case[at + 'last_logits'][j])[same].max()] if same.any() else []
-      margin = np.asarray(judgement.margin)[:, slots : slots + steps - 1]
+        for row, run in enumerate(alone):
+          if (ours[row] == visible[j][row, :j]).all():
+            original.append(np.abs(logits[row] - case[at + 'last_logits'][j, row]).max())
+          if (forced[row, :j] == case[run + 'tokens'][0, :j]).all():
+            cached.append(np.abs(logits[row] - case[run + 'logits'][0, j]).max())
       recorded = case[at + 'text_predictor_logits']
-      yield compare(at + 'text_predictor_logits keep - drop', margin, recorded[..., 0] - recorded[..., 1], 2 * LOGITS)
-      if compared:
-        yield Quantity(
-          f'{at}last_logits ({compared} of {rows * steps} rows keep the same set)', float(max(errors, default=0)), LOGITS
-        )
+      margin = recorded[..., 0] - recorded[..., 1]
+      generated = slice(slots, slots + steps - 1)
+      yield compare(at + 'text_predictor_logits keep - drop', judgement.margin[:, generated], margin, 2 * LOGITS)
+      yield compare(at + 'text keep', judgement.keep[:, generated], margin > 0, EXACT)
+      for what, errors in (('last_logits, the same set kept', original), ('last_logits, against cached decoding', cached)):
+        # In call 1 both sets hold the newest token alone, so there is always something to compare.
+        error = float(np.max(errors)) if errors else float('nan')
+        yield Quantity(f'{at}{what} ({len(errors)} of {rows * steps} rows)', error, LOGITS)
 
   def softmax(self) -> Iterator[Quantity]:
     """The policy softmax alone."""
@@ -365,7 +371,10 @@ class Verifier:
 
   def _gradients(self, at, gradients) -> Iterator[Quantity]:
     rules = llava_rules(self.info.model)
-    for key in (k for k in self.case if k.startswith(at)):
+    keys = [k for k in self.case if k.startswith(at)]
+    if not keys:
+      raise KeyError(at + '...')
+    for key in keys:
       name, recorded = key.removeprefix(at), self.case[key]
       if name == 'embed_tokens_row_norms':
         ours = jnp.linalg.norm(gradients['llama']['embedding'], axis=-1)

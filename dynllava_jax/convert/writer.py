@@ -1,9 +1,10 @@
 """Writing a checkpoint step slot by slot, so that no more than a few tensors are ever in memory.
 
 Orbax writes whole parameters; for a 13B model one stacked parameter alone is 6 GB. So Orbax writes the structure with a
-stand-in of one number per parameter, and TensorStore, which Orbax itself writes with, then puts the real array in
-its place: zarr, not compressed, one chunk file per slot. A chunk file is the slot's bytes and nothing else, so the
-checksum of the slot in memory is that of its file.
+stand-in of one number per parameter, in zarr's plainest form: version 2, not compressed, no filters. There an array is
+a `.zarray` file that gives the shape of array and chunks, and one file per chunk that is its bytes and nothing else
+(https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html). The stand-ins get the real shape, chunks of one
+slot, and their files. The checksum of a slot in memory is then that of its file.
 """
 
 import json
@@ -11,12 +12,10 @@ import pathlib
 
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax.convert.plan import Leaf, Path
-from dynllava_jax.convert.readers import ConversionError
 
 PARAMS = 'params'
 
@@ -27,30 +26,22 @@ class StepWriter:
   def __init__(self, step_dir: pathlib.Path, leaves: dict[Path, tuple[Leaf, np.dtype]]):
     self.step_dir, self.leaves = step_dir, leaves
     _write_structure(step_dir, leaves)
-    context = ts.Context({'file_io_sync': False})
-    self.arrays = {path: self._open(path, *leaf, context) for path, leaf in leaves.items()}
+    for path, (leaf, _) in leaves.items():
+      self._reshape(path, leaf)
 
   def _folder(self, path: Path) -> pathlib.Path:
     return self.step_dir / PARAMS / '.'.join(path)
 
-  def _open(self, path: Path, leaf: Leaf, dtype: np.dtype, context: ts.Context) -> ts.TensorStore:
-    folder = self._folder(path)
-    metadata = json.loads((folder / '.zarray').read_text())
+  def _reshape(self, path: Path, leaf: Leaf) -> None:
+    file = self._folder(path) / '.zarray'
+    metadata = json.loads(file.read_text())
     assert metadata['compressor'] is None and metadata['filters'] is None and metadata['order'] == 'C', metadata
-    metadata |= {'shape': leaf.shape, 'chunks': (1,) * leaf.slot_axes + leaf.slot_shape}
-    spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': str(folder)}, 'metadata': metadata}
-    return ts.open(spec, context=context, create=True, delete_existing=True).result()
+    file.write_text(json.dumps(metadata | {'shape': leaf.shape, 'chunks': (1,) * leaf.slot_axes + leaf.slot_shape}))
+    (self._folder(path) / '0').unlink()
 
   def write(self, path: Path, index: tuple[int, ...], value: np.ndarray) -> None:
     """Puts one slot on disk."""
-    try:
-      self.put(path, index, value)
-    except ValueError as e:  # TensorStore's word for every failure
-      raise ConversionError(f'{self.step_dir / self.file(path, index)}: cannot be written ({str(e).splitlines()[0]})') from None
-
-  def put(self, path: Path, index: tuple[int, ...], value: np.ndarray) -> None:
-    """`write` with TensorStore's own errors."""
-    self.arrays[path][index].write(value).result()
+    value.tofile(self.step_dir / self.file(path, index))
 
   def file(self, path: Path, index: tuple[int, ...]) -> str:
     """The slot's file, below the step directory."""

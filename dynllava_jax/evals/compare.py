@@ -93,32 +93,37 @@ def compare(
   Raises:
     DataError: answers and labels do not fit together.
   """
-  rows = {}
+  rows, tallies = {}, {}
   reference = results[cfg.reference]
-  tallies = {}
   for name, result in results.items():
     row = costs_of(cfg, loaded[name], result.rows)
-    if golds is not None:
-      problems = Problems()
-      joined = join(benchmark, golds, result.rows, problems)
-      if problems:
-        raise DataError(f'{result.path}: answers and labels of {benchmark.name} do not fit together:\n{problems}\n{benchmark.hint}')
-      tallies[name] = score.tally(benchmark, joined)
-      figures = score.figures(benchmark, tallies[name])
-      row |= {
-        'score': figures[benchmark.headline_of(figures)],
-        'interval': score.bootstrap(benchmark, tallies[name]),
-        'figures': figures,
-      }
-      row |= {'difference': None, 'difference_interval': None} | by_group(figures, tallies[name])
     row['answers_differ'] = sum(a['text'] != b['text'] for a, b in zip(result.rows, reference.rows))
     row |= {'checkpoint': loaded[name].path, 'seconds': round(result.seconds, 1), 'programs_compiled': result.programs_compiled}
+    if golds is not None:
+      tallies[name], scores = scores_of(benchmark, golds, result)
+      row |= scores
     rows[name] = row
   for name, row in rows.items():
-    if golds is not None and name != cfg.reference:
+    if name != cfg.reference and 'score' in row and 'score' in rows[cfg.reference]:
       row['difference'] = row['score'] - rows[cfg.reference]['score']
       row['difference_interval'] = score.bootstrap(benchmark, tallies[name], tallies[cfg.reference])
   return rows
+
+
+def scores_of(benchmark: Benchmark, golds: Sequence[Gold], result: RunResult) -> tuple[score.Tallies, dict[str, Any]]:
+  """Counts of one run and its scores, or under `not_scored` why there are none; DataError as `compare`."""
+  problems = Problems()
+  joined = join(benchmark, golds, result.rows, problems)
+  if problems:
+    raise DataError(f'{result.path}: answers and labels of {benchmark.name} do not fit together:\n{problems}\n{benchmark.hint}')
+  tallies = score.tally(benchmark, joined)
+  try:
+    figures = score.figures(benchmark, tallies)
+    value = figures[score.headline(benchmark, figures)]
+  except DataError as e:  # such as an F1 without any 'yes'; the answers and costs still tell something
+    return tallies, {'not_scored': str(e)}
+  scores = {'score': value, 'interval': score.bootstrap(benchmark, tallies), 'figures': figures}
+  return tallies, scores | {'difference': None, 'difference_interval': None} | by_group(figures, tallies)
 
 
 def by_group(figures: Mapping[str, float], tallies: score.Tallies) -> dict[str, Any]:
@@ -218,7 +223,7 @@ def figure(title: str, metric: str, rows: Mapping[str, Mapping[str, Any]]) -> Fi
     axis.set_xlabel(label)
     axis.set_xlim(0, 1.1 * max(r[key] for r in rows.values()) / unit)
     axis.grid(alpha=0.3)
-    for i, (name, row) in enumerate(rows.items()):
+    for i, (name, row) in enumerate((n, r) for n, r in rows.items() if 'score' in r):
       low, high = row['interval'] or (row['score'], row['score'])
       error = [[max(row['score'] - low, 0)], [max(high - row['score'], 0)]]
       axis.errorbar(row[key] / unit, row['score'], error, fmt='o', capsize=3, color=f'C{i}', label=name)

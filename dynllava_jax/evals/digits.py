@@ -5,8 +5,6 @@ from typing import Any
 
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.conversation import IMAGE_TOKEN
-from dynllava_jax.data.digits import read_scene
-from dynllava_jax.data.sources import questions
 from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems, Question, add_counts, canonical, rates
 from dynllava_jax.evals.folders import Folder
 
@@ -21,6 +19,8 @@ def score(task: str, expected: str, text: str) -> float:
   """
   if task not in LONG_TASKS:
     return float(text == expected)
+  from dynllava_jax.data.digits import read_scene  # as below
+
   truth, found = read_scene(expected), read_scene(text)
   return sum(found.get(place) == digit for place, digit in truth.items()) / max(len(truth), len(found))
 
@@ -37,6 +37,8 @@ class Digits(Benchmark):
   def __init__(self, cfg: EvalConfig | None = None):
     self._samples = []
     if cfg:
+      from dynllava_jax.data.sources import questions  # here, as it brings jax along, which scoring of answer files does without
+
       source = questions(cfg.data, cfg.seed, cfg.questions)
       self._samples = [source[i] for i in range(len(source))]
 

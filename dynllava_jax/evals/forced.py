@@ -67,7 +67,7 @@ def read_answers(
     loaded.model,
     loaded.stages,
     load_weights(loaded, mesh),
-    max_new_tokens=max(sum(map(len, a)) for a in answers),
+    max_new_tokens=length * max(map(len, answers)),
     eos_id=None,
     later_tokens=layout.later_tokens(),
     dtype=jnp.dtype(cfg.dtype),

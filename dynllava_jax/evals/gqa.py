@@ -52,4 +52,4 @@ class Gqa(Lines):
 
   def submission(self, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
     content = [{'questionId': r['question_id'], 'prediction': prediction(r['text'])} for r in rows]
-    return {'testdev_balanced_predictions.json': json.dumps(content).encode()}
+    return {f'answers_upload/{name}/testdev_balanced_predictions.json': json.dumps(content).encode()}

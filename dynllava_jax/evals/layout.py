@@ -93,6 +93,7 @@ class Layout:
     """Encodes all prompts, exactly as LLaVA's inference does; DataError for one that fits no bucket."""
     self.loaded, self.questions = loaded, questions
     style = conversation.template(loaded.info.conversation)
+    conversation.check_template(style, loaded.tokenizer)
     self.later: list[list[np.ndarray]] = []  # ids of the later rounds' questions
     self.rendered: list[str] = []
     self.ids: list[np.ndarray] = []

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import warnings
+from collections.abc import Mapping, Sequence
 
 import jax
 from rich.console import Console
@@ -12,7 +13,8 @@ from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import compare, figures, forced, layout, runner, suite
-from dynllava_jax.evals.benchmark import Problems
+from dynllava_jax.evals.answers import join
+from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems, Question
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import write_atomically
 from dynllava_jax.training.plot import save_figure
@@ -44,6 +46,7 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   folder = Folder(data or pathlib.Path(), benchmark.folders, cfg.labels)
   questions = benchmark.questions(folder)
   questions = questions[: cfg.questions or None]
+  golds = scorable(cfg, benchmark, folder, questions, console)
   models = {name: layout.load_model(name, run, path) for name, run in cfg.runs.items()}
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_batch(cfg.batch_size, mesh)
@@ -56,12 +59,11 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
     return
 
   # 3. Scores, costs, submissions.
-  golds = scorable(benchmark, folder, questions, console)
   rows = compare.compare(cfg, benchmark, golds, models, results)
   for name, found in agreements.items():
     rows[name]['agreement'] = found
   for name, result in results.items():
-    if len(questions) == benchmark.expected_questions or cfg.questions == 0:
+    if cfg.questions == 0:  # servers want all questions answered
       for file, content in benchmark.submission(folder, result.rows, name).items():
         write_atomically(out / file, content)
   title = f'{benchmark.name}: {benchmark.metric}, {len(questions)} questions'
@@ -84,7 +86,7 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   console.print(compare.console_table(benchmark, title, rows))
 
   # 4. Pictures.
-  if golds is not None:
+  if any('score' in row for row in rows.values()):
     save_figure(compare.figure(title, benchmark.metric, rows), out / 'results.png')
   shown = 'dynamic' if 'dynamic' in results else list(results)[-1]
   pictured = figures.pictured(questions, results[shown].rows)
@@ -95,7 +97,15 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
       save_figure(figures.tokens_figure(pictured, models[shown], title), out / 'tokens.png')
 
 
-def read_given_answers(cfg, questions, models, results, out: pathlib.Path, mesh, console: Console) -> dict[str, dict[str, float]]:
+def read_given_answers(
+  cfg: EvalConfig,
+  questions: Sequence[Question],
+  models: Mapping[str, layout.Loaded],
+  results: dict[str, runner.RunResult],
+  out: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  console: Console,
+) -> dict[str, dict[str, float]]:
   """Adds the perplexity of reference answers to `results`; returns, if asked for, each run's agreement with the reference run."""
   if questions[0].reference:
     for name, model in models.items():
@@ -113,8 +123,14 @@ def read_given_answers(cfg, questions, models, results, out: pathlib.Path, mesh,
   return found
 
 
-def scorable(benchmark, folder: Folder, questions, console: Console):
-  """Labels of these questions, in their order; None, with a word on the console, where there are none."""
+def scorable(
+  cfg: EvalConfig, benchmark: Benchmark, folder: Folder, questions: Sequence[Question], console: Console
+) -> list[Gold] | None:
+  """Labels of these questions, in their order; None, with a word on the console, where there are none.
+
+  Raises:
+    DataError: the labels are not those of the questions.
+  """
   if not benchmark.scored:
     console.print(f'{benchmark.name}: {benchmark.metric}')
     return None
@@ -122,7 +138,13 @@ def scorable(benchmark, folder: Folder, questions, console: Console):
   try:
     golds = benchmark.golds(folder, problems)
   except DataError as e:
-    console.print(f'not scored, the answers are kept: {e}')
+    console.print(f'will not be scored: {e}')
     return None
-  keys = {benchmark.key({'question_id': q.id, 'prompt': q.prompt}) for q in questions}
-  return [g for g in golds if g.key in keys]
+  asked = [{'question_id': q.id, 'prompt': q.prompt, 'text': ''} for q in questions]
+  if cfg.questions:
+    keys = {benchmark.key(row) for row in asked}
+    golds, problems = [g for g in golds if g.key in keys], Problems()
+  join(benchmark, golds, asked, problems)
+  if problems:
+    raise DataError(f'{benchmark.name}: questions and labels do not fit together:\n{problems}\n{benchmark.hint}')
+  return golds

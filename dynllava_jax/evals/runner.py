@@ -21,7 +21,7 @@ from dynllava_jax.data.pipeline import to_mesh
 from dynllava_jax.evals.benchmark import Question
 from dynllava_jax.evals.layout import Layout, Loaded, Rows, load_weights
 from dynllava_jax.evals.progress import progress
-from dynllava_jax.evals.store import AnswerStore, folder_sha256, questions_sha256, versions
+from dynllava_jax.evals.store import AnswerStore, folder_sha256, questions_sha256, source_sha256, versions
 from dynllava_jax.generate import Generated, Generator, Turn
 
 PICTURED = 100  # so many first questions keep the list of their image tokens, for pictures
@@ -59,6 +59,7 @@ def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question]) -
     'batch_size': cfg.batch_size,
     'mesh': to_dict(cfg.mesh),
     'versions': versions(),
+    'source_sha256': source_sha256(),
   }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,20 +59,28 @@ def figures(benchmark: Benchmark, tallies: Tallies, weights: np.ndarray | None =
     raise DataError(f'{benchmark.name}: the score is not defined for these answers (a rate over nothing)') from None
 
 
+def headline(benchmark: Benchmark, found: Mapping[str, float]) -> str:
+  """Name of the figure that is the score; DataError if no answered question counts for it."""
+  name = benchmark.headline_of(found)
+  if name not in found:
+    raise DataError(f'{benchmark.name} reports {name!r}, and no answered question counts for it')
+  return name
+
+
 def bootstrap(benchmark: Benchmark, tallies: Tallies, reference: Tallies | None = None) -> list[float]:
   """95 % percentile interval of the headline score, or of its difference to `reference` on the same clusters.
 
   Clusters are drawn with replacement; both runs are given the same draws (paired).
   """
   rng = np.random.default_rng(0)
-  headline = benchmark.headline_of(figures(benchmark, tallies))
+  name = headline(benchmark, figures(benchmark, tallies))
   count = len(tallies.clusters)
   values = []
   for _ in range(RESAMPLES):
     weights = np.bincount(rng.integers(count, size=count), minlength=count)
     try:
-      value = figures(benchmark, tallies, weights)[headline]
-      values.append(value - (figures(benchmark, reference, weights)[headline] if reference else 0))
+      value = figures(benchmark, tallies, weights)[name]
+      values.append(value - (figures(benchmark, reference, weights)[name] if reference else 0))
     except (DataError, KeyError):
       continue  # a draw for which the score is not defined, possible only with a handful of questions
   if not values:
@@ -112,10 +120,8 @@ def score_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_p
   if benchmark.scored:
     tallies = tally(benchmark, joined)
     found = figures(benchmark, tallies)
-    headline = benchmark.headline_of(found)
-    if headline not in found:
-      raise DataError(f'{path}: {benchmark.name} reports {headline!r}, and no answered question counts for it')
-    result |= {'score': found[headline], 'headline': headline, 'interval': bootstrap(benchmark, tallies)}
+    name = headline(benchmark, found)
+    result |= {'score': found[name], 'headline': name, 'interval': bootstrap(benchmark, tallies)}
     counts['figures'] = found
   return result | counts | {'problems': problems.counts(), 'answers': str(path), 'notes': benchmark.remarks()}
 

@@ -20,7 +20,7 @@ from dynllava_jax.evals.benchmark import Question
 from dynllava_jax.files import write_atomically
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'numpy', 'orbax-checkpoint', 'pillow', 'sentencepiece')
-MAY_DIFFER = ('versions', 'batch_size', 'mesh')  # between the parts of one run
+MAY_DIFFER = ('versions', 'source_sha256', 'batch_size', 'mesh')  # between the parts of one run
 
 
 class AnswerStore:
@@ -87,6 +87,12 @@ class AnswerStore:
 def versions() -> dict[str, str]:
   """Versions of Python and of the libraries that a number may depend on."""
   return {'python': platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def source_sha256() -> str:
+  """Digest of this package's own source."""
+  package = pathlib.Path(__file__).parents[1]
+  return folder_sha256(package, sorted(str(p.relative_to(package)) for p in package.rglob('*.py')))
 
 
 def questions_sha256(questions: Sequence[Question]) -> str:

@@ -40,7 +40,9 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def get(name: str) -> Benchmark:
-  """The benchmark called `name`; ConfigError with the known names otherwise."""
-  if name not in BENCHMARKS:
+  """The benchmark called `name`, hyphens, underscores and case aside; ConfigError with the known names otherwise."""
+  plain = lambda text: text.lower().replace('-', '').replace('_', '')
+  found = next((b for n, b in BENCHMARKS.items() if plain(n) == plain(name)), None)
+  if found is None:
     raise ConfigError(f'config.benchmark: {name!r} is unknown; expected one of {", ".join(BENCHMARKS)}')
-  return BENCHMARKS[name]
+  return found

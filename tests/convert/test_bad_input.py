@@ -112,6 +112,21 @@ def test_index_that_names_an_absent_shard(source):
     plan(source)
 
 
+def test_index_that_places_a_key_in_the_wrong_shard(source):
+  index = {'weight_map': {'model.norm.weight': 'model.safetensors', 'model.other.weight': 'model.safetensors'}}
+  (source / 'model.safetensors.index.json').write_text(json.dumps(index))
+  with pytest.raises(ConversionError, match='places model.other.weight in model.safetensors, which does not hold it'):
+    plan(source)
+
+
+def test_truncated_bin(tmp_path):
+  torch = pytest.importorskip('torch', reason='writing a .bin file needs torch')
+  torch.save({'a': torch.zeros(1000)}, tmp_path / 'x.bin')
+  (tmp_path / 'x.bin').write_bytes((tmp_path / 'x.bin').read_bytes()[:2000])
+  with pytest.raises(ConversionError, match='x.bin: unreadable, truncated or not a plain tensor file'):
+    file_tensors(tmp_path / 'x.bin')
+
+
 def test_truncated_shard(source):
   content = (source / 'model.safetensors').read_bytes()
   (source / 'model.safetensors').write_bytes(content[: len(content) // 2])

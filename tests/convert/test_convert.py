@@ -1,6 +1,7 @@
 """Conversion is strict, streamed, and never leaves half a checkpoint behind."""
 
 import collections
+import errno
 import hashlib
 import json
 import os
@@ -117,9 +118,9 @@ def test_destination_that_cannot_be_written(source, tmp_path, monkeypatch):
     convert(Request(src=source), tmp_path / 'file' / 'below')
 
   def full(self, path, index, value):
-    raise ValueError('RESOURCE_EXHAUSTED: No space left on device')
+    raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(converting.StepWriter, 'put', full)
+  monkeypatch.setattr(converting.StepWriter, 'write', full)
   with pytest.raises(ConversionError, match='cannot be written .*No space left on device'):
     convert(Request(src=source), tmp_path / 'filling')
   monkeypatch.setattr(shutil, 'disk_usage', lambda _: collections.namedtuple('Usage', 'free')(10**6))

@@ -1,4 +1,8 @@
-"""The model reproduces the authors' implementation on both recorded cases, quantity by quantity."""
+"""The model reproduces the authors' implementation on both recorded cases, quantity by quantity.
+
+`independent_gqa` was recorded by a second PyTorch implementation, written from the description of the first one, for what the
+authors' cases do not have: grouped-query attention, a sparse stage from layer 1, another rope theta.
+"""
 
 import numpy as np
 import pytest
@@ -22,8 +26,8 @@ GROUPS = {
   'batch of two, row 1': 7,
   'round2/': 8,
   'text_only/': 7,
-  'nocache_b1/': 2,
-  'nocache_b2/': 2,
+  'nocache_b1/': 4,
+  'nocache_b2/': 4,
   'unit_softmax/': 1,
   'train/grad_total/': 6,
   'train/grad_ce/': 6,
@@ -36,7 +40,7 @@ def converted(case, out):
   return source.info, checkpoint.load_params(out)
 
 
-@pytest.fixture(scope='module', params=CASES)
+@pytest.fixture(scope='module', params=[*CASES, pytest.param('independent_gqa', marks=pytest.mark.slow)])
 def quantities(request, tmp_path_factory) -> list[Quantity]:
   info, params = converted(request.param, tmp_path_factory.mktemp('converted'))
   return verify(info, params, GOLDEN / request.param / 'case.npz')

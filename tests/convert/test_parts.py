@@ -1,5 +1,6 @@
 """Models put together from parts: language model, tower, projector, LoRA adapter, fresh predictors."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
-from dynllava_jax import checkpoint
+from dynllava_jax import checkpoint, presets
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.inspection import describe
 from dynllava_jax.convert.plan import assign
@@ -201,6 +202,31 @@ def test_tower_inside_the_checkpoint(tmp_path):
 def test_other_architectures(tmp_path, config, message):
   with pytest.raises(ConversionError, match=f'config.json: .*{message}'):
     open_source(Request(src=write(tmp_path / 'src', config, {'x': np.zeros(1, np.float32)})))
+
+
+def test_published_config_that_leaves_out_defaults(tmp_path):
+  """As llava-hf/llava-1.5-7b-hf has it: what equals the defaults of LlamaConfig is not there."""
+  config = {
+    'image_token_index': 32000,
+    'model_type': 'llava',
+    'pad_token_id': 32001,
+    'projector_hidden_act': 'gelu',
+    'text_config': {'max_position_embeddings': 4096, 'model_type': 'llama', 'rms_norm_eps': 1e-05, 'vocab_size': 32064},
+    'vision_config': {
+      'hidden_size': 1024,
+      'image_size': 336,
+      'intermediate_size': 4096,
+      'model_type': 'clip_vision_model',
+      'num_attention_heads': 16,
+      'num_hidden_layers': 24,
+      'patch_size': 14,
+    },
+    'vision_feature_layer': -2,
+    'vision_feature_select_strategy': 'default',
+  }
+  src = write(tmp_path / 'hf', config, {'x': np.zeros(1, np.float32)})
+  llama = dataclasses.replace(presets.LLAVA_1_5_7B.llama, vocab_size=32064)
+  assert open_source(Request(src=src)).info.model == dataclasses.replace(presets.LLAVA_1_5_7B, llama=llama)
 
 
 def test_inspect_tells_parts_without_loading(lora, tmp_path):

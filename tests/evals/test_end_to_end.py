@@ -1,11 +1,13 @@
 """Every benchmark of the suite on a few rows, through the command line: questions, answers, submission, score."""
 
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
 
+import openpyxl
 import pytest
 from absl import flags
 from conftest import ROOT
@@ -18,6 +20,16 @@ from dynllava_jax.evals.folders import Folder
 pytest_plugins = ('tiny_suite',)
 
 SMALL = ('--config.text_lengths=(192,)', '--config.batch_size=2', '--config.max_new_tokens=3', '--config.dtype=float32')
+SUBMISSIONS = {
+  'vqav2': 'answers_upload/llava_vqav2_mscoco_test-dev2015/own.json',
+  'vizwiz': 'answers_upload/own.json',
+  'gqa': 'answers_upload/own/testdev_balanced_predictions.json',
+  'mme': 'eval_tool/answers/own/existence.txt',
+  'mmbench': 'answers_upload/mmbench_dev_20230712/own.xlsx',
+  'mmbench_cn': 'answers_upload/mmbench_dev_cn_20231003/own.xlsx',
+  'seed': 'answers_upload/own.jsonl',
+  'mmvet': 'results/own.json',
+}
 
 
 @pytest.fixture
@@ -59,6 +71,8 @@ def test_benchmark(name, command, tiny_checkpoint, eval_data, tmp_path, capsys):
   run = results['runs']['own']
   assert run['image_tokens'] == 4 and run['image_tokens_layer_average'] == 10
   assert ('score' in run) == benchmark.scored
+  if name in SUBMISSIONS:
+    assert (tmp_path / SUBMISSIONS[name]).stat().st_size > 0
   capsys.readouterr()
 
   command(f'--config=configs/eval.py:{name}', f'--answers={tmp_path / "answers" / "own.jsonl"}', f'--data={eval_data}')
@@ -121,8 +135,26 @@ def test_two_hosts_give_the_answers_of_one(tiny_checkpoint, eval_data, small_mac
     subprocess.Popen([*command, str(i), tiny_checkpoint, eval_data, tmp_path / 'two'], cwd=ROOT, env=env, stderr=subprocess.PIPE)
     for i in range(2)
   ]
-  errors = [host.communicate(timeout=300)[1].decode() for host in hosts]
+  errors = [host.communicate(timeout=600)[1].decode() for host in hosts]
   assert [host.returncode for host in hosts] == [0, 0], errors
   one, two = ([json.loads(x) for x in (tmp_path / o / 'answers/own.jsonl').read_text().splitlines()] for o in ('one', 'two'))
   assert [r['question_id'] for r in two] == [r['question_id'] for r in one]
   assert [r['text'] for r in two] == [r['text'] for r in one]
+
+
+def test_submissions_in_the_official_forms(eval_data):
+  """VQAv2 has an empty answer where nothing was asked; MMBench's sheet and MME's tables have the official columns."""
+
+  def submit(name):
+    benchmark = suite.get(name)
+    folder = Folder(eval_data, benchmark.folders)
+    rows = [{'question_id': q.id, 'prompt': q.prompt, 'text': '=A\tb'} for q in benchmark.questions(folder)]
+    return next(iter(benchmark.submission(folder, rows, 'me').values()))
+
+  assert json.loads(submit('vqav2'))[-1] == {'question_id': 99, 'answer': ''}
+  assert submit('mme').decode() == (
+    '7.txt\tIs it red? Please answer yes or no.\tYes\t=A b\n7.txt\tIs it blue? Please answer yes or no.\tNo\t=A b\n'
+  )
+  sheet = openpyxl.load_workbook(io.BytesIO(submit('mmbench'))).active
+  assert [c.value for c in sheet[1]] == ['index', 'question', 'A', 'B', 'C', 'D', 'prediction', 'answer', 'split']
+  assert [c.value for c in sheet[2]][-3:] == ['=A\tb', 'A', 'dev'] and sheet['G2'].data_type == 's' and sheet.max_row == 4

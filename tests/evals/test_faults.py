@@ -155,6 +155,15 @@ def test_prompt_beyond_the_largest_bucket_is_named(tiny_checkpoint, eval_data, s
     report.run(cfg, str(tiny_checkpoint), tmp_path / 'out', eval_data)
 
 
+def test_labels_of_other_questions_are_refused_before_anything_is_computed(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  labels = {'20': {'question': 'Is there a cat 0?', 'answer': 'yes'}, '21': {'question': 'Is there a dog 1?', 'answer': 'no'}}
+  (tmp_path / 'labels.json').write_text(json.dumps(labels))
+  with pytest.raises(DataError) as error:
+    report.run(config('gqa', labels=str(tmp_path / 'labels.json')), str(tiny_checkpoint), tmp_path / 'out', eval_data)
+  assert '1 answers to another question' in str(error.value) and '1 answers to questions that were not asked' in str(error.value)
+  assert not (tmp_path / 'out').exists()
+
+
 def rows_of(numbers):
   return [{'question_id': i, 'text': f'answer {i}', 'metadata': {'row': i}} for i in numbers]
 
@@ -211,18 +220,24 @@ def test_check_data_says_what_is_missing_and_where_to_get_it(eval_data, tmp_path
 
 
 def test_scoring_needs_neither_jax_nor_a_checkpoint(eval_data, tmp_path):
-  """The command in a process where jax cannot be imported: one JSON line."""
-  answers = answers_for('pope', eval_data, tmp_path / 'a.jsonl')
+  """The command in a process where jax cannot be imported: one JSON line, or one message."""
+  result = without_jax(eval_data, answers_for('pope', eval_data, tmp_path / 'a.jsonl'))
+  assert result.returncode == 0, result.stderr
+  (line,) = result.stdout.splitlines()
+  assert json.loads(line)['answered'] == '9/9'
+  result = without_jax(eval_data, answers_for('pope', eval_data, tmp_path / 'a.jsonl', lambda rows: rows[1:]))
+  assert result.returncode == 1 and result.stdout == '' and '1 questions without an answer' in result.stderr
+  assert result.stderr.startswith('error: ') and 'Traceback' not in result.stderr
+
+
+def without_jax(data, answers):
   code = (
     'import sys, runpy\n'
     'class NoJax:\n'
     '  def find_spec(self, name, *_):\n'
     '    if name.split(".")[0] in ("jax", "jaxlib", "flax"): raise ImportError("jax was asked for")\n'
     'sys.meta_path.insert(0, NoJax())\n'
-    f'sys.argv = ["eval.py", "--config=configs/eval.py:pope", "--answers={answers}", "--data={eval_data}"]\n'
+    f'sys.argv = ["eval.py", "--config=configs/eval.py:pope", "--answers={answers}", "--data={data}"]\n'
     'runpy.run_path("eval.py", run_name="__main__")'
   )
-  result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-  assert result.returncode == 0, result.stderr
-  (line,) = result.stdout.splitlines()
-  assert json.loads(line)['answered'] == '9/9'
+  return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -118,10 +118,10 @@ def test_meteor_without_wordnet_goes_by_another_name(monkeypatch):
 def test_configs_of_all_benchmarks_can_be_built():
   for name, mode in itertools.product(suite.BENCHMARKS, ('', ',compare')):
     cfg = from_config_dict(EvalConfig, eval_configs.get_config(name + mode))
-    assert cfg.benchmark == name and cfg.max_new_tokens == (1024 if name in eval_configs.LONG else 128)
-    assert name == 'digits' or suite.get(name).max_new_tokens == cfg.max_new_tokens
+    assert cfg.benchmark == name and cfg.max_new_tokens == suite.get(name).max_new_tokens
   assert set(cfg.runs) == {'dense', 'dynamic_40', 'dynamic_20', 'dynamic_10', 'uniform_20', 'random_20', 'image_168'}
   assert cfg.reference == 'dense'
+  assert suite.get('MM-Vet') is suite.get('mmvet') and suite.get('LLaVA-Bench').name == 'llava_bench'
   with pytest.raises(ConfigError, match="'popes' is unknown; expected one of vqav2"):
     suite.get('popes')
   with pytest.raises(ConfigError, match='text_lengths are'):

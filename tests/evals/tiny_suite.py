@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 from dynllava_jax import checkpoint, sharding
@@ -37,7 +38,8 @@ def tiny_checkpoint(tmp_path_factory):
   shapes = sharding.unboxed(abstract_params(MODEL))
   params = jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes)
   checkpoint.write_info(directory, CheckpointInfo(model=MODEL, stages=DYNAMIC), read_files(GOLDEN / 'text' / 'tok_nonlegacy'))
-  checkpoint.save_params(directory, 1, params)
+  ocp.save_checkpointables(directory / '1', {'params': params})
+  checkpoint.seal(directory / '1')
   return directory
 
 
