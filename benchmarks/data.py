@@ -120,8 +120,8 @@ def batch_cost(path: str) -> dict:
   names = ('read and decode', 'tokenize', 'pad, resize and lay out')
   parts: dict[str, list[float]] = {name: [] for name in names}
   rows = []
-  for position in range(-1, BATCH):  # the first one is warm-up
-    index, text_length = training.order(max(position, 0))
+  for position in range(BATCH + 1):  # the first one is warm-up
+    index, text_length = training.order(position)
     clock = [time.process_time()]
     sample = training.source[index]
     clock.append(time.process_time())
@@ -129,7 +129,7 @@ def batch_cost(path: str) -> dict:
     clock.append(time.process_time())
     row = layout(sample, position, text_length)
     clock.append(time.process_time())
-    if position >= 0:
+    if position:
       rows.append(row)
       read, text, whole = (1e3 * (b - a) for a, b in itertools.pairwise(clock))
       for name, value in zip(names, (read, text, whole - text)):  # a row tokenizes too
