@@ -34,7 +34,7 @@ class LayOut:
       sample,
       number,
       style=conversation.template(self.data.conversation),
-      tokenizer=self._tokenizer(),
+      tokenizer=self.tokenizer,
       vision=self.vision,
       text_length=text_length,
       aspect=self.data.image_aspect,
@@ -42,7 +42,9 @@ class LayOut:
       truncate=self.data.truncate,
     )
 
-  def _tokenizer(self) -> Tokenizer:
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """Loaded once per process."""
     if '_cached' not in self.__dict__:
       object.__setattr__(self, '_cached', load_tokenizer(self.tokenizer_files))
     return self.__dict__['_cached']

@@ -50,7 +50,7 @@ def test_a_prepared_data_set_trains_from_the_command_line(tmp_path):
   overrides += ['--config.sparsity.image_keep_rate=0.5', '--config.sparsity.min_answer_len=3']
   command = [sys.executable, 'train.py', '--config=configs/llava.py:dynamic', f'--workdir={tmp_path / "run"}', *overrides]
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=environment)
   assert done.returncode == 0, done.stderr
   assert '24 of 30 samples per epoch' in done.stdout and 'text bucket 90: 3 batches' in done.stdout
   lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
