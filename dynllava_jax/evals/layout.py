@@ -102,7 +102,7 @@ class Layout:
     for question in questions:
       turns = first_turn(question)
       text, _ = conversation.render(turns, style, str(question.id))
-      conversation.check_special(turns, loaded.tokenizer, str(question.id))
+      conversation.check_special(turns, loaded.tokenizer.special, str(question.id))
       ids = conversation.encode(text, [], loaded.tokenizer).ids
       images_named = int((ids == IMAGE_ID).sum())
       if images_named != (question.image is not None):
