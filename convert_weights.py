@@ -31,7 +31,7 @@ DROP_PREDICTORS = flags.DEFINE_bool('drop_predictors', False, 'Export the dense 
 INSPECT = flags.DEFINE_string('inspect', None, 'Describe the checkpoint in this directory, PyTorch or ours, and do nothing else.')
 DTYPE = flags.DEFINE_enum('dtype', 'keep', ['keep', 'float32', 'bfloat16'], 'What to store; keep is what the source has.')
 OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace what is at --dst, once the new checkpoint is whole.')
-READBACK = flags.DEFINE_bool('readback', True, 'Read everything again after writing and compare checksums.')
+NO_READBACK = flags.DEFINE_bool('no_readback', False, 'Do not read everything again after writing to compare checksums.')
 VERIFY = flags.DEFINE_string('verify', None, 'Recorded case (.npz) to recompute with the converted weights.')
 
 
@@ -61,11 +61,13 @@ def main(_) -> None:
         vision=request.vision,
         dtype=DTYPE.value,
         overwrite=OVERWRITE.value,
-        readback=READBACK.value,
+        readback=not NO_READBACK.value,
         drop_predictors=DROP_PREDICTORS.value,
       )
       return
-    passed = report.run_conversion(request, pathlib.Path(DST.value), DTYPE.value, OVERWRITE.value, READBACK.value, VERIFY.value)
+    passed = report.run_conversion(
+      request, pathlib.Path(DST.value), DTYPE.value, OVERWRITE.value, not NO_READBACK.value, VERIFY.value
+    )
   sys.exit(0 if passed else 1)
 
 

@@ -112,7 +112,7 @@ def main(_) -> None:
       runs[name] = {k: round(v, 2) for k, v in figures.items()}
       print(name, runs[name], flush=True)
 
-    for name, flag in (('convert', '--readback'), ('convert_no_readback', '--noreadback')):
+    for name, flag in (('convert', '--nono_readback'), ('convert_no_readback', '--no_readback')):
       shutil.rmtree(ours, ignore_errors=True)
       copy_seconds, _ = timed(source, lambda: shutil.copytree(source, copy))  # beside each: the disk's speed wanders
       shutil.rmtree(copy)

@@ -142,12 +142,18 @@ class LlamaConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictorConfig:
-  """The two keep/drop predictors of Dynamic-LLaVA; defaults as released by the authors."""
+  """The keep/drop predictors of Dynamic-LLaVA; defaults as released by the authors.
+
+  Attributes:
+    instruct: the checkpoint holds a third predictor, for instructions. It is kept for the way back and never run: the
+      authors' scripts switch it off.
+  """
 
   d_model: int = 512
   num_heads: int = 8
   num_layers: int = 2
   mlp_dim: int = 2048
+  instruct: bool = False
 
   def __post_init__(self):
     _require_positive(self, 'predictor: ', 'd_model', 'num_heads', 'num_layers', 'mlp_dim')

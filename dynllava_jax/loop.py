@@ -67,14 +67,14 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   with sharding.on_mesh(mesh):
     state, frozen = initial_state(cfg, optimizer, mesh, directory)
     first = int(state.step)
-    # The top of a CLIP tower that is never run: no use for the step, but an export needs it.
+    # The top of a CLIP tower and the instruction predictor, never run: no use for the step, but an export needs them.
     tail = {k: frozen.pop(k) for k in NEVER_TRAINED if k in frozen}
     info = CheckpointInfo(
       model=cfg.model,
       stages=cfg.stages,
       sparsity=cfg.sparsity,
       conversation=cfg.data.conversation,
-      unused_vision_layers=bool(tail),
+      unused_vision_layers='vision_tail' in tail,
     )
     checkpoint.write_info(directory, info, tokenizer, assets)
     checkpoint.write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(cfg), indent=1).encode())

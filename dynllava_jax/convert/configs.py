@@ -76,6 +76,7 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
       num_heads=sparse['nhead'],
       num_layers=sparse['num_layers'],
       mlp_dim=int(sparse['d_model'] * (sparse['dim_feedforward'] / sparse['d_model'])),
+      instruct=bool(sparse.get('use_instruct_predictor')),
     )
     model = ModelConfig(vision=vision, projector=projector, llama=llama, predictor=predictor)
     sparsity = SparsityConfig(
@@ -138,7 +139,6 @@ def _refuse(file: pathlib.Path, config: dict[str, Any], text: dict[str, Any]) ->
     'projector_hidden_act other than gelu': config.get('projector_hidden_act', 'gelu') != 'gelu',
     'a projector without bias': not config.get('multimodal_projector_bias', True),
     'the image marks <im_start> and <im_end>': bool(config.get('mm_use_im_start_end')),
-    'the instruction predictor': bool(sparse.get('use_instruct_predictor')),
     'a sparse config without vision predictor': bool(sparse) and not sparse.get('use_vision_predictor', True),
     'a sparse config without output text predictor': bool(sparse) and not sparse.get('use_output_text_predictor', True),
   }

@@ -164,7 +164,7 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
       'output_text_keep_rate': info.sparsity.text_keep_rate,
       'output_text_len_for_training': info.sparsity.min_answer_len,
       'sparse_layer': stage.start,
-      'use_instruct_predictor': False,
+      'use_instruct_predictor': model.predictor.instruct,
       'use_output_text_predictor': True,
       'use_text_predictor': True,
       'use_vision_predictor': True,

@@ -109,6 +109,8 @@ def open_source(request: Request) -> Source:
       notes.append(f'passed over {len(inside)} tensors of the tower inside the checkpoint; {tower_dir} was read instead')
     found = [(k, t) for k, t in found if not k.startswith(TOWER)] + _named(Layout.CLIP, directory_tensors(tower_dir), notes)
   info = model_info(file, layout, config, vision)
+  if info.model.predictor is not None and info.model.predictor.instruct:
+    notes.append('the instruction predictor is kept for the way back; it is not run here, so no prompt text is dropped')
   if request.add_predictors:
     info, fresh = _add_predictors(request, info, found)
     found += fresh

@@ -171,7 +171,7 @@ def llava_rules(cfg: ModelConfig) -> list[Rule]:
     rules.append(Rule('lm_head.weight', ('llama', 'head'), LINEAR))
   rules += [Rule(f'{layer}.self_attn.{n}_proj.weight', (*target, n), HEADS) for n in 'qkv']
   rules += [Rule(f'{layer}.mlp.{n}_proj.weight', (*target, n), LINEAR) for n in ('gate', 'up', 'down')]
-  return rules + projector_rules(cfg) + (predictor_rules() if cfg.predictor else [])
+  return rules + projector_rules(cfg) + (predictor_rules(cfg.predictor.instruct) if cfg.predictor else [])
 
 
 def projector_rules(cfg: ModelConfig) -> list[Rule]:
@@ -183,9 +183,9 @@ def projector_rules(cfg: ModelConfig) -> list[Rule]:
   return rules
 
 
-def predictor_rules() -> list[Rule]:
-  """The vision and output-text predictors of Dynamic-LLaVA."""
-  image, text = 'model.image_score_predictor', 'model.output_text_score_predictor.output_mlp'
+def predictor_rules(instruct: bool = False) -> list[Rule]:
+  """The vision and output-text predictors of Dynamic-LLaVA, and the instruction predictor if there is one."""
+  image = 'model.image_score_predictor'
   block, target = f'{image}.transformer.#', ('image_predictor', 'blocks')
   rules = _norm(f'{image}.down_mlp.0', ('image_predictor', 'norm')) + _dense(f'{image}.down_mlp.1', ('image_predictor', 'down'))
   rules += [Rule(f'{block}.attn.qkv.weight', (*target, 'qkv'), FUSED_HEADS)]
@@ -196,5 +196,11 @@ def predictor_rules() -> list[Rule]:
     rules += _dense(f'{block}.mlp.{name}', (*target, name))
   for i in range(3):
     rules += _dense(f'{image}.output_mlp.{2 * i}', ('image_predictor', 'head', f'linear_{i}'))
-    rules += _dense(f'{text}.{2 * i + 3}', ('text_predictor', 'head', f'linear_{i}'))
-  return rules + _norm(f'{text}.0', ('text_predictor', 'norm')) + _dense(f'{text}.1', ('text_predictor', 'down'))
+  texts = {'text_predictor': 'model.output_text_score_predictor.output_mlp'}
+  if instruct:
+    texts['instruct_predictor'] = 'model.instruct_score_predictor.output_mlp'
+  for group, name in texts.items():
+    rules += _norm(f'{name}.0', (group, 'norm')) + _dense(f'{name}.1', (group, 'down'))
+    for i in range(3):
+      rules += _dense(f'{name}.{2 * i + 3}', (group, 'head', f'linear_{i}'))
+  return rules

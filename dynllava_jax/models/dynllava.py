@@ -344,6 +344,8 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
   size = cfg.vision.num_patches + 1
   prompt = Prompt(jnp.zeros((1, size), jnp.int32), jnp.full(1, size), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.uint32))
   params = DynLlava(cfg).init(key, pixels, prompt, method=everything)['params']
+  if cfg.predictor is not None and cfg.predictor.instruct:
+    params['instruct_predictor'] = params['text_predictor']  # of the same shape; nothing runs it
   return params | {'llama': {k.replace('stage_0', 'layers'): v for k, v in params['llama'].items()}}
 
 

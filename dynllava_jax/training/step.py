@@ -16,7 +16,7 @@ from dynllava_jax.models.dynllava import DynLlava, Prompt, abstract_params, cut_
 from dynllava_jax.ops.images import normalize
 
 PREDICTORS = ('image_predictor', 'text_predictor')
-NEVER_TRAINED = ('vision_tail',)
+NEVER_TRAINED = ('vision_tail', 'instruct_predictor')
 
 
 @jax.tree_util.register_dataclass
@@ -75,8 +75,9 @@ def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
 
 
 def cut_abstract(cfg: TrainConfig) -> dict[str, Any]:
-  """Shapes and axis names of the run's parameters, cut for its stages."""
-  return jax.eval_shape(lambda p: cut_params(p, cfg.stages), abstract_params(cfg.model))
+  """Shapes and axis names of the parameters that the run uses, cut for its stages."""
+  used = {k: v for k, v in abstract_params(cfg.model).items() if k not in NEVER_TRAINED}
+  return jax.eval_shape(lambda p: cut_params(p, cfg.stages), used)
 
 
 def gumbel_noise(key: jax.Array, batch: int, image_tokens: int, positions: int) -> tuple[jax.Array, jax.Array]:

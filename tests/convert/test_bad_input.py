@@ -149,7 +149,6 @@ def test_no_weights_and_no_config(source):
     (dict(mm_vision_tower=None), 'names no vision tower'),
     (dict(mm_vision_tower='../elsewhere'), 'the vision tower ../elsewhere is no CLIP directory here'),
     (dict(rope_scaling={'type': 'dynamic', 'factor': 2.0}), "not supported: rope_scaling of type 'dynamic'"),
-    (dict(use_instruct_predictor=True), 'not supported: the instruction predictor'),
     (dict(mm_projector_type='resampler'), "projector 'resampler' is unknown"),
     (dict(sparse_layer=4), 'starts at layer 4, but the decoder has 4 layers'),
     (dict(image_aspect_ratio='anyres'), 'not supported: any-resolution images'),

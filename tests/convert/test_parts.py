@@ -11,9 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from dynllava_jax import checkpoint, presets
 from dynllava_jax.convert.convert import convert
+from dynllava_jax.convert.export import export
 from dynllava_jax.convert.inspection import describe
 from dynllava_jax.convert.plan import assign
-from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.readers import ConversionError, directory_tensors
 from dynllava_jax.convert.source import Request, open_source
 
 CASE = GOLDEN / 'public_b'
@@ -93,6 +94,23 @@ def test_predictors_added_to_a_dense_model(tmp_path):
   assert (norm == 1).all() and plan['image_predictor/down/kernel'].load().std() > 0.01
   with pytest.raises(ConversionError, match='has predictors already'):
     open_source(Request(src=CASE / 'checkpoint', add_predictors=True))
+
+
+def test_instruction_predictor_is_kept_for_the_way_back(tmp_path):
+  text = {k: v for k, v in WEIGHTS.items() if 'output_text_score_predictor' in k}
+  extra = {k.replace('output_text_score_predictor', 'instruct_score_predictor'): v + 1 for k, v in text.items()}
+  config = CONFIG | {'sparse_config': CONFIG['sparse_config'] | {'use_instruct_predictor': True}}
+  source = write(tmp_path / 'source', config, WEIGHTS | extra)
+  found, _ = convert(Request(src=source, vision=CLIP), tmp_path / 'ours')
+  assert any('instruction predictor' in note for note in found.notes)
+  params = checkpoint.load_params(tmp_path / 'ours')
+  np.testing.assert_array_equal(params['instruct_predictor']['norm']['scale'], params['text_predictor']['norm']['scale'] + 1)
+  export(tmp_path / 'ours', tmp_path / 'back', 'dynamic-llava')
+  back = {t.key: t.read() for t in directory_tensors(tmp_path / 'back')}
+  assert back.keys() == (WEIGHTS | extra).keys()
+  for key, value in extra.items():
+    np.testing.assert_array_equal(back[key], value)
+  assert json.loads((tmp_path / 'back' / 'config.json').read_text())['sparse_config'] == config['sparse_config']
 
 
 @pytest.fixture
