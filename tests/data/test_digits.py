@@ -87,20 +87,20 @@ def sample(scene, task):
 
 def test_long_answers_score_by_digit(scenes):
   question = sample(scenes[0], 'read')
-  answer = question.conversations[1]['value']
+  answer = expected = question.conversations[1]['value']
   total = (scenes[0].cells >= 0).sum()
-  assert score(question, answer) == 1.0
-  assert score(question, '') == 0.0
+  assert score(question.task, expected, answer) == 1.0
+  assert score(question.task, expected, '') == 0.0
   one_less = answer[::-1].replace(next(c for c in answer[::-1] if c.isdigit()), '-', 1)[::-1]
-  assert score(question, one_less) == pytest.approx((total - 1) / total)
+  assert score(question.task, expected, one_less) == pytest.approx((total - 1) / total)
   every = digits.write_scene(np.full_like(scenes[0].cells, 5))
-  assert score(question, every) == pytest.approx((scenes[0].cells == 5).sum() / scenes[0].cells.size)
+  assert score(question.task, expected, every) == pytest.approx((scenes[0].cells == 5).sum() / scenes[0].cells.size)
 
 
 def test_short_answers_score_by_exact_match(scenes):
   question = sample(scenes[0], 'how_many')
-  answer = question.conversations[1]['value']
-  assert score(question, answer) == 1.0 and score(question, answer + '0') == 0.0
+  answer = expected = question.conversations[1]['value']
+  assert score(question.task, expected, answer) == 1.0 and score(question.task, expected, answer + '0') == 0.0
 
 
 def test_long_answers_run_over_sixty_tokens(scenes):
