@@ -18,6 +18,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'
 CASES = ('public_a', 'public_b')
 
+jax.config.update('jax_disable_most_optimizations', True)  # tiny programs: compiling them is what takes the time
+
 if not flags.FLAGS.is_parsed():
   flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for absl flags
 
