@@ -1,8 +1,9 @@
 """Answer files, joined with labels by key; whatever does not fit is refused."""
 
+import collections
 import dataclasses
 import pathlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
@@ -12,23 +13,32 @@ from dynllava_jax.evals.folders import fields, read_lines
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-  """(gold, answer row) pairs in the order of the labels; `total` is the number of labels."""
+  """(gold, answer row) pairs in the order of the labels.
+
+  `total` is the number of labels, `sizes` that of each cluster.
+  """
 
   pairs: tuple[tuple[Gold, dict[str, Any]], ...]
   total: int
+  sizes: Mapping[Hashable, int]
 
 
-def read_answers(path: pathlib.Path, problems: Problems) -> list[dict[str, Any]]:
+def read_answers(benchmark: Benchmark, path: pathlib.Path, problems: Problems) -> list[dict[str, Any]]:
   """Rows of a LLaVA answer file; unreadable ones go to `problems`.
 
   Raises:
-    DataError: no such file, or a row without `question_id` or `text`.
+    DataError: no such file, or a row without `question_id` or `text`, or with fields of other types.
   """
   rows = read_lines(path, lambda message: problems.add('unreadable lines', message))
   for i, row in enumerate(rows, 1):
     _, text = fields(row, ('question_id', 'text'), f'{path}, answer {i}')
-    if not isinstance(text, str) and not (isinstance(text, list) and all(isinstance(t, str) for t in text)):
-      raise DataError(f'{path}, answer {i}: text is {text!r}, expected a string, or one for each round')
+    rounds = benchmark.several_rounds and isinstance(text, list) and all(isinstance(t, str) for t in text)
+    if not isinstance(text, str) and not rounds:
+      wanted = 'a string, or one for each round' if benchmark.several_rounds else 'a string'
+      raise DataError(f'{path}, answer {i}: text is {text!r}, expected {wanted}')
+    for name, kind in (('prompt', str), ('metadata', dict)):
+      if name in row and not isinstance(row[name], kind):
+        raise DataError(f'{path}, answer {i}: {name} is {row[name]!r}, expected {kind.__name__}')
   return rows
 
 
@@ -44,7 +54,7 @@ def join(benchmark: Benchmark, golds: Sequence[Gold], rows: Sequence[dict[str, A
     asked.setdefault(gold.key, []).append(gold)
   for row in rows:
     given.setdefault(benchmark.key(row), []).append(row)
-  for key in given.keys() - asked.keys():
+  for key in (k for k in given if k not in asked):
     for _ in given[key]:
       problems.add('answers to questions that were not asked', _show(key))
   pairs = []
@@ -64,7 +74,7 @@ def join(benchmark: Benchmark, golds: Sequence[Gold], rows: Sequence[dict[str, A
         problems.add('answers to another question', f'{_show(key)}: asked {gold.expected!r}, answered {canonical(row["prompt"])!r}')
       else:
         pairs.append((gold, row))
-  return Joined(tuple(pairs), len(golds))
+  return Joined(tuple(pairs), len(golds), collections.Counter(g.cluster for g in golds if g.cluster is not None))
 
 
 def _show(key: Hashable) -> str:

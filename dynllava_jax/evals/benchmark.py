@@ -109,6 +109,8 @@ class Benchmark:
   max_new_tokens: ClassVar[int] = 128
   scored: ClassVar[bool] = True  # False: labels are not public, only a submission is made
   last_answer_wins: ClassVar[bool] = False
+  several_rounds: ClassVar[bool] = False  # an answer's text may be a list, one string per round
+  of_whole_clusters: ClassVar[tuple[str, ...]] = ()  # counts that a cluster with an answer missing does not add to
   notes: ClassVar[tuple[str, ...]] = ()
 
   def configured(self, cfg: EvalConfig) -> 'Benchmark':

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import suite
-from dynllava_jax.evals.benchmark import Benchmark
+from dynllava_jax.evals import score, suite
+from dynllava_jax.evals.benchmark import Benchmark, Problems
 from dynllava_jax.evals.folders import Folder
 
 WIDTH = 150  # where there is no terminal to ask
@@ -22,10 +22,12 @@ def inspect(benchmark: Benchmark, root: pathlib.Path) -> list[tuple[str, str, st
   for needed in benchmark.needed:
     path = folder.find(*needed.paths)
     where = f'{needed.what}: {path.relative_to(root) if path else pathlib.Path(benchmark.folders[0], needed.paths[0])}'
-    found.append((where, OK if path else MISSING, '' if path else needed.source))
+    count = benchmark.expected_questions if needed.what == 'questions' else None
+    source = f'{needed.source} ({count:,} questions)' if count else needed.source
+    found.append((where, OK if path else MISSING, '' if path else source))
   try:
     questions = benchmark.questions(folder)
-  except DataError as e:
+  except (DataError, KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
     if all(state == OK for _, state, _ in found):
       found.append(('questions', f'unreadable: {e}', 'get the file again'))
     return found
@@ -37,7 +39,20 @@ def inspect(benchmark: Benchmark, root: pathlib.Path) -> list[tuple[str, str, st
   if files:
     state = OK if not absent else f'{len(absent):,} missing'
     found.append((f'{len(files):,} images', state, f'e.g. {absent[0]}' if absent else ''))
-  return found
+  return found + (_labels(benchmark, folder) if benchmark.scored else [])
+
+
+def _labels(benchmark: Benchmark, folder: Folder) -> list[tuple[str, str, str]]:
+  problems = Problems()
+  try:
+    golds = score.labels(benchmark, folder, problems)
+  except DataError as e:
+    return [('labels', f'unreadable: {e}', 'get the file again')]
+  for gold in golds:
+    if gold.label is None:
+      problems.add('questions without a label', gold.key)
+  state = ', '.join(f'{count:,} {kind}' for kind, count in problems.counts().items()) or OK
+  return [(f'{len(golds):,} labels', state, '' if state == OK else benchmark.hint)]
 
 
 def run(root: pathlib.Path, names: list[str]) -> int:

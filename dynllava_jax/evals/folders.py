@@ -46,11 +46,21 @@ class Folder:
     return path
 
 
+def read_text(path: pathlib.Path) -> str:
+  """A text file, with or without a byte order mark; DataError if it is none."""
+  try:
+    return path.read_text(encoding='utf-8-sig')
+  except IsADirectoryError:
+    raise DataError(f'{path}: is a folder, expected a file') from None
+  except UnicodeDecodeError as e:
+    raise DataError(f'{path}: not UTF-8 text ({e})') from None
+
+
 def read_json(path: pathlib.Path) -> Any:
   """Parsed JSON; DataError with file and place if it is none."""
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    return json.loads(read_text(path))
+  except json.JSONDecodeError as e:
     raise DataError(f'{path}: not JSON ({e})') from None
 
 
@@ -67,7 +77,7 @@ def read_lines(path: pathlib.Path, bad: Callable[[str], None] | None = None) -> 
   if not path.is_file():
     raise DataError(f'{path}: no such file')
   rows = []
-  for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):  # splitlines would cut at U+2028 in a text
+  for number, line in enumerate(read_text(path).split('\n'), 1):  # splitlines would cut at U+2028 in a text
     if not line.strip():
       continue
     try:
@@ -85,6 +95,8 @@ def read_lines(path: pathlib.Path, bad: Callable[[str], None] | None = None) -> 
 
 def fields(row: dict[str, Any], names: tuple[str, ...], where: str) -> tuple:
   """Values of `row`; DataError naming what is missing."""
+  if not isinstance(row, dict):
+    raise DataError(f'{where}: expected an object, got {type(row).__name__}')
   missing = [n for n in names if n not in row]
   if missing:
     raise DataError(f'{where}: lacks {", ".join(missing)}; has {", ".join(row) or "nothing"}')

@@ -24,6 +24,7 @@ class LongAnswers(Benchmark):
   question_file: ClassVar[str]
   images = ('images', '.')
   max_new_tokens = 1024
+  several_rounds = True
 
   def questions(self, folder: Folder) -> list[Question]:
     path, images = folder.need_labels(self.question_file), image_folder(folder, self.images)

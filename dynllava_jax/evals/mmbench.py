@@ -92,12 +92,15 @@ class MmBench(Benchmark):
       golds.append(Gold(str(int(row['index'])), label, canonical(row['question']), int(row['index']) % CIRCLE))
     return golds
 
+  of_whole_clusters = ('circles', 'all_right')
+
   def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:
     right = [letter(text, OPTIONS) == gold for gold, text in answers]
     return {'n': len(right), 'correct': sum(right), 'circles': 1, 'all_right': all(right)}
 
   def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-    return {'accuracy': 100 * sums['correct'] / sums['n'], 'circular': 100 * sums['all_right'] / sums['circles']}
+    accuracy = {'accuracy': 100 * sums['correct'] / sums['n']}
+    return accuracy | ({'circular': 100 * sums['all_right'] / sums['circles']} if sums.get('circles') else {})
 
   def submission(self, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
     import openpyxl  # here, as scoring needs no spreadsheet

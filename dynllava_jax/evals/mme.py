@@ -6,7 +6,7 @@ from typing import Any
 
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmark import LLAVA_EVAL, Gold, Lines, Needed, Problems, canonical
-from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.folders import Folder, read_text
 
 PERCEPTION = ('existence', 'count', 'position', 'color', 'posters', 'celebrity', 'scene', 'landmark', 'artwork', 'OCR')
 COGNITION = ('commonsense_reasoning', 'numerical_calculation', 'text_translation', 'code_reasoning')
@@ -50,7 +50,7 @@ def read_labels(path: pathlib.Path) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _lines(path: pathlib.Path) -> list[list[str]]:
-  return [[c.strip() for c in line.split('\t')] for line in path.read_text(encoding='utf-8').split('\n') if line.strip()]
+  return [[c.strip() for c in line.split('\t')] for line in read_text(path).split('\n') if line.strip()]
 
 
 def find_labels(folder: Folder) -> pathlib.Path:
@@ -79,6 +79,7 @@ class Mme(Lines):
   question_file = 'llava_mme.jsonl'
   images = RELEASE
   expected_questions = 2374
+  of_whole_clusters = ('images', 'both')
   needed = (
     Needed((question_file,), LLAVA_EVAL),
     Needed(RELEASE + RESULTS, SITE, 'labels'),
@@ -109,10 +110,10 @@ class Mme(Lines):
     scores = {
       c: 100 * sums[f'{c}/correct'] / sums[f'{c}/n'] + 100 * sums[f'{c}/both'] / sums[f'{c}/images']
       for c in CATEGORIES
-      if sums.get(f'{c}/n')
+      if sums.get(f'{c}/images')
     }
-    total = lambda group: sum(scores[c] for c in group if c in scores)
-    return {'perception': total(PERCEPTION), 'cognition': total(COGNITION)} | scores
+    groups = {'perception': PERCEPTION, 'cognition': COGNITION}
+    return {g: sum(scores[c] for c in names if c in scores) for g, names in groups.items() if scores.keys() & set(names)} | scores
 
   def submission(self, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
     labels = {_key(c, s, q): (c, s, q, a) for c, s, q, a in read_labels(find_labels(folder))}

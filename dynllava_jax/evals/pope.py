@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmark import LLAVA_EVAL, Gold, Lines, Needed, Problems, canonical
 from dynllava_jax.evals.folders import Folder, fields, read_lines
 
@@ -72,7 +73,7 @@ class Pope(Lines):
       key = category, image, canonical(text)
       shown.add(key)
       golds.append(Gold(str(id_), (category, labels[key]) if key in labels else None, canonical(text)))
-    for category, image, text in labels.keys() - shown:
+    for category, image, text in (k for k in labels if k not in shown):
       problems.add('labels without a question', f'{category}: {image} {text!r}')
     return golds
 
@@ -93,6 +94,7 @@ class Pope(Lines):
 def _label_file(folder: Folder, file: str):
   if folder.labels:
     path = folder.need_labels() / file
-    if path.is_file():
-      return path
+    if not path.is_file():
+      raise DataError(f'config.labels: {folder.labels} has no {file}; expected the folder with {", ".join(FILES)}')
+    return path
   return folder.need(*(f'{d}/{file}' for d in LABEL_FOLDERS))

@@ -12,7 +12,7 @@ from rich.console import Console
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import compare, figures, forced, layout, runner, suite
+from dynllava_jax.evals import compare, figures, forced, layout, runner, score, suite
 from dynllava_jax.evals.answers import join
 from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems, Question
 from dynllava_jax.evals.folders import Folder
@@ -136,7 +136,7 @@ def scorable(
     return None
   problems = Problems()
   try:
-    golds = benchmark.golds(folder, problems)
+    golds = score.labels(benchmark, folder, problems)
   except DataError as e:
     console.print(f'will not be scored: {e}')
     return None

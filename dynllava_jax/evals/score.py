@@ -11,7 +11,7 @@ from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import suite
 from dynllava_jax.evals.answers import Joined, join, read_answers
-from dynllava_jax.evals.benchmark import Benchmark, Problems
+from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import write_atomically
 
@@ -37,6 +37,10 @@ def tally(benchmark: Benchmark, joined: Joined) -> Tallies:
     counted = [benchmark.tally([(label, benchmark.seen(row)) for label, row in group]) for group in groups.values()]
   except ValueError as e:
     raise DataError(f'{benchmark.name}: {e}') from None
+  for one, (cluster, group) in zip(counted, groups.items()):
+    if len(group) < joined.sizes.get(cluster, 1):
+      for column in [c for c in one if c.rpartition('/')[2] in benchmark.of_whole_clusters]:
+        del one[column]
   columns = tuple(dict.fromkeys(c for counts in counted for c in counts))
   place = {c: i for i, c in enumerate(columns)}
   counts = np.zeros((len(counted), len(columns)))
@@ -88,6 +92,16 @@ def bootstrap(benchmark: Benchmark, tallies: Tallies, reference: Tallies | None 
   return [float(v) for v in np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]
 
 
+def labels(benchmark: Benchmark, folder: Folder, problems: Problems) -> list[Gold]:
+  """The benchmark's labels; DataError if they are missing or laid out in another way."""
+  try:
+    return benchmark.golds(folder, problems)
+  except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
+    raise DataError(
+      f'{benchmark.name}: its labels are not laid out as expected ({type(e).__name__}: {e}); docs/evaluation.md names the files'
+    ) from e
+
+
 def join_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_partial: bool) -> tuple[Joined, Problems]:
   """An answer file with its labels.
 
@@ -95,8 +109,8 @@ def join_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_pa
     DataError: something does not fit and `allow_partial` is off, or nothing fits.
   """
   problems = Problems()
-  golds = benchmark.golds(folder, problems)
-  rows = read_answers(path, problems)
+  golds = labels(benchmark, folder, problems)
+  rows = read_answers(benchmark, path, problems)
   joined = join(benchmark, golds, rows, problems)
   if problems and not allow_partial:
     raise DataError(
