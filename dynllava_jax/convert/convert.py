@@ -23,6 +23,7 @@ from dynllava_jax.convert.source import Request, Source, open_source
 from dynllava_jax.convert.writer import StepWriter
 
 REPORT_FILE = 'conversion.json'
+RESULTS = (checkpoint.MODEL_FILE, 'config.json')  # one of these tells a directory that may be overwritten
 DTYPES = {'keep': None, 'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 AT_ONCE = 2  # tensors on their way; each takes about three times its size
 SPARE_BYTES = 64 * 2**20  # room for metadata and descriptions
@@ -59,9 +60,11 @@ def convert(
     ConversionError: the source is wrong (nothing is written then), or the destination is unwritable, too small or
       does not hold what was written.
   """
-  dst = dst.absolute()
+  dst = dst.resolve()
   check_destination(dst, overwrite, request.src, request.vision, request.base)
   source = open_source(request)
+  read = {pathlib.Path(t.origin) for _, t in source.tensors} | ({pathlib.Path(request.projector)} if request.projector else set())
+  check_destination(dst, overwrite, *(file for file in read if file.is_file()))  # also what a config names, such as the tower
   plan = assign(source.info, source.tensors, DTYPES[dtype])
   with new_directory(dst, sum(a.nbytes for a in plan)) as partial:
     step_dir = partial / str(STEP)
@@ -120,12 +123,17 @@ def with_progress(label: str, function: Callable[[T], R], items: list[T], sizes:
 def check_destination(dst: pathlib.Path, overwrite: bool, *sources: pathlib.Path | None) -> None:
   """ConversionError if there is something at `dst` that may not be replaced, a source above all."""
   for source in sources:
-    if source is not None and source.resolve().is_relative_to(dst.resolve()):
-      raise ConversionError(f'{dst}: is or holds the source {source}; choose another --dst')
+    if source is None:
+      continue
+    here = source.resolve()
+    if here.is_relative_to(dst) or (here.is_dir() and dst.is_relative_to(here)):
+      raise ConversionError(f'{dst}: is, holds or lies in the source {source}; choose another --dst')
   if dst.exists() and not dst.is_dir():
     raise ConversionError(f'{dst}: is a file; choose another --dst')
   if dst.is_dir() and any(dst.iterdir()) and not overwrite:
     raise ConversionError(f'{dst}: exists and is not empty; choose another --dst, or replace it with --overwrite')
+  if dst.is_dir() and any(dst.iterdir()) and not any((dst / name).is_file() for name in RESULTS):
+    raise ConversionError(f'{dst}: holds no checkpoint, and --overwrite replaces only those; choose another --dst')
 
 
 @contextlib.contextmanager
@@ -139,6 +147,8 @@ def new_directory(dst: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
   """
   partial, old = dst.with_name(f'.{dst.name}.partial'), dst.with_name(f'.{dst.name}.old')
   try:
+    if old.exists() and not dst.exists():  # killed between the two renames at the end
+      os.replace(old, dst)
     for leftover in (partial, old):
       if leftover.exists():
         shutil.rmtree(leftover)

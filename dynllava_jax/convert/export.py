@@ -97,8 +97,8 @@ def export(
     ConversionError: the layout cannot hold the model, or `dst` cannot be written.
     CheckpointError: `src` is missing or damaged.
   """
-  dst = dst.absolute()
-  check_destination(dst, overwrite, src, vision)
+  dst = dst.resolve()
+  check_destination(dst, overwrite, checkpoint.locate(src)[0], vision)
   info, assets = checkpoint.read_info(src), checkpoint.read_assets(src)
   tokenizer = checkpoint.read_tokenizer(src) or {}
   directory, step = checkpoint.locate(src)

@@ -11,6 +11,7 @@ temporary name until it is whole, and the files that make the folder a data set 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -33,15 +34,18 @@ from dynllava_jax.data.check import (
   table,
   with_buckets,
 )
+from dynllava_jax.data.conversation import check_template, template
 from dynllava_jax.data.index import Index, index_key, index_path, write_index
 from dynllava_jax.data.progress import follow
 from dynllava_jax.data.records import Finding, Record, read_image
+from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.store import INFO_FILE, NAME, SOURCES_FILE, SPLIT, features, to_example
-from dynllava_jax.data.tokenizer import read_files
+from dynllava_jax.data.tokenizer import load_tokenizer, read_files
 from dynllava_jax.data.workers import pool
 
 UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on
 SETTINGS_FILE = 'prepared.json'
+PLAN_FILE = 'shards.json'
 SHARD_OPTIONS = 'group_size:1,uncompressed'  # one record per chunk for random access; JPEG does not shrink
 
 
@@ -65,8 +69,8 @@ def prepare(
     console.print(f'{out}: prepared already')
     shutil.rmtree(unfinished, ignore_errors=True)
     return True
-  write(unfinished / SETTINGS_FILE, settings)
   entries = read_sources(scan)
+  write(unfinished / SETTINGS_FILE, settings)
   findings = with_buckets(scan, examine_all(scan, entries, unfinished))
   content = report(scan, findings)
   write(out / REPORT_FILE, content)
@@ -79,6 +83,9 @@ def prepare(
   accepted = not bad or scan.data.on_bad_sample == 'skip'
   if accepted and not only_check:
     good = [(e, f) for e, f in zip(entries, findings) if not f.reason]
+    if not good:
+      shutil.rmtree(unfinished)
+      raise DataError(f'{", ".join(map(str, scan.json.values()))}: no usable sample in it')
     write_store(scan, weights, out, settings, good, image_bytes, shard_samples)
     console.print(f'{out}: {len(good):,} samples prepared')
   shutil.rmtree(unfinished)  # also what the scan found: what is mended must be looked at again
@@ -136,6 +143,13 @@ def write_store(
     jobs.append((path, [record for record, _ in good[start : start + shard_samples]], root))
   for left in out.glob('*.tmp'):  # of writers that were killed
     left.unlink()
+  # Shards of another attempt stay only if they hold the same samples: images may have been mended or lost in between.
+  plan = {'sha256': hashlib.sha256(json.dumps([settings, [dataclasses.astuple(r) for r, _ in good]]).encode()).hexdigest()}
+  plan_file = out / UNFINISHED / PLAN_FILE
+  if not plan_file.exists() or json.loads(plan_file.read_text()) != plan:
+    for shard in out.glob(f'{NAME}-{SPLIT}.array_record-*'):
+      shard.unlink()
+  write(plan_file, plan)
   todo = [job for job in jobs if not job[0].exists()]
   done = len(good) - sum(len(job[1]) for job in todo)
   for _ in follow(_write_all(todo, scan.processes), 'writing samples', len(good), lambda n: n, done):
@@ -213,7 +227,7 @@ def define_flags() -> None:
   flags.DEFINE_string('conversation', 'vicuna_v1', 'Template.')
   flags.DEFINE_integer('text_length', 1472, 'Largest text bucket; 1472 and 576 image tokens make 2048.')
   flags.DEFINE_multi_integer('bucket', [], 'Further, smaller text buckets, for the histogram.')
-  flags.DEFINE_integer('image_tokens', 576, 'Positions an image takes.')
+  flags.DEFINE_integer('image_tokens', 576, 'Positions an image takes.', lower_bound=1)
   flags.DEFINE_bool('truncate', False, 'Samples longer than the largest bucket will be cut in training: no problem.')
   flags.DEFINE_enum('on_bad_sample', 'error', ['error', 'skip'], 'Stop at bad samples, or leave them out.')
   flags.DEFINE_integer('processes', os.cpu_count(), 'Worker processes.', lower_bound=1)
@@ -232,7 +246,7 @@ def main(_) -> None:
     if len(set(names)) < len(names):
       raise ConfigError(f'--json: {", ".join(names)}; files need different names, they name the sources')
     weights = given.weight or [1.0] * len(paths)
-    if len(weights) != len(paths) or min(weights) <= 0:
+    if len(weights) != len(paths) or not all(math.isfinite(w) and w > 0 for w in weights):
       raise ConfigError(f'--weight: {weights}; expected one positive number per --json, {len(paths)} of them')
     data = DataConfig(
       conversation=given.conversation,
@@ -249,6 +263,8 @@ def main(_) -> None:
       num_patches=given.image_tokens,
       processes=given.processes,
     )
+    if scan.tokenizer:
+      check_template(template(data.conversation), load_tokenizer(scan.tokenizer))
     out = pathlib.Path(given.out)
     good = prepare(scan, weights, out, only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
     sys.exit(0 if good else 1)

@@ -52,8 +52,11 @@ def read_json(path: pathlib.Path) -> list[Any]:
   Raises:
     DataError: the file is no JSON, or no list; with the line.
   """
-  text = path.read_text()
-  lines = enumerate(text.splitlines(), 1) if path.suffix == '.jsonl' else [(1, text)]
+  try:
+    text = path.read_text(encoding='utf-8-sig')
+  except UnicodeDecodeError as e:
+    raise DataError(f'{path}: not UTF-8 text ({e})') from None
+  lines = enumerate(text.split('\n'), 1) if path.suffix == '.jsonl' else [(1, text)]
   out = []
   for number, line in lines:
     if not line.strip():
@@ -62,6 +65,8 @@ def read_json(path: pathlib.Path) -> list[Any]:
       entry = json.loads(line)
     except json.JSONDecodeError as e:
       raise DataError(f'{path}, line {number + e.lineno - 1}: no JSON ({e.msg}, column {e.colno})') from None
+    except RecursionError:
+      raise DataError(f'{path}, line {number}: nested too deeply for a list of samples') from None
     out.append(entry)
   if path.suffix != '.jsonl':
     out = out[0] if out else None
@@ -84,6 +89,9 @@ def parse(entry: Any, source: str, number: int) -> Record:
   if not isinstance(image, str) or ('image' in entry and not image):
     raise DataError(f'{where}: "image" is {image!r}, expected a path; leave the key out for text')
   turns = tuple({'from': t['from'], 'value': t['value']} for t in entry['conversations'])
+  for what in (str(entry.get('id', '')), image, *(t['value'] for t in turns)):
+    if any('\ud800' <= c <= '\udfff' for c in what):  # JSON can hold half of a character, UTF-8 cannot
+      raise DataError(f'{where.encode(errors="replace").decode()}: holds half of a surrogate pair, which is no text')
   return Record(str(entry.get('id', f'{source}#{number}')), source, image, turns)
 
 
@@ -91,8 +99,9 @@ def read_image(record_id: str, path: str, root: pathlib.Path) -> bytes:
   """The bytes of an image file; DataError if there is none."""
   try:
     return (root / path).read_bytes()
-  except OSError as e:
-    raise DataError(f'sample {record_id}: image {root / path} cannot be read ({e.strerror})', 'missing_image') from None
+  except (OSError, ValueError) as e:  # ValueError: a path with a NUL in it
+    why = e.strerror if isinstance(e, OSError) else e
+    raise DataError(f'sample {record_id}: image {root / path} cannot be read ({why})', 'missing_image') from None
 
 
 def examine(record: Record, *, style: Template, tokenizer: Tokenizer | None, images: pathlib.Path | None) -> Finding:

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import MeshConfig
 from dynllava_jax.convert import convert as converting
-from dynllava_jax.convert.convert import convert
+from dynllava_jax.convert.convert import convert, new_directory
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.source import Request
 
@@ -106,8 +106,26 @@ def test_destination_that_exists(source, out):
   (out / 'old').touch()
   convert(Request(src=source), out, overwrite=True)
   assert not (out / 'old').exists() and checkpoint.load_params(out) and not out.with_name('.out.old').exists()
-  with pytest.raises(ConversionError, match='is or holds the source'):
+  with pytest.raises(ConversionError, match='is, holds or lies in the source'):
     convert(Request(src=source), source.parent, overwrite=True)
+
+
+def test_what_may_not_be_overwritten(source, out):
+  with pytest.raises(ConversionError, match='lies in the source .*clip'):  # the tower, which only the config names
+    convert(Request(src=source), source.parent / 'clip', overwrite=True)
+  assert (source.parent / 'clip' / 'model.safetensors').is_file()
+  (out / 'photos').mkdir(parents=True)
+  with pytest.raises(ConversionError, match='holds no checkpoint, and --overwrite replaces only those'):
+    convert(Request(src=source), out, overwrite=True)
+  assert (out / 'photos').is_dir()
+
+
+def test_checkpoint_set_aside_by_a_killed_overwrite_comes_back(source, out):
+  convert(Request(src=source), out)
+  os.replace(out, out.with_name('.out.old'))  # killed between the two renames
+  with pytest.raises(ConversionError), new_directory(out, 2**60):  # the next attempt fails, for want of room
+    pass
+  checkpoint.load_params(out)
 
 
 def test_destination_that_cannot_be_written(source, tmp_path, monkeypatch):

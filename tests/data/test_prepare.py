@@ -1,6 +1,7 @@
 """Preparing and checking: every fault is reported, nothing is lost, nothing comes twice."""
 
 import collections
+import dataclasses
 import io
 import json
 import os
@@ -184,6 +185,39 @@ def test_after_kill_9_it_goes_on_with_nothing_lost_and_nothing_twice(root, prepa
 def read_ids(path):
   store = Store(path)
   return os.getpid(), [store[i].id for i in range(len(store))]
+
+
+def test_shards_of_an_attempt_with_other_samples_are_written_again(root, prepared, tmp_path):
+  """Killed after two shards, `--check` in between, an image mended: finished shards must not be taken for the new ones."""
+  missing = [llava_files.sample(i) | ({'image': 'pictures/mended.jpg'} if i == 3 else {}) for i in range(100)]
+  path = llava_files.write_json(tmp_path / 'mix.json', missing)
+  what = scan(root, {'mix': path}, data=dataclasses.replace(DATA, on_bad_sample='skip'))
+  out = tmp_path / 'out'
+  with pytest.MonkeyPatch.context() as patch:
+    whole, count = prepare.write_shard, [0]
+
+    def stop_at_the_third(job):
+      count[0] += 1
+      if count[0] == 3:
+        raise KeyboardInterrupt
+      return whole(job)
+
+    patch.setattr(prepare, 'write_shard', stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+      run(what, out)
+  run(what, out, only_check=True)
+  (root / 'pictures' / 'mended.jpg').write_bytes((root / 'pictures' / '1.jpg').read_bytes())
+  assert run(what, out)
+  assert ids(Store(str(out))) == [s['id'] for s in missing]
+
+
+def test_nothing_usable_and_half_characters_are_one_message(root, tmp_path):
+  broken = llava_files.sample(1)
+  broken['conversations'][1]['value'] += '\ud83d'
+  path = llava_files.write_json(tmp_path / 'broken.json', [broken])
+  with pytest.raises(DataError, match='no usable sample'):
+    run(scan(root, {'broken': path}, data=dataclasses.replace(DATA, on_bad_sample='skip')), tmp_path / 'out')
+  assert 'half of a surrogate pair' in (tmp_path / 'out' / check.REPORT_FILE).read_text()
 
 
 def test_two_processes_read_the_same_store(prepared):
