@@ -65,8 +65,13 @@ def run(main: Callable[[list[str]], None]) -> None:
     except (OSError, ValueError, TypeError) as e:
       sys.exit(f'error: --config: {_one_line(e)}')
 
+  def without_strays(argv):
+    if len(argv) > 1:
+      sys.exit(f'error: {argv[1]!r}: unexpected; options are written --name=value')
+    main(argv)
+
   logging.set_verbosity(logging.WARNING)  # what jax and orbax say of themselves is not for users
-  app.run(main, flags_parser=parser)
+  app.run(without_strays, flags_parser=parser)
 
 
 def _one_line(error: Exception) -> str:

@@ -39,6 +39,11 @@ def test_train_mistakes(arguments, message, tmp_path):
   assert 'Traceback' not in result.stderr
 
 
+def test_stray_words_are_refused():
+  result = run('convert_weights.py', '--src=a', 'true', '--dst=b', devices=1)
+  assert result.returncode == 1 and "'true': unexpected" in result.stderr
+
+
 def test_eval_names_a_missing_checkpoint(tmp_path):
   result = run('eval.py', f'{DIGITS}:eval', f'--checkpoint={tmp_path}')
   assert result.returncode == 1 and 'no checkpoint here' in result.stderr and 'Traceback' not in result.stderr
