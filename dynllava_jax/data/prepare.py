@@ -263,8 +263,9 @@ def main(_) -> None:
       num_patches=given.image_tokens,
       processes=given.processes,
     )
+    style = template(data.conversation)  # a typo must not leave settings behind
     if scan.tokenizer:
-      check_template(template(data.conversation), load_tokenizer(scan.tokenizer))
+      check_template(style, load_tokenizer(scan.tokenizer))
     out = pathlib.Path(given.out)
     good = prepare(scan, weights, out, only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
     sys.exit(0 if good else 1)
