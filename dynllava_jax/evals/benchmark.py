@@ -64,7 +64,6 @@ class Needed:
   paths: tuple[str, ...]
   source: str
   what: str = 'questions'
-  optional: bool = False
 
 
 class Problems:
