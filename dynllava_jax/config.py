@@ -122,9 +122,8 @@ class LlamaConfig:
   tie_embeddings: bool = False  # the output head is the embedding
 
   def __post_init__(self):
-    _require_positive(
-      self, 'llama: ', 'vocab_size', 'hidden_size', 'mlp_dim', 'num_layers', 'num_heads', 'num_kv_heads', 'rope_theta'
-    )
+    sizes = ('vocab_size', 'hidden_size', 'mlp_dim', 'num_layers', 'num_heads', 'num_kv_heads')
+    _require_positive(self, 'llama: ', *sizes, 'rope_theta', 'rms_norm_eps')
     _require(
       self.hidden_size % self.num_heads == 0,
       f'llama: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}',

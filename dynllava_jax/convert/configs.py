@@ -8,18 +8,19 @@ from dynllava_jax.config import (
   CLIP_MEAN,
   CLIP_STD,
   DENSE,
-  LlamaConfig,
+  ConfigError,
   ModelConfig,
   PredictorConfig,
-  RopeScaling,
   SparsityConfig,
   Stage,
   VisionConfig,
   check_stages,
+  from_config_dict,
+  to_dict,
 )
 from dynllava_jax.convert.export_configs import UNPADDED
 from dynllava_jax.convert.layouts import Layout
-from dynllava_jax.convert.readers import ConversionError, read_json
+from dynllava_jax.convert.readers import ConversionError, nested, read_json
 
 # Hugging Face leaves out of `text_config` and `vision_config` what equals the defaults of transformers' LlamaConfig and
 # CLIPVisionConfig. These are they.
@@ -52,11 +53,11 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
     ConversionError: a missing key, or something this model does not have.
   """
   hf = layout is Layout.LLAVA_HF
-  text = LLAMA_DEFAULTS | config.get('text_config', {}) if hf else config
   try:
-    _refuse(file, config, text)
-    tied = bool(config.get('tie_word_embeddings') or text.get('tie_word_embeddings'))
-    llama = LlamaConfig(
+    text = LLAMA_DEFAULTS | nested(file, config, 'text_config') if hf else config
+    sparse = nested(file, config, 'sparse_config')
+    _refuse(file, config, text, sparse)
+    llama = dict(
       vocab_size=config.get(UNPADDED) or text['vocab_size'],
       hidden_size=text['hidden_size'],
       mlp_dim=text['intermediate_size'],
@@ -64,57 +65,61 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
       num_heads=text['num_attention_heads'],
       num_kv_heads=text.get('num_key_value_heads') or text['num_attention_heads'],
       rms_norm_eps=text['rms_norm_eps'],
-      **_rope(text),
-      tie_embeddings=tied,
+      **_rope(file, text),
+      tie_embeddings=bool(config.get('tie_word_embeddings') or text.get('tie_word_embeddings')),
     )
-    projector = 'mlp2x_gelu' if hf else config.get('mm_projector_type', 'linear')
-    sparse = config.get('sparse_config')
+    model = dict(vision=to_dict(vision), llama=llama, projector='mlp2x_gelu' if hf else config.get('mm_projector_type', 'linear'))
     if not sparse:
-      return CheckpointInfo(model=ModelConfig(vision=vision, projector=projector, llama=llama), unused_vision_layers=True)
-    predictor = PredictorConfig(
-      d_model=sparse['d_model'],
+      return CheckpointInfo(model=from_config_dict(ModelConfig, model, 'model'), unused_vision_layers=True)
+    width = sparse['d_model']
+    predictor = dict(
+      d_model=width,
       num_heads=sparse['nhead'],
       num_layers=sparse['num_layers'],
-      mlp_dim=int(sparse['d_model'] * (sparse['dim_feedforward'] / sparse['d_model'])),
+      mlp_dim=sparse['dim_feedforward'],
       instruct=bool(sparse.get('use_instruct_predictor')),
     )
-    model = ModelConfig(vision=vision, projector=projector, llama=llama, predictor=predictor)
-    sparsity = SparsityConfig(
+    from_config_dict(PredictorConfig, predictor, 'sparse_config')
+    model['predictor'] = predictor | {'mlp_dim': int(width * (predictor['mlp_dim'] / width))}  # the authors' rounding
+    sparsity = dict(
       image_keep_rate=sparse['vision_keep_rate'],
       text_keep_rate=sparse['output_text_keep_rate'],
       mask_loss_weight=sparse['mask_loss_weight'],
       min_answer_len=sparse['output_text_len_for_training'],
     )
-    stages = dynamic_stages(model, sparse['sparse_layer'], sparse['vision_keep_rate'])
+    sparsity = from_config_dict(SparsityConfig, sparsity, 'sparse_config')
+    model = from_config_dict(ModelConfig, model, 'model')
+    stages = dynamic_stages(model, sparse['sparse_layer'], sparsity.image_keep_rate)
     return CheckpointInfo(model=model, stages=stages, sparsity=sparsity, unused_vision_layers=True)
   except KeyError as e:
     raise ConversionError(f'{file}: key {e} is missing') from None
-  except (TypeError, ValueError, ZeroDivisionError, AttributeError) as e:  # ConfigError is a ValueError
+  except (TypeError, ValueError) as e:  # ConfigError is a ValueError
     raise ConversionError(f'{file}: {e}') from None
 
 
 def dynamic_stages(model: ModelConfig, start: int, image_keep_rate: float) -> tuple[Stage, ...]:
   """Dense layers up to `start`, dynamic ones from there."""
-  stages = (*(DENSE if start else ()), Stage(start=start, selector='dynamic', image_keep_rate=image_keep_rate))
+  cut = from_config_dict(Stage, dict(start=start, selector='dynamic', image_keep_rate=image_keep_rate), 'sparse_layer')
+  stages = (*(DENSE if start else ()), cut)
   check_stages(stages, model)
   return stages
 
 
-def _rope(text: dict[str, Any]) -> dict[str, Any]:
+def _rope(file: pathlib.Path, text: dict[str, Any]) -> dict[str, Any]:
   """Fields of `LlamaConfig`: `rope_theta` and `rope_scaling` to transformers 4, `rope_parameters` since 5."""
-  rope = dict(text.get('rope_scaling') or {}) | dict(text.get('rope_parameters') or {})
-  theta = float(rope.get('rope_theta') or text.get('rope_theta') or 10000.0)
+  rope = nested(file, text, 'rope_scaling') | nested(file, text, 'rope_parameters')
+  theta = rope.get('rope_theta') or text.get('rope_theta') or 10000.0
   kind = rope.get('rope_type') or rope.get('type') or 'default'
   if kind == 'default':
     return dict(rope_theta=theta)
   if kind == 'linear':
-    return dict(rope_theta=theta, rope_scaling=RopeScaling(kind=kind, factor=float(rope['factor'])))
+    return dict(rope_theta=theta, rope_scaling=dict(kind=kind, factor=rope['factor']))
   if kind == 'llama3':
-    scaling = RopeScaling(
+    scaling = dict(
       kind=kind,
-      factor=float(rope['factor']),
-      low_freq_factor=float(rope['low_freq_factor']),
-      high_freq_factor=float(rope['high_freq_factor']),
+      factor=rope['factor'],
+      low_freq_factor=rope['low_freq_factor'],
+      high_freq_factor=rope['high_freq_factor'],
       original_max_positions=rope['original_max_position_embeddings'],
     )
     return dict(rope_theta=theta, rope_scaling=scaling)
@@ -122,16 +127,15 @@ def _rope(text: dict[str, Any]) -> dict[str, Any]:
   raise ValueError(f'not supported: rope_scaling of type {kind!r}{hint}; default, linear and llama3 are')
 
 
-def _refuse(file: pathlib.Path, config: dict[str, Any], text: dict[str, Any]) -> None:
+def _refuse(file: pathlib.Path, config: dict[str, Any], text: dict[str, Any], sparse: dict[str, Any]) -> None:
   """ConversionError for what would silently be computed wrong."""
-  sparse = config.get('sparse_config') or {}
-  heads = text.get('num_attention_heads') or 1
+  heads, width, head = (text.get(k) for k in ('num_attention_heads', 'hidden_size', 'head_dim'))
   layer = config.get('vision_feature_layer', -2)
   problems = {
     f'hidden_act {text.get("hidden_act")!r} (only silu)': text.get('hidden_act', 'silu') != 'silu',
     'attention_bias': bool(text.get('attention_bias')),
     'mlp_bias': bool(text.get('mlp_bias')),
-    'head_dim other than hidden_size / heads': text.get('head_dim') not in (None, text.get('hidden_size', 0) // heads),
+    'head_dim other than hidden_size / heads': head is not None and head * heads != width,
     'any-resolution images': str(config.get('image_aspect_ratio')).startswith('anyres') or bool(config.get('image_grid_pinpoints')),
     "feature select 'cls_patch'": config.get('mm_vision_select_feature', 'patch') != 'patch',
     "vision_feature_select_strategy other than 'default'": config.get('vision_feature_select_strategy', 'default') != 'default',
@@ -155,18 +159,16 @@ def vision_config(file: pathlib.Path, config: dict[str, Any], images: pathlib.Pa
     images: `preprocessor_config.json`, which may be absent.
     select_layer: which layer's features LLaVA takes.
   """
-  nested = 'vision_config' in config
-  config = config.get('vision_config', config)
+  if 'vision_config' in config:
+    config = CLIP_DEFAULTS | nested(file, config, 'vision_config')
   kind = config.get('model_type', 'clip_vision_model')
   if kind not in ('clip_vision_model', 'clip'):
     raise ConversionError(f'{file}: vision tower {kind!r} is not supported, only CLIP')
   if config.get('hidden_act', 'quick_gelu') != 'quick_gelu':
     raise ConversionError(f'{file}: hidden_act {config["hidden_act"]!r} is not supported, only quick_gelu')
-  if nested:
-    config = CLIP_DEFAULTS | config
   norm = read_json(images) if images.exists() else {}
   try:
-    return VisionConfig(
+    fields = dict(
       image_size=config['image_size'],
       patch_size=config['patch_size'],
       hidden_size=config['hidden_size'],
@@ -175,10 +177,11 @@ def vision_config(file: pathlib.Path, config: dict[str, Any], images: pathlib.Pa
       num_heads=config['num_attention_heads'],
       layer_norm_eps=config.get('layer_norm_eps', 1e-5),
       select_layer=select_layer,
-      image_mean=tuple(norm.get('image_mean') or CLIP_MEAN),
-      image_std=tuple(norm.get('image_std') or CLIP_STD),
+      image_mean=norm.get('image_mean') or CLIP_MEAN,
+      image_std=norm.get('image_std') or CLIP_STD,
     )
+    return from_config_dict(VisionConfig, fields, 'vision')
   except KeyError as e:
     raise ConversionError(f'{file}: key {e} is missing') from None
-  except (TypeError, ValueError) as e:
+  except ConfigError as e:
     raise ConversionError(f'{file}: {e}') from None

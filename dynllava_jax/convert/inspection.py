@@ -12,7 +12,7 @@ from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import MODEL_FILE
 from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical, detect
 from dynllava_jax.convert.lora import ADAPTERS, TRAINED_WHOLE
-from dynllava_jax.convert.readers import Tensor, directory_tensors, file_tensors, has_weights
+from dynllava_jax.convert.readers import Tensor, directory_tensors, file_tensors, has_weights, nested
 from dynllava_jax.convert.source import PROJECTOR_FILE
 
 PARTS = (
@@ -52,7 +52,7 @@ def describe(directory: pathlib.Path) -> str:
     return _ours(directory)
   layout, config = detect(directory)
   lines = [f'layout: {layout.value}']
-  groups = {'': config} | {f'{n}.': config.get(n, {}) for n in ('text_config', 'vision_config')}
+  groups = {'': config} | {f'{n}.': nested(directory / 'config.json', config, n) for n in ('text_config', 'vision_config')}
   for where, values in groups.items():
     lines += [f'{where}{k}: {json.dumps(values[k])}' for k in SHOWN if values.get(k) is not None]
   return '\n'.join(lines + _count((_part(layout, t.key), t.shape, t.dtype) for t in _tensors(directory)))
@@ -79,7 +79,8 @@ def _ours(directory: pathlib.Path) -> str:
   root, step = checkpoint.locate(directory)
   info = checkpoint.read_info(directory)
   stored = checkpoint.stored_params(directory)
-  lines = [f'layout: dynllava_jax, step {step} of {", ".join(map(str, checkpoint.all_steps(root)))}']
+  checkpoint.check_integrity(root / str(step), 'params', contents=False)
+  lines = [f'layout: dynllava_jax, step {step} of {", ".join(map(str, checkpoint.all_steps(root)))}; every file has its size']
   for name in ('vision', 'llama', 'predictor'):
     values: Any = getattr(info.model, name)
     if values is not None:

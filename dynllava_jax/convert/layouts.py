@@ -9,7 +9,7 @@ import pathlib
 import re
 from typing import Any
 
-from dynllava_jax.convert.readers import ConversionError, read_json
+from dynllava_jax.convert.readers import ConversionError, nested, read_json
 
 
 class Layout(enum.Enum):
@@ -106,7 +106,7 @@ def detect(directory: pathlib.Path) -> tuple[Layout, dict[str, Any]]:
   file = directory / 'config.json'
   config = read_json(file)
   kind = str(config.get('model_type', ''))
-  text = str((config.get('text_config') or {}).get('model_type', 'llama'))
+  text = str(nested(file, config, 'text_config').get('model_type', 'llama'))
   if kind in _REFUSED:
     raise ConversionError(f'{file}: model_type {kind!r}, {_REFUSED[kind]}, is not supported; only LLaVA-1.5 on LLaMA is')
   if kind in ('clip', 'clip_vision_model'):

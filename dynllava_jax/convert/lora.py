@@ -60,6 +60,8 @@ def _scale(file: pathlib.Path) -> float:
     rank, alpha = config['r'], config['lora_alpha']
   except KeyError as e:
     raise ConversionError(f'{file}: key {e} is missing') from None
+  if not (type(rank) is int and rank > 0 and type(alpha) in (int, float)):
+    raise ConversionError(f'{file}: r is {rank!r} and lora_alpha {alpha!r}, expected a positive whole number and a number')
   return alpha / (math.sqrt(rank) if config.get('use_rslora') else rank)
 
 

@@ -25,6 +25,7 @@ SAFETENSORS_DTYPES = {
 }
 FLOATS = tuple(np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
+LFS_POINTER = b'version https://git-lfs'
 REMAP_BYTES = 2**28  # a mapped file counts as memory in use once read; it is mapped anew after so many bytes
 
 
@@ -66,6 +67,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
+def nested(path: pathlib.Path, config: dict[str, Any], key: str) -> dict[str, Any]:
+  """The group of entries `key` of a config, empty if it is not there; ConversionError if it is something else."""
+  value = config.get(key) or {}
+  if not isinstance(value, dict):
+    raise ConversionError(f'{path}: {key} is {value!r}, expected an object with named entries')
+  return value
+
+
 def has_weights(directory: pathlib.Path) -> bool:
   """Whether a checkpoint directory holds weight files or an index of them."""
   return any((directory / f'{name}{end}').exists() for name in WEIGHTS for end in ('', '.index.json'))
@@ -89,8 +98,8 @@ def directory_tensors(directory: pathlib.Path) -> list[Tensor]:
 
 def _sharded(directory: pathlib.Path, index: pathlib.Path) -> list[Tensor]:
   placed = read_json(index).get('weight_map')
-  if not isinstance(placed, dict):
-    raise ConversionError(f'{index}: has no weight_map')
+  if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+    raise ConversionError(f'{index}: has no weight_map from keys to file names')
   names = sorted(set(placed.values()))
   absent = [n for n in names if not (directory / n).exists()]
   if absent:
@@ -112,6 +121,9 @@ def file_tensors(path: pathlib.Path) -> list[Tensor]:
   Raises:
     ConversionError: truncated or unreadable file, or a pickle that holds anything but tensors.
   """
+  with path.open('rb') as f:
+    if f.read(len(LFS_POINTER)) == LFS_POINTER:
+      raise ConversionError(f'{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`')
   return _safetensors(path) if path.suffix == '.safetensors' else _pickled(path)
 
 

@@ -14,7 +14,7 @@ from dynllava_jax.convert.configs import PUBLISHED_TOWERS, dynamic_stages, model
 from dynllava_jax.convert.export_configs import UNPADDED
 from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical, detect
 from dynllava_jax.convert.lora import merge
-from dynllava_jax.convert.readers import ConversionError, Tensor, directory_tensors, file_tensors, has_weights, read_json
+from dynllava_jax.convert.readers import ConversionError, Tensor, directory_tensors, file_tensors, has_weights, nested, read_json
 from dynllava_jax.convert.tables import predictor_rules, projector_rules
 from dynllava_jax.models.dynllava import init_predictors, init_projector
 
@@ -135,8 +135,8 @@ def _named(layout: Layout, tensors: list[Tensor], notes: list[str]) -> list[tupl
 def _base_directory(request: Request) -> pathlib.Path:
   file = request.src / ADAPTER_CONFIG
   named = request.base or (read_json(file).get('base_model_name_or_path') if file.exists() else None)
-  if named and pathlib.Path(named).is_dir():
-    return pathlib.Path(named)
+  if named and pathlib.Path(str(named)).is_dir():
+    return pathlib.Path(str(named))
   raise ConversionError(
     f'{request.src}: an adapter or projector alone; give the directory of the model it belongs to with --base'
     + (f' ({named} is not here)' if named else '')
@@ -204,13 +204,14 @@ def _tower(
     return _tower_config(request.vision, config), request.vision
   if layout is Layout.LLAVA_HF:
     images = request.src / 'preprocessor_config.json'
-    return vision_config(
-      file, {'vision_config': config.get('vision_config') or {}}, images, config.get('vision_feature_layer', -2)
-    ), None
+    tower = {'vision_config': nested(file, config, 'vision_config')}
+    return vision_config(file, tower, images, config.get('vision_feature_layer', -2)), None
   named = config.get('mm_vision_tower') or config.get('vision_tower')
   if not named:
     raise ConversionError(f'{file}: names no vision tower (mm_vision_tower); give the CLIP directory with --vision')
-  for path in (request.src / named, request.src / 'clip', pathlib.Path(named)):
+  if not isinstance(named, str):
+    raise ConversionError(f'{file}: mm_vision_tower is {named!r}, expected the name of a directory')
+  for path in (request.src / 'clip', request.src / named, pathlib.Path(named)):  # first its own: an export may have been moved
     if (path / 'config.json').exists():
       return _tower_config(path, config), path if has_weights(path) else None
   if named in PUBLISHED_TOWERS and _has_tower_copy(request):

@@ -119,6 +119,18 @@ def test_index_that_places_a_key_in_the_wrong_shard(source):
     plan(source)
 
 
+def test_index_whose_map_names_no_files(source):
+  (source / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': {'model.norm.weight': 3}}))
+  with pytest.raises(ConversionError, match='index.json: has no weight_map from keys to file names'):
+    plan(source)
+
+
+def test_pointer_that_git_lfs_left(source):
+  (source / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13476849064\n')
+  with pytest.raises(ConversionError, match='model.safetensors: a Git LFS pointer, not the file itself; fetch it with'):
+    plan(source)
+
+
 def test_truncated_bin(tmp_path):
   torch = pytest.importorskip('torch', reason='writing a .bin file needs torch')
   torch.save({'a': torch.zeros(1000)}, tmp_path / 'x.bin')
@@ -152,6 +164,13 @@ def test_no_weights_and_no_config(source):
     (dict(mm_projector_type='resampler'), "projector 'resampler' is unknown"),
     (dict(sparse_layer=4), 'starts at layer 4, but the decoder has 4 layers'),
     (dict(image_aspect_ratio='anyres'), 'not supported: any-resolution images'),
+    (dict(hidden_size='80'), "config.json: model.llama.hidden_size: expected int, got '80'"),
+    (dict(rms_norm_eps=0), 'rms_norm_eps is 0.0, expected a positive number'),
+    (dict(rope_scaling=[2.0]), r'config.json: rope_scaling is \[2.0\], expected an object with named entries'),
+    (dict(sparse_config='on'), "config.json: sparse_config is 'on', expected an object with named entries"),
+    (dict(mm_vision_tower=['clip']), r"config.json: mm_vision_tower is \['clip'\], expected the name of a directory"),
+    (dict(d_model=0), 'sparse_config: predictor: d_model is 0, expected a positive number'),
+    (dict(vision_keep_rate='a fifth'), "sparse_config.image_keep_rate: expected float, got 'a fifth'"),
   ],
 )
 def test_configs_that_cannot_be_honoured(source, tmp_path, changes, message):

@@ -10,6 +10,7 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from dynllava_jax import checkpoint, presets
+from dynllava_jax.checkpoint import CheckpointError
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.export import export
 from dynllava_jax.convert.inspection import describe
@@ -160,6 +161,9 @@ def test_lora_mistakes(lora, vicuna, tmp_path):
   (directory / 'adapter_config.json').write_text(json.dumps({'r': 2, 'lora_alpha': 6, 'use_dora': True}))
   with pytest.raises(ConversionError, match='only plain LoRA adapters can be merged, this one sets use_dora'):
     open_source(Request(src=directory, base=vicuna))
+  (directory / 'adapter_config.json').write_text(json.dumps({'r': 0, 'lora_alpha': 6}))
+  with pytest.raises(ConversionError, match='adapter_config.json: r is 0 and lora_alpha 6, expected a positive whole number'):
+    open_source(Request(src=directory, base=vicuna))
 
 
 def test_projector_alone_in_a_pretraining_directory(vicuna, projector, tmp_path):
@@ -255,3 +259,7 @@ def test_inspect_tells_parts_without_loading(lora, tmp_path):
   convert(Request(src=CASE / 'checkpoint'), tmp_path / 'ours', dtype='bfloat16')
   text = describe(tmp_path / 'ours')
   assert 'layout: dynllava_jax, step 0' in text and 'llama                       292,560 parameters, bfloat16' in text
+  longest = max((p for p in (tmp_path / 'ours' / '0' / 'params').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  longest.write_bytes(longest.read_bytes()[:-1])
+  with pytest.raises(CheckpointError, match=f'{longest.name}: .* bytes, expected'):
+    describe(tmp_path / 'ours')

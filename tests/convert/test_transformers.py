@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from dynllava_jax.config import DENSE
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.export import export
 from dynllava_jax.convert.readers import directory_tensors
-from dynllava_jax.convert.source import Request
+from dynllava_jax.convert.source import Request, open_source
 from dynllava_jax.convert.verify import prompt_from_ids
 from dynllava_jax.models.dynllava import DynLlava, cut_params
 
@@ -214,3 +215,11 @@ def test_authors_layout_comes_back_key_for_key_and_bit_for_bit(tmp_path, case):
   assert not clip['missing_keys'] and not clip['unexpected_keys']
   convert(Request(src=tmp_path / 'back'), tmp_path / 'again')
   assert_same(parameters(tmp_path / 'again'), parameters(tmp_path / 'ours'))
+
+
+def test_an_export_that_was_moved_takes_its_own_tower(tmp_path):
+  convert(Request(src=GOLDEN / 'public_b' / 'checkpoint'), tmp_path / 'ours')
+  export(tmp_path / 'ours', tmp_path / 'back', 'dynamic-llava')
+  shutil.copytree(tmp_path / 'back', tmp_path / 'moved')
+  towers = {t.origin for k, t in open_source(Request(src=tmp_path / 'moved')).tensors if k.startswith('vision_model.')}
+  assert towers == {str(tmp_path / 'moved' / 'clip' / 'model.safetensors')}
