@@ -6,8 +6,18 @@ import numpy as np
 
 
 def perplexity(log_probs: Sequence[float]) -> float:
-  """exp of the mean negative log-probability of an answer's tokens, `</s>` included. `log_probs`: float[T], T > 0."""
-  return float(np.exp(-np.mean(np.asarray(log_probs, np.float64))))
+  """exp of the mean negative log-probability of an answer's tokens, `</s>` included. `log_probs`: float[T], T > 0.
+
+  Raises:
+    FloatingPointError: a log-probability is not a number, or the result is not finite.
+  """
+  with np.errstate(over='ignore'):
+    value = float(np.exp(-np.mean(np.asarray(log_probs, np.float64))))
+  if not np.isfinite(value):
+    raise FloatingPointError(
+      f'the perplexity of an answer is {value}: the model gives log-probabilities such as {min(log_probs)}; are its weights whole?'
+    )
+  return value
 
 
 def mean_perplexity(samples: Sequence[Sequence[float]]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dynllava_jax.config import EvalConfig
+from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import suite
 from dynllava_jax.evals.answers import Joined, join, read_answers
@@ -144,10 +144,12 @@ def run(cfg: EvalConfig, path: pathlib.Path, data: pathlib.Path, allow_partial: 
   """`score_file` for a config; writes the submission files to `out` if that is given.
 
   Raises:
-    ConfigError: unknown benchmark.
+    ConfigError: unknown benchmark, or a number of questions, which is for runs.
     DataError: see `score_file`.
   """
   benchmark = suite.get(cfg.benchmark).configured(cfg)
+  if cfg.questions and benchmark.folders:
+    raise ConfigError('config.questions: an answer file is scored against all labels; to score a part of them give --allow_partial')
   folder = Folder(data, benchmark.folders, cfg.labels)
   result = score_file(benchmark, folder, path, allow_partial)
   if out is None:

@@ -16,6 +16,7 @@ from dynllava_jax.evals import compare, forced, meteor, mme, score, suite
 from dynllava_jax.evals.answers import Joined
 from dynllava_jax.evals.benchmark import Gold, canonical, letter
 from dynllava_jax.evals.mmbench import is_empty
+from dynllava_jax.evals.perplexity import perplexity
 from dynllava_jax.evals.resize import resize_tower
 from dynllava_jax.presets import LLAVA_1_5_7B
 
@@ -105,6 +106,20 @@ def test_a_smaller_image_interpolates_positions():
 def test_agreement_counts_tokens_not_answers():
   read = [{'best': ['11'], 'log_probs': [[0.0, 0.0]]}, {'best': ['000000'], 'log_probs': [[-4.0] * 6]}]
   assert forced.agreement(read) == {'token_agreement': 25.0, 'answer_perplexity': pytest.approx(np.exp(3))}
+
+
+def test_a_perplexity_is_a_number():
+  with pytest.raises(FloatingPointError, match='the perplexity of an answer is nan'):
+    perplexity([-1.0, float('nan')])
+  with pytest.raises(FloatingPointError, match='the perplexity of an answer is inf: .* such as -2000.0'):
+    perplexity([-2000.0, -1.0])
+
+
+def test_answer_files_are_scored_against_all_labels(tmp_path):
+  config = eval_configs.get_config('pope')
+  config.questions = 5
+  with pytest.raises(ConfigError, match='config.questions: an answer file is scored against all labels'):
+    score.run(from_config_dict(EvalConfig, config), tmp_path / 'answers.jsonl', tmp_path, False, None)
 
 
 def test_meteor_without_wordnet_goes_by_another_name(monkeypatch):
