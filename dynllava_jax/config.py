@@ -520,3 +520,15 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 def to_dict(config: Any) -> dict[str, Any]:
   """The plain (JSON-ready) form of a dataclass built by `from_config_dict`."""
   return dataclasses.asdict(config)
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+  """(dotted key, value before, value now) of the first setting that differs between two plain configs."""
+  for key in now:
+    old, new = before.get(key), now[key]
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+      if found := first_difference(old, new):
+        return f'{key}.{found[0]}', *found[1:]
+    elif old != new:
+      return key, old, new
+  return None

@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
-from dynllava_jax.config import TOKENIZER_FILES, ConfigError, DataConfig, TrainConfig, to_dict
+from dynllava_jax.config import TOKENIZER_FILES, ConfigError, DataConfig, TrainConfig, first_difference, to_dict
 from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
 from dynllava_jax.data.sources import TrainingData, new_tokenizer, training_data
 from dynllava_jax.models.dynllava import abstract_params, cut_params, init_params, join_params
@@ -194,12 +194,11 @@ def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   defaults = json.loads(json.dumps(to_dict(DataConfig())))
   for side in (before, now):  # the stream is the same for any number of workers and wherever the pictures lie
     side['data'] = {k: v for k, v in (defaults | side['data']).items() if k not in DATA_MAY_CHANGE}
-  for key in now:
-    if key not in MAY_CHANGE and before.get(key) != now[key]:
-      raise ConfigError(
-        f'config.{key}: the run in {workdir} was started with {before.get(key)}, the config says {now[key]}; '
-        'choose another --workdir or remove it'
-      )
+  if found := first_difference(*({k: v for k, v in side.items() if k not in MAY_CHANGE} for side in (before, now))):
+    key, old, new = found
+    raise ConfigError(
+      f'config.{key}: the run in {workdir} was started with {old!r}, the config says {new!r}; choose another --workdir or remove it'
+    )
 
 
 def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:

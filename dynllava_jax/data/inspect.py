@@ -3,6 +3,7 @@
 python -m dynllava_jax.data.inspect --config=configs/llava.py:finetune --index=5 --out=sample.png
 """
 
+import io
 import itertools
 import pathlib
 
@@ -19,6 +20,7 @@ from dynllava_jax.data.pipeline import LayOut
 from dynllava_jax.data.samples import Sample
 from dynllava_jax.data.sources import new_tokenizer, training_source
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dynllava_jax.files import write_atomically
 
 SUPERVISED, IMAGE, PADDING = 'bold green', 'magenta', 'dim'
 
@@ -88,8 +90,9 @@ def main(_) -> None:
       console.print(part)
       console.print()
     if row.image_start >= 0:
-      path = pathlib.Path(given.out)
-      Image.fromarray(row.pixels).save(path)
+      path, content = pathlib.Path(given.out), io.BytesIO()
+      Image.fromarray(row.pixels).save(content, 'PNG')
+      write_atomically(path, content.getvalue())
       console.print(f'the picture as the model gets it: {path}')
 
 

@@ -22,7 +22,7 @@ from absl import flags
 from rich.console import Console
 
 from dynllava_jax import command_line
-from dynllava_jax.config import ConfigError, DataConfig
+from dynllava_jax.config import ConfigError, DataConfig, first_difference
 from dynllava_jax.data.check import (
   HISTOGRAM_FILE,
   REPORT_FILE,
@@ -42,6 +42,7 @@ from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.store import INFO_FILE, NAME, SOURCES_FILE, SPLIT, features, to_example
 from dynllava_jax.data.tokenizer import load_tokenizer, read_files
 from dynllava_jax.data.workers import pool
+from dynllava_jax.files import write_atomically
 
 UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on
 SETTINGS_FILE = 'prepared.json'
@@ -111,18 +112,14 @@ def check_resumable(out: pathlib.Path, settings: dict) -> None:
   for path in (out / SETTINGS_FILE, out / UNFINISHED / SETTINGS_FILE):
     if path.exists():
       before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
-      changed = [key for key in now if before.get(key) != now[key]]
-      if changed:
-        key = changed[0]
-        raise ConfigError(f'--out: {out} was made with {key} {before.get(key)}, now it is {now[key]}; choose another or remove it')
+      if found := first_difference(before, now):
+        key, old, new = found
+        raise ConfigError(f'--out: {out} was made with {key} {old!r}, now it is {new!r}; choose another or remove it')
 
 
 def write(path: pathlib.Path, content: dict | list) -> None:
   """JSON, under a temporary name first."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_text(json.dumps(content, indent=1) + '\n')
-  os.replace(temporary, path)
+  write_atomically(path, (json.dumps(content, indent=1) + '\n').encode())
 
 
 def write_store(
@@ -241,6 +238,8 @@ def main(_) -> None:
     for name in ('json', 'images', 'out'):
       if not given[name].value:
         raise ConfigError(f'--{name} is missing; see --help')
+    if not os.path.isdir(given.images):
+      raise ConfigError(f'--images: {given.images} is no folder; expected the one that the paths in the JSON start from')
     paths = [pathlib.Path(p) for p in given.json]
     names = [p.stem for p in paths]
     if len(set(names)) < len(names):

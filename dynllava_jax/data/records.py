@@ -84,6 +84,8 @@ def parse(entry: Any, source: str, number: int) -> Record:
     if not isinstance(turn, dict) or not isinstance(turn.get('from'), str) or not isinstance(turn.get('value'), str):
       raise DataError(f'{where}, turn {i}: expected {{"from": ..., "value": ...}} with texts, found {str(turn)[:80]}')
   image = entry.get('image', '')
+  if isinstance(image, list) and len(image) == 1:
+    image = image[0]
   if isinstance(image, list):
     raise DataError(f'{where}: {len(image)} images, one is supported', 'several_images')
   if not isinstance(image, str) or ('image' in entry and not image):

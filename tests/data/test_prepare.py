@@ -17,7 +17,7 @@ from conftest import GOLDEN, ROOT
 from rich.console import Console
 
 from dynllava_jax.config import ConfigError, DataConfig
-from dynllava_jax.data import check, prepare
+from dynllava_jax.data import check, prepare, records
 from dynllava_jax.data.images import decode
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.store import Store
@@ -148,6 +148,9 @@ def test_other_settings_are_refused(root, prepared):
   what = scan(root, {'mix': root / 'mix.json'}, num_patches=9)
   with pytest.raises(ConfigError, match='was made with num_patches 4, now it is 9'):
     run(what, prepared)
+  what = scan(root, {'mix': root / 'mix.json'}, data=dataclasses.replace(DATA, conversation='plain'))
+  with pytest.raises(ConfigError, match=f"was made with data.conversation '{DATA.conversation}', now it is 'plain'"):
+    run(what, prepared)
 
 
 KILLED_AFTER_TWO_SHARDS = """
@@ -237,6 +240,16 @@ def test_command_line_checks_in_parallel_and_fails_by_exit_status(root, tmp_path
   assert done.returncode == 1 and 'missing_image' in done.stdout and 'Traceback' not in done.stderr
   report = json.loads(pathlib.Path(tmp_path / 'out' / check.REPORT_FILE).read_text())
   assert report['text_tokens'] == 'not measured: no tokenizer given'
+  command[-2] = f'--images={root / "nowhere"}'
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 1 and done.stderr.startswith(f'error: --images: {root / "nowhere"} is no folder')
+
+
+def test_a_list_of_one_image_is_that_image():
+  entry = llava_files.sample(1)
+  assert records.parse(entry | {'image': [entry['image']]}, 'mix', 0) == records.parse(entry, 'mix', 0)
+  with pytest.raises(DataError, match='2 images, one is supported'):
+    records.parse(entry | {'image': [entry['image']] * 2}, 'mix', 0)
 
 
 @pytest.mark.parametrize('content', ['{"a": 1}', '[{"id": 1},', ''])

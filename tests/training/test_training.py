@@ -124,7 +124,8 @@ def test_finished_run_is_left_alone(base_run, capsys):
 
 def test_workdir_of_another_run_is_refused(base_run):
   other = dataclasses.replace(BASE, model=dataclasses.replace(MODEL, projector='linear'))
-  with pytest.raises(ConfigError, match='config.model: the run in .* was started with'):
+  started = "config.model.projector: the run in .* was started with 'mlp2x_gelu', the config says 'linear'"
+  with pytest.raises(ConfigError, match=started):
     loop.train(other, base_run)
 
 
