@@ -14,7 +14,7 @@ POLL_SECONDS = 1.0
 def die_with_parent(worker: int = 0, workers: int = 1) -> None:
   """Ends this process once its parent is gone; neither grain nor `concurrent.futures` does. The arguments are grain's."""
   del worker, workers
-  parent = os.getppid()
+  parent = multiprocessing.parent_process().pid  # not getppid(): a parent killed while this one started is already gone
 
   def watch():
     while os.getppid() == parent:

@@ -147,7 +147,7 @@ def test_a_template_that_the_tokenizer_cannot_end_is_refused(folder):
     batches(settings(folder, conversation='chatml_direct'), 1)
 
 
-WATCHED = """
+READING = """
 import multiprocessing, sys, time
 sys.path.insert(0, 'tests'); sys.path.insert(0, 'tests/data')
 import conftest, test_store_stream as t
@@ -156,6 +156,23 @@ if __name__ == '__main__':
   training = t.training_data(data, t.VISION, t.FILES, batch_size=4, seed=0)
   stream = t.training_batches(training, t.LayOut(data, t.VISION, t.FILES), batch_size=4, step=0)
   next(stream)
+  print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+  time.sleep(600)
+"""
+STARTING = """
+import multiprocessing, time
+from dynllava_jax.data import workers
+def late(begun):
+  begun.set()
+  time.sleep(1)  # long enough for the parent to be gone
+  workers.die_with_parent()
+  time.sleep(600)
+if __name__ == '__main__':
+  context = multiprocessing.get_context('spawn')
+  events = [context.Event(), context.Event()]
+  for event in events:
+    context.Process(target=late, args=[event]).start()
+    event.wait()
   print(*[p.pid for p in multiprocessing.active_children()], flush=True)
   time.sleep(600)
 """
@@ -169,9 +186,10 @@ def alive(pid):
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
-def test_workers_end_with_a_parent_killed_by_9(folder, tmp_path):
+@pytest.mark.parametrize('program', [READING, STARTING], ids=['reading', 'starting'])
+def test_workers_end_with_a_parent_killed_by_9(program, folder, tmp_path):
   script = tmp_path / 'watched.py'
-  script.write_text(WATCHED)
+  script.write_text(program)
   environment = os.environ | {'PYTHONPATH': str(ROOT)}
   parent = subprocess.Popen([sys.executable, str(script), folder], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
   try:
