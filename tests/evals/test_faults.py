@@ -1,7 +1,9 @@
 """What goes wrong with evaluations, one test each: the message names the place, and no number comes out."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -208,6 +210,42 @@ def test_killed_run_goes_on_without_losing_or_doubling_an_answer(tiny_checkpoint
   run('killed')
   whole, killed = ((tmp_path / out / 'answers' / 'own.jsonl').read_text() for out in ('whole', 'killed'))
   assert killed == whole and len(whole.splitlines()) == 9
+
+
+KILLED_AFTER_2_BATCHES = """
+import os, runpy, signal, sys
+from dynllava_jax.evals.store import AnswerStore
+add = AnswerStore.add
+def fatal(self, rows):
+  add(self, rows)
+  if len(self.rows) == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+AnswerStore.add = fatal
+sys.argv = ['eval.py', *sys.argv[1:]]
+runpy.run_path('eval.py', run_name='__main__')
+"""
+
+
+def test_command_killed_by_9_goes_on_when_started_again(tiny_checkpoint, eval_data, tmp_path):
+  """The real command in a process of its own, killed while it works, then started as a user would."""
+  answers = tmp_path / 'answers' / 'own.jsonl'
+  options = ('text_lengths=(192,)', 'batch_size=1', 'max_new_tokens=3', 'dtype=float32')
+  arguments = ['--config=configs/eval.py:pope', *(f'--config.{o}' for o in options)]
+  arguments += [f'--checkpoint={tiny_checkpoint}', f'--data={eval_data}', f'--out={tmp_path}']
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+
+  def start(*program):
+    return subprocess.run([sys.executable, *program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+  killed = start('-c', KILLED_AFTER_2_BATCHES)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  begun = [json.loads(line) for line in answers.read_text().splitlines()]
+  assert len(begun) == 2
+  again = start('eval.py')
+  assert again.returncode == 0, again.stderr
+  rows = [json.loads(line) for line in answers.read_text().splitlines()]
+  assert [r['metadata']['row'] for r in rows] == list(range(9))
+  assert all(row in rows for row in begun)  # answer ids and all: kept, not made again
 
 
 def test_check_data_says_what_is_missing_and_where_to_get_it(eval_data, tmp_path, capsys):
