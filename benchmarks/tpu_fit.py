@@ -5,7 +5,8 @@
     python benchmarks/tpu_fit.py train_7b_v5p    # one
 
 Compiles ahead of time for a described topology and prints, per device, what the program holds at most (arguments, results and
-temporaries, donated buffers once) next to the memory of the chip. Nothing is timed: the compiler does not run anything.
+temporaries, donated buffers once) next to the memory of the chip, and the compiler's estimate of the time one run takes, without
+collectives. Nothing is timed: the compiler does not run anything.
 Results go to benchmarks/results/tpu_fit.json.
 """
 
@@ -14,11 +15,13 @@ import os
 # Before jax: this process compiles for TPUs and runs on the CPU.
 os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 
+import collections
 import dataclasses
 import datetime
 import importlib.metadata
 import json
 import pathlib
+import re
 import sys
 import time
 
@@ -40,7 +43,42 @@ from dynllava_jax.training.step import State, cut_abstract, make_optimizer, make
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'tpu_fit.json'
 DYNAMIC = (Stage(), Stage(start=2, selector='dynamic', image_keep_rate=0.2, text_keep_budget=0.5))
 GIB = 2**30
+COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) \(.*\{$')
+LOOP_BODY = re.compile(r' while\(.*body=%?([\w.-]+)')
+TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+CLOCK = {'v5e': 1.5e9, 'v6e': 1.75e9, 'v5p': 1.75e9}  # Hz
 HBM = {'v5e': 15.75, 'v6e': 31.24, 'v5p': 95.0}  # GiB per chip that a program may use
+
+
+def estimated_seconds(hlo: str, clock_hz: float) -> float:
+  """The compiler's estimate of a compiled module: cycles of every instruction, those in loops times their trip count.
+
+  Args:
+    hlo: text of the compiled module. Cost analysis counts the body of a loop once, so it is no substitute.
+    clock_hz: of the chip.
+
+  A loop whose trip count is not known counts once: of decoding, one token.
+
+  Raises:
+    ValueError: no instruction has an estimate.
+  """
+  own, loops, computation = collections.Counter(), collections.defaultdict(list), ''
+  for line in hlo.splitlines():
+    if head := COMPUTATION.match(line):
+      computation = 'ENTRY' if head[1] else head[2]
+    elif loop := LOOP_BODY.search(line):
+      trips = TRIP_COUNT.search(line)
+      loops[computation].append((loop[1], int(trips[1]) if trips else 1))
+    elif cycles := CYCLES.search(line):
+      own[computation] += int(cycles[1])
+
+  def total(name: str) -> int:
+    return own[name] + sum(trips * total(body) for body, trips in loops[name])
+
+  if not total('ENTRY'):
+    raise ValueError('no instruction of the module has an estimate')
+  return total('ENTRY') / clock_hz
 
 
 def rows(batch: int, text: int, model: ModelConfig, place) -> Batch:
@@ -115,20 +153,25 @@ def main(names: list[str]) -> None:
   results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   for name in names or PROGRAMS:
     start = time.monotonic()
-    stats = PROGRAMS[name]().memory_analysis()
+    program = PROGRAMS[name]()
+    stats = program.memory_analysis()
     held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
-    room = next(size for chip, size in HBM.items() if chip in name)
+    chip = next(c for c in HBM if c in name)
+    room = HBM[chip]
+    seconds = estimated_seconds(program.as_text(), CLOCK[chip])
     results[name] = {
       'gib_per_device': round(held / GIB, 2),
       'arguments_gib': round(stats.argument_size_in_bytes / GIB, 2),
       'temporaries_gib': round(stats.temp_size_in_bytes / GIB, 2),
       'chip_gib': room,
+      'estimated_ms': round(1e3 * seconds, 1),
       'date': str(datetime.date.today()),
       'jax': jax.__version__,
       'libtpu': importlib.metadata.version('libtpu'),
     }
     write_atomically(RESULTS, (json.dumps(results, indent=1) + '\n').encode())
-    console.print(f'{name}: compiled in {time.monotonic() - start:.0f} s; {held / GIB:.2f} GiB per device of {room} GiB')
+    line = f'{name}: compiled in {time.monotonic() - start:.0f} s; {held / GIB:.2f} GiB per device of {room} GiB'
+    console.print(f'{line}, {1e3 * seconds:.0f} ms estimated')
 
 
 if __name__ == '__main__':

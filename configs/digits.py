@@ -20,7 +20,7 @@ MODEL = dict(
 )
 PREDICTOR = dict(d_model=64, num_heads=4, num_layers=2, mlp_dim=128)
 HARDWARE = dict(mesh=dict(data=-1, fsdp=1, tensor=1), dtype='float32')
-DATA = dict(source='digits', conversation='plain_turns', text_length=104, shuffle=False)
+DATA = dict(source='digits', conversation='plain_turns', text_length=90, shuffle=False)
 
 
 def stages(selector: str) -> list[dict]:
@@ -33,9 +33,9 @@ def base() -> dict:
     model=MODEL,
     data=DATA,
     stages=[dict(start=0)],
-    steps=3000,
+    steps=2200,
     batch_size=16,
-    optimizer=dict(learning_rate=1.5e-3, warmup_share=0.05, b2=0.99),
+    optimizer=dict(learning_rate=1e-3, warmup_share=0.05, b2=0.99),
     log_every=20,
     save_every=400,
     seed=0,
@@ -51,7 +51,7 @@ def dynamic() -> dict:
     model=MODEL | dict(predictor=PREDICTOR),
     data=DATA | dict(source='digits_instruct'),
     stages=stages('dynamic'),
-    steps=600,
+    steps=500,
     batch_size=16,
     init_from='runs/digits/base/checkpoints',
     frozen=('vision', 'projector'),

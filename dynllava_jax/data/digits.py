@@ -35,6 +35,9 @@ SPLITS = {'train': (0, 1297), 'validation': (1297, 1497), 'test': (1497, 1797)} 
 SHORT_TASKS = {'which': 0.6, 'how_many': 0.2, 'largest': 0.2}
 READ_SHARE = 0.15
 
+# In training, conversations of short questions ask these with this chance each, otherwise `which`, which takes longest to learn.
+COUNTED, COUNTED_SHARE = ('how_many', 'largest'), 0.6
+
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
@@ -112,7 +115,8 @@ def ask(task: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
   if task == 'list':
     return LIST, ' '.join(EMPTY if c < 0 else str(c) for c in scene.cells.reshape(-1))
   if task == 'name':
-    return NAME, ', '.join(f'{cell_name(r, c)} {scene.cells[r, c]}' for r, c in places)
+    # In any order: each digit must be looked up by the name of its cell, as for `which`.
+    return NAME, ', '.join(f'{cell_name(r, c)} {scene.cells[r, c]}' for r, c in rng.permutation(places))
   raise ValueError(f'unknown task {task!r}')
 
 
@@ -163,7 +167,7 @@ INSTRUCT = Mix(listed=0, shares={'read': 0.4, '': 0.6})
 class TrainingScenes:
   """Random-access source of training conversations, several questions each."""
 
-  SHORT_TURNS = {'list': 2, 'name': 3, 'read': 0, '': 7}  # short questions after the first one
+  TURNS = {'list': 3, 'name': 4, 'read': 1, '': 6}  # questions by what a conversation begins with; 90 text tokens hold them
 
   def __init__(self, split: str, seed: int, mix: Mix = FROM_NOTHING, size: int = 1_000_000):
     """`size` is how many different scenes there are; none is stored."""
@@ -179,9 +183,13 @@ class TrainingScenes:
     scene = make_scene(self.split, rng)
     shares = self.mix.shares
     first = 'list' if index < self.mix.listed else str(rng.choice(list(shares), p=list(shares.values())))
-    short = rng.choice(list(SHORT_TASKS), self.SHORT_TURNS[first], p=list(SHORT_TASKS.values()))
-    pairs = dict(ask(t, scene, rng) for t in [first] * bool(first) + list(short))  # each question once
-    return Sample(f'digits/{self.split}/{index}', scene.image, _turns(list(pairs.items())))
+    pairs = dict([ask(first, scene, rng)] if first else [ask(t, scene, rng) for t in COUNTED if rng.random() < COUNTED_SHARE])
+    while len(pairs) < self.TURNS[first]:
+      pairs.update([ask('which', scene, rng)])  # each question once
+    pairs = list(pairs.items())
+    if not first:
+      pairs = [pairs[i] for i in rng.permutation(len(pairs))]
+    return Sample(f'digits/{self.split}/{index}', scene.image, _turns(pairs))
 
 
 class Questions:

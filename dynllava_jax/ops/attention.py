@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 POLICY_EPS = 1e-6  # as in the authors' `softmax_with_policy`
+# A block of queries computes no scores beyond its own last position: 4 blocks leave out 3/8 of them.
+CAUSAL_BLOCKS = 4
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -19,7 +21,14 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   Returns:
     float[B, T, N, H].
   """
-  return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  length = q.shape[1]
+  size = -(-length // CAUSAL_BLOCKS)
+  blocks = []
+  for start in range(0, length, size):
+    end = min(start + size, length)
+    visible = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+    blocks.append(jax.nn.dot_product_attention(q[:, start:end], k[:, :end], v[:, :end], mask=visible[None, None]))
+  return jnp.concatenate(blocks, 1)
 
 
 def policy_softmax(scores: jax.Array, policy: jax.Array) -> jax.Array:
