@@ -36,7 +36,7 @@ SHORT_TASKS = {'which': 0.6, 'how_many': 0.2, 'largest': 0.2}
 READ_SHARE = 0.15
 
 # In training, conversations of short questions ask these with this chance each, otherwise `which`, which takes longest to learn.
-COUNTED, COUNTED_SHARE = ('how_many', 'largest'), 0.6
+COUNTED, COUNTED_SHARE = ('how_many', 'largest'), 0.4
 
 
 @dataclasses.dataclass(frozen=True)
