@@ -51,7 +51,7 @@ def dynamic() -> dict:
     model=MODEL | dict(predictor=PREDICTOR),
     data=DATA | dict(source='digits_instruct'),
     stages=stages('dynamic'),
-    steps=400,
+    steps=500,
     batch_size=16,
     init_from='runs/digits/base/checkpoints',
     frozen=('vision', 'projector'),

@@ -35,9 +35,6 @@ SPLITS = {'train': (0, 1297), 'validation': (1297, 1497), 'test': (1497, 1797)} 
 SHORT_TASKS = {'which': 0.6, 'how_many': 0.2, 'largest': 0.2}
 READ_SHARE = 0.15
 
-# In training, conversations of short questions ask these with this chance each, otherwise `which`, which takes longest to learn.
-COUNTED, COUNTED_SHARE = ('how_many', 'largest'), 0.4
-
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
@@ -153,15 +150,19 @@ class Mix:
     listed: so many conversations at the beginning start with the plain list of all cells, which teaches to tell
       digits apart; a curriculum only if the source is read unshuffled.
     shares: of the others, by what they begin with: a caption that names every digit, the long answer, or neither.
+    counted: chance of each counting question in a conversation that begins with neither; the rest of it is `which`.
   """
 
   listed: int
   shares: Mapping[str, float]
+  counted: float
 
 
-# A long answer has 60 supervised tokens, a short one 2: a larger share of long ones drowns the short.
-FROM_NOTHING = Mix(listed=2400, shares={'name': 0.35, 'read': 0.1, '': 0.55})
-INSTRUCT = Mix(listed=0, shares={'read': 0.4, '': 0.6})
+COUNTING = ('how_many', 'largest')
+# A long answer has 60 supervised tokens, a short one 2: a larger share of long ones drowns the short. Of those, `which` takes longest to
+# learn from nothing; counting has to be learned again with a fifth of the image tokens.
+FROM_NOTHING = Mix(listed=2400, shares={'name': 0.35, 'read': 0.1, '': 0.55}, counted=0.4)
+INSTRUCT = Mix(listed=0, shares={'read': 0.3, '': 0.7}, counted=0.8)
 
 
 class TrainingScenes:
@@ -183,7 +184,7 @@ class TrainingScenes:
     scene = make_scene(self.split, rng)
     shares = self.mix.shares
     first = 'list' if index < self.mix.listed else str(rng.choice(list(shares), p=list(shares.values())))
-    pairs = dict([ask(first, scene, rng)] if first else [ask(t, scene, rng) for t in COUNTED if rng.random() < COUNTED_SHARE])
+    pairs = dict([ask(first, scene, rng)] if first else [ask(t, scene, rng) for t in COUNTING if rng.random() < self.mix.counted])
     while len(pairs) < self.TURNS[first]:
       pairs.update([ask('which', scene, rng)])  # each question once
     pairs = list(pairs.items())

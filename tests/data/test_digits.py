@@ -112,7 +112,7 @@ def test_long_answers_run_over_sixty_tokens(scenes):
 RECORDED = {
   'tokenizer': '1a5c42820adaae056405fb229410772cbd94cf2b58081d33b2f6f8bc9eb48397',
   'digits': 'dcf78590adfa66de23127504cfcf960fb99c6104ef3e603cc981164f93a07ec5',
-  'digits_instruct': 'ffd4a264700707746efe6bb5bf41655402fe705c73a82d0c90f22707dca622f5',
+  'digits_instruct': '99e80e626db216baeae18872c6a8723523df0a350dfcbe2a499f97925b441196',
 }
 
 
