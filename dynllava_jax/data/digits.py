@@ -159,8 +159,8 @@ class Mix:
 
 
 COUNTING = ('how_many', 'largest')
-# A long answer has 60 supervised tokens, a short one 2: a larger share of long ones drowns the short. Of those, `which` takes longest to
-# learn from nothing; counting has to be learned again with a fifth of the image tokens.
+# A long answer has 60 supervised tokens, a short one 2: a larger share of long ones drowns the short. Of the short ones,
+# `which` takes longest to learn from nothing; counting has to be learned again with a fifth of the image tokens.
 FROM_NOTHING = Mix(listed=2400, shares={'name': 0.35, 'read': 0.1, '': 0.55}, counted=0.4)
 INSTRUCT = Mix(listed=0, shares={'read': 0.3, '': 0.7}, counted=0.8)
 
