@@ -44,37 +44,45 @@ RESULTS = pathlib.Path(__file__).parent / 'results' / 'tpu_fit.json'
 DYNAMIC = (Stage(), Stage(start=2, selector='dynamic', image_keep_rate=0.2, text_keep_budget=0.5))
 GIB = 2**30
 COMPUTATION = re.compile(r'(ENTRY )?%?([\w.-]+) \(.*\{$')
-LOOP_BODY = re.compile(r' while\(.*body=%?([\w.-]+)')
-TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+LOOP = re.compile(r' while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)')
+BOUND = re.compile(r' = s32\[\]\S* constant\((\d+)\)')
+BELOW_BOUND = re.compile(r'ROOT .* compare\(.*direction=LT')
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 CLOCK = {'v5e': 1.5e9, 'v6e': 1.75e9, 'v5p': 1.75e9}  # Hz
 HBM = {'v5e': 15.75, 'v6e': 31.24, 'v5p': 95.0}  # GiB per chip that a program may use
 
 
 def estimated_seconds(hlo: str, clock_hz: float) -> float:
-  """The compiler's estimate of a compiled module: cycles of every instruction, those in loops times their trip count.
+  """The compiler's estimate of a compiled module: cycles of every instruction, those of a `scan` once per iteration.
+
+  Any other loop counts once: of decoding, one token.
 
   Args:
     hlo: text of the compiled module. Cost analysis counts the body of a loop once, so it is no substitute.
     clock_hz: of the chip.
 
-  A loop whose trip count is not known counts once: of decoding, one token.
-
   Raises:
     ValueError: no instruction has an estimate.
   """
-  own, loops, computation = collections.Counter(), collections.defaultdict(list), ''
+  own, computation = collections.Counter(), ''
+  loops, bounds, counts_up = collections.defaultdict(list), collections.defaultdict(list), set()
   for line in hlo.splitlines():
     if head := COMPUTATION.match(line):
       computation = 'ENTRY' if head[1] else head[2]
-    elif loop := LOOP_BODY.search(line):
-      trips = TRIP_COUNT.search(line)
-      loops[computation].append((loop[1], int(trips[1]) if trips else 1))
+    elif loop := LOOP.search(line):
+      loops[computation].append(loop.groups())
+    elif bound := BOUND.search(line):
+      bounds[computation].append(int(bound[1]))
+    elif BELOW_BOUND.search(line):
+      counts_up.add(computation)
     elif cycles := CYCLES.search(line):
       own[computation] += int(cycles[1])
 
+  def trips(condition: str) -> int:
+    return bounds[condition][0] if condition in counts_up and len(bounds[condition]) == 1 else 1
+
   def total(name: str) -> int:
-    return own[name] + sum(trips * total(body) for body, trips in loops[name])
+    return own[name] + sum(trips(condition) * total(body) for condition, body in loops[name])
 
   if not total('ENTRY'):
     raise ValueError('no instruction of the module has an estimate')
