@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 SPARSE_LAYER = 1
 IMAGE_KEEP_RATE = 0.2
 TEXT_KEEP_RATE = 0.5
+LONGEST_ANSWER = 71  # tokens of a whole scene, the end of sentence included
 
 MODEL = dict(
   vision=dict(image_size=98, patch_size=14, hidden_size=96, mlp_dim=384, num_layers=3, num_heads=4),
@@ -76,7 +77,9 @@ def dynamic() -> dict:
 def evaluate() -> dict:
   runs = dict(dense=dict(stages=[dict(start=0)])) | {n: dict(stages=stages(n)) for n in ('dynamic', 'uniform', 'random')}
   runs['dynamic']['stages'][1]['text_keep_budget'] = TEXT_KEEP_RATE
-  return dict(data=DATA | dict(text_length=32), runs=runs, questions=600, batch_size=100, max_new_tokens=96, seed=0, **HARDWARE)
+  return dict(
+    data=DATA | dict(text_length=32), runs=runs, questions=600, batch_size=100, max_new_tokens=LONGEST_ANSWER, seed=0, **HARDWARE
+  )
 
 
 def get_config(name: str = 'base') -> ConfigDict:

@@ -53,7 +53,7 @@ def costs_of(cfg: EvalConfig, loaded: Loaded, rows: Sequence[Mapping[str, Any]])
   per_stage = {t: costs.cache_bytes(loaded.model, loaded.stages, t, spec, itemsize) for t in {m['text_length'] for m in meta}}
   setting = costs.paper_setting(loaded.model, loaded.stages)
   flops = [
-    costs.sample_flops(loaded.model, loaded.stages, m['prompt_text_tokens'], k, image=m['image_tokens'] > 0)
+    costs.sample_flops(loaded.model, loaded.stages, m['prompt_text_tokens'], k, spec, image=m['image_tokens'] > 0)
     for m, k in zip(meta, kept)
   ]
   return {

@@ -41,7 +41,7 @@ def predictor_flops(model: ModelConfig, image_tokens: int, text_tokens: float) -
 
 
 def sample_flops(
-  model: ModelConfig, stages: tuple[Stage, ...], text_tokens: int, kept: Sequence[bool], image: bool = True
+  model: ModelConfig, stages: tuple[Stage, ...], text_tokens: int, kept: Sequence[bool], spec: kv.CacheSpec, image: bool = True
 ) -> float:
   """FLOPs to answer one question with a cache: tower, prefill and every generated token.
 
@@ -49,24 +49,25 @@ def sample_flops(
     model, stages: what is run.
     text_tokens: prompt tokens besides the image's.
     kept: for each token fed after the prompt, whether gated stages kept it.
+    spec: of the cache, which holds no more than its budget of them.
     image: whether the question has one; without, neither tower nor image tokens are counted.
   """
   num_image = model.vision.num_patches if image else 0
   total = vision_flops(model) if image else 0.0
-  gated = False
+  gated, budget_share = False, 1.0
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   for stage, end in zip(stages, ends):
     layers = end - stage.start
-    judging = bool(selectors.get(stage.selector).text_margin)
-    gated = gated or judging
-    if judging:
+    if selectors.get(stage.selector).text_margin:
+      gated, budget_share = True, stage.text_keep_budget
       total += predictor_flops(model, num_image, len(kept))
+    budget = kv.generated_budget(gated, budget_share, spec)
     prompt = text_tokens + stage.kept_image_tokens(num_image)
     total += layers * layer_flops(model, prompt, prompt * (prompt + 1) / 2)
-    held = prompt
+    held = 0
     for keep in kept:
-      total += layers * layer_flops(model, 1, held + 1)
-      held += 1 if keep or not gated else 0
+      total += layers * layer_flops(model, 1, prompt + held + 1)
+      held = min(held + (1 if keep or not gated else 0), budget)
   head = 2 * model.llama.hidden_size * model.llama.vocab_size
   return total + head * (1 + len(kept))
 

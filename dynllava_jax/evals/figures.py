@@ -19,7 +19,7 @@ matplotlib.use('Agg')
 PICTURED_LONG, PICTURED_SHORT = 2, 2
 WRAP = 46  # characters per line of generated text
 LINES = 8  # of an answer, at most
-KEPT, DROPPED = '#111111', '#b9b9b9'
+KEPT, GIVEN_UP, DROPPED = '#111111', '#d08a2e', '#b9b9b9'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def pictured(questions: Sequence[Question], rows: Sequence[Mapping[str, Any]]) -
 
 
 def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figure:
-  """Pictures with their kept image patches bright, and the answers with dropped tokens grey.
+  """Pictures with their kept image patches bright, and the answers with dropped tokens grey, those given up later orange.
 
   Args:
     shown: a few answers of one run.
@@ -67,6 +67,8 @@ def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figu
     question = textwrap.wrap(answer.question.text[0], 70, max_lines=2, placeholder=' ...')
     text.text(0, 0.97, '\n'.join(question), va='top', fontsize=11, weight='bold')
     fed = f'{meta["kept"].count("1")} of {len(meta["kept"])} fed tokens kept'
+    if meta['evicted']:
+      fed += f', {meta["evicted"]} of them given up later'
     text.text(
       0,
       0.97 - 0.11 * len(question),
@@ -80,7 +82,7 @@ def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figu
 
 
 def write_tokens(axes, meta: Mapping[str, Any], tokenizer: Tokenizer, top: float) -> None:
-  """The generated tokens in monospace, those whose K/V were dropped in grey; the last was never fed."""
+  """The generated tokens in monospace, those whose K/V were dropped in grey or given up in orange; the last was never fed."""
   line, column, step = 0, 0, 1 / (WRAP * 1.15)
   for i, token in enumerate(meta['tokens']):
     piece = '</s>' if token == tokenizer.eos_id else tokenizer.piece(token)
@@ -88,9 +90,15 @@ def write_tokens(axes, meta: Mapping[str, Any], tokenizer: Tokenizer, top: float
       line, column = line + 1, 0
     if line == LINES:
       return
-    color = KEPT if i >= len(meta['kept']) or meta['kept'][i] == '1' else DROPPED
-    axes.text(column * step, top - 0.085 * line, piece, va='top', fontsize=11, family='monospace', color=color)
+    axes.text(column * step, top - 0.085 * line, piece, va='top', fontsize=11, family='monospace', color=token_color(meta, i))
     column += len(piece)
+
+
+def token_color(meta: Mapping[str, Any], i: int) -> str:
+  """Of generated token `i`."""
+  if i in meta['given_up']:
+    return GIVEN_UP
+  return KEPT if i >= len(meta['kept']) or meta['kept'][i] == '1' else DROPPED
 
 
 def dim(image: np.ndarray, kept: np.ndarray, patch_size: int) -> np.ndarray:

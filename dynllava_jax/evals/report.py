@@ -91,7 +91,7 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   shown = 'dynamic' if 'dynamic' in results else list(results)[-1]
   pictured = figures.pictured(questions, results[shown].rows)
   if pictured:
-    title = f'{shown}: image tokens kept (bright) and generated tokens dropped (grey), first questions'
+    title = f'{shown}: image tokens kept (bright), generated tokens dropped (grey) and given up later (orange)'
     with warnings.catch_warnings():
       warnings.filterwarnings('ignore', 'Glyph')  # characters that the font lacks become boxes
       save_figure(figures.tokens_figure(pictured, models[shown], title), out / 'tokens.png')

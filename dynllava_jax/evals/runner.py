@@ -143,16 +143,28 @@ def from_first_host(value: Any) -> Any:
   return json.loads(multihost_utils.broadcast_one_to_all(buffer).tobytes())
 
 
+def given_up(kept: np.ndarray, margin: np.ndarray, evicted: int) -> list[int]:
+  """Which kept tokens a full cache gave up: it always takes the smallest margin, so in the end the largest of all remain.
+
+  Args:
+    kept: bool[T]; margin: float[T], of the tokens fed; evicted: how many were given up.
+  """
+  return sorted(np.argsort(np.where(kept, margin, np.inf))[:evicted].tolist())
+
+
 def answer_row(loaded: Loaded, layout: Layout, i: int, rounds: Sequence[Generated], row: int) -> dict[str, Any]:
   """One line of the answer file: LLaVA's fields, and under `metadata` what was counted at run time.
 
   `metadata.kept` has a character per token fed back, 1 where the gate kept it; the last token of a round is never fed.
-  Of a conversation of several rounds `text` is a list, and `tokens` and `kept` run through all of them.
+  Of a conversation of several rounds `text` is a list, and `tokens` and `kept` run through all of them. The first questions
+  also tell which image tokens were kept, and which kept tokens were given up later because the cache was full.
   """
   question = layout.questions[i]
   kept_image = rounds[0].kept_image[-1][row] if question.image is not None else np.zeros(0, int)
   tokens = [g.tokens[row, : g.length[row]].tolist() for g in rounds]
   texts = [loaded.tokenizer.decode(t) for t in tokens]
+  fed = [slice(len(t) - 1) for t in tokens]
+  kept = np.concatenate([g.kept[row, f] for g, f in zip(rounds, fed)])
   metadata = {
     'row': i,
     'rendered_prompt': layout.rendered[i],
@@ -160,7 +172,7 @@ def answer_row(loaded: Loaded, layout: Layout, i: int, rounds: Sequence[Generate
     'text_length': layout.bucket[i] + layout.later_tokens(),
     'image_tokens': len(kept_image),
     'tokens': [t for one in tokens for t in one],
-    'kept': ''.join('01'[int(k)] for g, t in zip(rounds, tokens) for k in g.kept[row, : len(t) - 1]),
+    'kept': ''.join('01'[int(k)] for k in kept),
     'evicted': int(rounds[-1].evicted[row]),
   }
   if question.long:
@@ -169,6 +181,8 @@ def answer_row(loaded: Loaded, layout: Layout, i: int, rounds: Sequence[Generate
     metadata['first_round'] = len(tokens[0])
   if i < PICTURED:
     metadata['kept_image'] = kept_image.tolist()
+    margin = np.concatenate([g.margin[row, f] for g, f in zip(rounds, fed)])
+    metadata['given_up'] = given_up(kept, margin, metadata['evicted'])
   identity = hashlib.sha256(f'{loaded.path} {loaded.name} {i} {layout.rendered[i]}'.encode()).hexdigest()
   return {
     'question_id': question.id,

@@ -6,6 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from configs.digits import LONGEST_ANSWER
 from dynllava_jax.config import VisionConfig
 from dynllava_jax.data import digits
 from dynllava_jax.data.batches import make_row
@@ -103,9 +104,10 @@ def test_short_answers_score_by_exact_match(scenes):
   assert score(question.task, expected, answer) == 1.0 and score(question.task, expected, answer + '0') == 0.0
 
 
-def test_long_answers_run_over_sixty_tokens(scenes):
+def test_long_answers_run_over_sixty_tokens_and_the_demo_has_room_for_just_them(scenes):
   tokenizer = load_tokenizer({MODEL_FILE: digits.tokenizer_model()})
-  assert len(tokenizer.encode(digits.write_scene(scenes[0].cells))) > 60
+  lengths = {len(tokenizer.encode(digits.write_scene(s.cells))) + 1 for s in scenes}
+  assert lengths == {LONGEST_ANSWER} and LONGEST_ANSWER > 60
 
 
 # Recorded with the version that trained the checkpoints of the demo: a change makes them useless.

@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import eval as eval_configs
+from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import ConfigError, EvalConfig, Stage, VisionConfig, from_config_dict
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import compare, forced, meteor, mme, score, suite
@@ -18,7 +19,7 @@ from dynllava_jax.evals.benchmark import Gold, canonical, letter
 from dynllava_jax.evals.mmbench import is_empty
 from dynllava_jax.evals.perplexity import perplexity
 from dynllava_jax.evals.resize import resize_tower
-from dynllava_jax.presets import LLAVA_1_5_7B
+from dynllava_jax.presets import DYNAMIC_LLAVA_7B, LLAVA_1_5_7B
 
 
 def joined(rows):
@@ -156,6 +157,23 @@ def test_layer_average_and_both_flops_of_the_7b_model():
     assert costs.paper_flops(setting) / 1e12 == pytest.approx(paper, abs=0.01)
     assert costs.decoder_flops(LLAVA_1_5_7B, stages) / 1e12 == pytest.approx(true, abs=0.01)
     assert np.mean(setting.tokens_per_layer) == pytest.approx(tokens, abs=0.05)
+
+
+def test_flops_of_a_full_cache_grow_no_more():
+  """Eight tokens kept in room for four are read like four kept and four dropped."""
+  from dynllava_jax.evals import costs
+
+  flops = lambda kept, share: costs.sample_flops(
+    DYNAMIC_LLAVA_7B, (Stage(), Stage(start=2, selector='dynamic', text_keep_budget=share)), 40, kept, CacheSpec(max_new_tokens=8)
+  )
+  assert flops([True] * 8, 0.5) == flops([True] * 4 + [False] * 4, 1.0) < flops([True] * 8, 1.0)
+
+
+def test_given_up_tokens_are_the_kept_ones_of_smallest_margin():
+  from dynllava_jax.evals.runner import given_up
+
+  kept, margin = np.array([True, False, True, True, True]), np.array([2.0, -5.0, 0.5, 3.0, 1.0])
+  assert given_up(kept, margin, 2) == [2, 4] and given_up(kept, margin, 0) == []
 
 
 def test_tables_hold_the_same_numbers_in_three_forms():
