@@ -5,7 +5,7 @@
     DIR/assets/...            files of the PyTorch checkpoint it came from, for the way back
     DIR/500/params/...        Orbax, parameters in checkpoint form (decoder layers in one stack)
     DIR/500/optimizer/...     only in training
-    DIR/500/integrity.json    size and SHA-256 of every file of the step
+    DIR/500/integrity.json    size and SHA-256 of every file of the step, and its own checksum
 
 Its path (DIR, or DIR/500 for one step) is all that is needed to load a checkpoint. Orbax writes a step under
 a temporary name and renames it, so an interrupted save leaves no step behind. Orbax itself does not notice a
@@ -133,7 +133,8 @@ def _read_model_file(directory: pathlib.Path) -> dict[str, Any]:
 def read_tokenizer(path: str | pathlib.Path) -> dict[str, bytes] | None:
   """The files of the tokenizer stored with a checkpoint, for `data.tokenizer.load_tokenizer`; None if it has none."""
   directory = locate(path)[0]
-  return {name: _read_file(directory, name) for name in TOKENIZER_FILES if (directory / name).exists()} or None
+  listed = _read_model_file(directory)['files']
+  return {name: _read_file(directory, name) for name in TOKENIZER_FILES if name in listed or (directory / name).exists()} or None
 
 
 def read_assets(path: str | pathlib.Path) -> dict[str, bytes]:
@@ -167,7 +168,8 @@ def seal(step_dir: pathlib.Path, known: dict[str, str] | None = None) -> None:
   with concurrent.futures.ThreadPoolExecutor() as pool:
     digests = pool.map(lambda n: known.get(n) or file_sha256(step_dir / n), names)
     table = {n: {'size': p.stat().st_size, 'sha256': d} for n, p, d in zip(names, files, digests)}
-  write_atomically(step_dir / INTEGRITY_FILE, json.dumps({'files': table}, indent=0).encode())
+  content = {'files': table}
+  write_atomically(step_dir / INTEGRITY_FILE, json.dumps(content | {'sha256': _digest(content)}, indent=0).encode())
 
 
 def sealing_context(directory: pathlib.Path) -> ocp.Context:
@@ -189,27 +191,26 @@ def file_sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def check_integrity(step_dir: pathlib.Path, part: str, *, contents: bool = True) -> None:
-  """Compares the files of one part ('params' or 'optimizer') of a step with its checksums.
+def check_integrity(step_dir: pathlib.Path, part: str | None = None, *, contents: bool = True) -> None:
+  """Compares the files of a step with its checksums.
 
   With several processes each checks its share.
 
   Args:
     step_dir: DIR/STEP.
-    part: folder below it.
+    part: folder below it, 'params' or 'optimizer'; all if None.
     contents: read the files; otherwise only their sizes are compared.
 
   Raises:
-    CheckpointError: names every file that is missing, truncated or changed.
+    CheckpointError: names every file that is missing, truncated, changed or not listed.
   """
   file = step_dir / INTEGRITY_FILE
-  try:
-    table = json.loads(file.read_text())['files']
-    stated = {n: (v['size'], v['sha256']) for n, v in table.items() if n.startswith(f'{part}/')}
-  except FileNotFoundError:
-    raise CheckpointError(f'{file}: missing, the step is damaged or incomplete; copy or write it again') from None
-  except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-    raise CheckpointError(f'{file}: damaged ({e}); copy the checkpoint again') from e
+  stated = {n: v for n, v in _sealed_files(file).items() if part in (None, n.split('/')[0])}
+  if not stated:
+    raise CheckpointError(f'{file}: damaged, it lists no file of {part or "the step"}; copy the checkpoint again')
+  parts = [step_dir / part] if part else [p for p in step_dir.iterdir() if p.is_dir()]
+  present = {p.relative_to(step_dir).as_posix() for folder in parts for p in folder.rglob('*') if p.is_file()}
+  strange = sorted(present - stated.keys())
 
   def problem(item) -> str | None:
     name, (size, digest) = item
@@ -223,8 +224,24 @@ def check_integrity(step_dir: pathlib.Path, part: str, *, contents: bool = True)
   share = sorted(stated.items())[jax.process_index() :: jax.process_count()]
   with concurrent.futures.ThreadPoolExecutor() as pool:
     problems = [p for p in pool.map(problem, share) if p]
+  problems += [f'{step_dir / n}: not listed in {INTEGRITY_FILE}' for n in strange]
   if problems:
     raise CheckpointError(f'{step_dir}: damaged; copy or write it again:\n  ' + '\n  '.join(problems))
+
+
+def _sealed_files(file: pathlib.Path) -> dict[str, tuple[int, str]]:
+  """(size, SHA-256) of every file that an `integrity.json` lists."""
+  try:
+    content = json.loads(file.read_text())
+    stated = content.pop('sha256', None)
+    files = {n: (v['size'], v['sha256']) for n, v in content['files'].items()}
+  except FileNotFoundError:
+    raise CheckpointError(f'{file}: missing, the step is damaged or incomplete; copy or write it again') from None
+  except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+    raise CheckpointError(f'{file}: damaged ({e}); copy the checkpoint again') from e
+  if stated not in (None, _digest(content)):
+    raise CheckpointError(f'{file}: damaged, it does not match its own checksum; copy the checkpoint again')
+  return files
 
 
 def stored_params(path: str | pathlib.Path) -> dict[str, Any]:

@@ -87,6 +87,33 @@ def test_damaged_checksums(damaged):
     checkpoint.load_params(damaged)
 
 
+def test_damaged_list_of_checksums(damaged):
+  """A list that says nothing of a file would leave it unchecked."""
+  file = damaged / str(checkpoint.locate(damaged)[1]) / 'integrity.json'
+  content = json.loads(file.read_text())
+  name = next(n for n in content['files'] if n.startswith('params/'))
+  renamed = {n.replace(name, f'{name[:-1]}~'): v for n, v in content['files'].items()}
+  file.write_text(json.dumps(content | {'files': renamed}))
+  with pytest.raises(CheckpointError, match='integrity.json: damaged, it does not match its own checksum'):
+    checkpoint.load_params(damaged)
+  del content['sha256'], content['files'][name]
+  file.write_text(json.dumps(content))
+  with pytest.raises(CheckpointError, match=re.escape(f'{file.parent / name}: not listed in integrity.json')):
+    checkpoint.load_params(damaged)
+  file.write_text('{"files": {}}')
+  with pytest.raises(CheckpointError, match='integrity.json: damaged, it lists no file of params'):
+    checkpoint.load_params(damaged)
+
+
+def test_sizes_of_every_part_can_be_checked(written, tmp_path):
+  step = shutil.copytree(written['trained'], tmp_path / 'copy') / '2'
+  checkpoint.check_integrity(step, contents=False)
+  file = max((p for p in (step / 'optimizer').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  file.write_bytes(file.read_bytes()[:-1])
+  with pytest.raises(CheckpointError, match=re.escape(f'{file}: ')):
+    checkpoint.check_integrity(step, contents=False)
+
+
 def test_damaged_tokenizer_and_assets(written, tmp_path):
   directory = shutil.copytree(written['trained'], tmp_path / 'copy')
   assert checkpoint.read_tokenizer(directory) == {'tokenizer.model': b'tokenizer'}
@@ -97,3 +124,6 @@ def test_damaged_tokenizer_and_assets(written, tmp_path):
     checkpoint.read_tokenizer(directory)
   with pytest.raises(CheckpointError, match='config.json: cannot be read'):
     checkpoint.read_assets(directory)
+  (directory / 'tokenizer.model').unlink()
+  with pytest.raises(CheckpointError, match='tokenizer.model: cannot be read'):
+    checkpoint.read_tokenizer(directory)

@@ -79,7 +79,7 @@ def _ours(directory: pathlib.Path) -> str:
   root, step = checkpoint.locate(directory)
   info = checkpoint.read_info(directory)
   stored = checkpoint.stored_params(directory)
-  checkpoint.check_integrity(root / str(step), 'params', contents=False)
+  checkpoint.check_integrity(root / str(step), contents=False)
   lines = [f'layout: dynllava_jax, step {step} of {", ".join(map(str, checkpoint.all_steps(root)))}; every file has its size']
   for name in ('vision', 'llama', 'predictor'):
     values: Any = getattr(info.model, name)
