@@ -7,10 +7,21 @@ import re
 import numpy as np
 
 from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical
-from dynllava_jax.convert.readers import ConversionError, Tensor, file_tensors, read_json
+from dynllava_jax.convert.readers import ConversionError, Tensor, by_name, file_tensors, read_json
 
 ADAPTERS = ('adapter_model.safetensors', 'adapter_model.bin')
 TRAINED_WHOLE = 'non_lora_trainables.bin'
+NOT_PLAIN = (
+  'use_dora',
+  'fan_in_fan_out',
+  'rank_pattern',
+  'alpha_pattern',
+  'modules_to_save',
+  'layer_replication',
+  'alora_invocation_tokens',
+)
+# The others (PiSSA, OLoRA, CorDA ...) change the base before they train, and their pairs belong to the changed one.
+BASE_UNTOUCHED = (True, False, None, 'gaussian', 'orthogonal', 'eva')
 
 
 def merge(directory: pathlib.Path, base: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
@@ -32,7 +43,10 @@ def merge(directory: pathlib.Path, base: dict[str, Tensor], notes: list[str]) ->
     found = re.fullmatch(r'(.*)\.lora_([AB])(?:\.default)?\.weight', key)
     if not found:
       raise ConversionError(f'{file}: {tensor.key} is no LoRA matrix; only plain LoRA adapters can be merged')
-    pairs.setdefault(f'{found.group(1)}.weight', {})[found.group(2)] = tensor
+    pair = pairs.setdefault(f'{found.group(1)}.weight', {})
+    if found.group(2) in pair:
+      raise ConversionError(f'{file}: {tensor.key} is there a second time (after {pair[found.group(2)].key})')
+    pair[found.group(2)] = tensor
   merged = dict(base)
   for key, pair in pairs.items():
     if key not in base:
@@ -43,15 +57,21 @@ def merge(directory: pathlib.Path, base: dict[str, Tensor], notes: list[str]) ->
   notes.append(f'merged {len(pairs)} LoRA pairs (scale {scale:g}) from {file}')
   whole = directory / TRAINED_WHOLE
   if whole.exists():
-    replaced = {canonical(Layout.LORA, t.key): t for t in file_tensors(whole)}
-    merged |= {k: t for k, t in replaced.items() if k is not None}
+    replaced = by_name((k, t) for t in file_tensors(whole) if (k := canonical(Layout.LORA, t.key)) is not None)
+    merged |= replaced
     notes.append(f'took {len(replaced)} tensors from {whole}')
   return merged
 
 
 def _scale(file: pathlib.Path) -> float:
   config = read_json(file)
-  strange = [n for n in ('use_dora', 'fan_in_fan_out', 'rank_pattern', 'alpha_pattern', 'modules_to_save') if config.get(n)]
+  strange = [n for n in NOT_PLAIN if config.get(n)]
+  start = config.get('init_lora_weights', True)
+  if start not in BASE_UNTOUCHED:
+    raise ConversionError(
+      f'{file}: init_lora_weights is {start!r}, so the adapter belongs to a base that its training changed first; save it with '
+      'PEFT as plain LoRA of the original base (path_initial_model_for_weight_conversion)'
+    )
   if config.get('peft_type', 'LORA') != 'LORA' or config.get('bias', 'none') != 'none' or strange:
     raise ConversionError(
       f'{file}: only plain LoRA adapters can be merged, this one sets {", ".join(strange) or "peft_type or bias"}'
@@ -70,7 +90,7 @@ def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, file: pathlib.Pa
     raise ConversionError(f'{file}: {b.key} {b.shape} times {a.key} {a.shape} does not fit {weight.key} {weight.shape}')
 
   def read() -> np.ndarray:
-    change = b.read().astype(np.float32) @ a.read().astype(np.float32)
-    return (weight.read().astype(np.float32) + np.float32(scale) * change).astype(weight.dtype)
+    change = b.load().astype(np.float32) @ a.load().astype(np.float32)
+    return (weight.load().astype(np.float32) + np.float32(scale) * change).astype(weight.dtype)
 
   return Tensor(weight.key, weight.shape, weight.dtype, f'{weight.origin} + {file}', read)

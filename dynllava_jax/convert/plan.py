@@ -63,7 +63,7 @@ class Assignment:
 
   def load(self) -> np.ndarray:
     """The slot's content."""
-    return self.rule.transform.apply(self.tensor.read().astype(self.dtype, copy=False), self.leaf.slot_shape)
+    return self.rule.transform.apply(self.tensor.load().astype(self.dtype, copy=False), self.leaf.slot_shape)
 
 
 def slot_name(path: Path, index: tuple[int, ...]) -> str:
@@ -131,6 +131,8 @@ def assign(info: CheckpointInfo, tensors: list[tuple[str, Tensor]], dtype: np.dt
       problems.append(f'! {tensor.key}: shape {tensor.shape}, the config asks for {wanted} ({tensor.origin})')
     elif tensor.dtype not in FLOATS:
       problems.append(f'! {tensor.key}: stored as {tensor.dtype}; only floating point checkpoints are supported ({tensor.origin})')
+    elif own == np.float64:  # jax holds no such numbers, so the checkpoint could not be loaded
+      problems.append(f'! {tensor.key}: stored as float64, which is not supported; choose --dtype=float32 ({tensor.origin})')
     elif tensor.dtype != own and dtype is None:
       problems.append(f'! {tensor.key}: stored as {tensor.dtype}, other layers as {own}; choose one with --dtype')
     else:

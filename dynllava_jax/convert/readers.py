@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_dtypes
@@ -23,9 +23,11 @@ SAFETENSORS_DTYPES = {
   'U8': np.uint8,
   'BOOL': np.bool_,
 }
+NUMPY_NAMES = {np.dtype(d).name for d in SAFETENSORS_DTYPES.values()}
 FLOATS = tuple(np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
 LFS_POINTER = b'version https://git-lfs'
+ZIP = b'PK\x03\x04'  # what a `.bin` file begins with since torch 1.6; older ones cannot be mapped
 REMAP_BYTES = 2**28  # a mapped file counts as memory in use once read; it is mapped anew after so many bytes
 
 
@@ -38,9 +40,9 @@ class Tensor:
   """A tensor that is not loaded yet.
 
   Attributes:
-    key: its name in the file; shape, dtype: what `read` returns.
+    key: its name in the file; shape, dtype: what `load` returns.
     origin: the file, or how the numbers come about.
-    read: loads it.
+    read: what `load` gets the numbers from.
   """
 
   key: str
@@ -52,6 +54,16 @@ class Tensor:
   @property
   def nbytes(self) -> int:
     return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+  def load(self) -> np.ndarray:
+    """The numbers; ConversionError if the file cannot be read, or does not hold what it did when it was opened."""
+    try:
+      value = self.read()
+    except OSError as e:
+      raise ConversionError(f'{self.origin}: {self.key} cannot be read ({e})') from None
+    if value.shape != self.shape:
+      raise ConversionError(f'{self.origin}: {self.key} has shape {value.shape}, expected {self.shape}; has the file changed?')
+    return value
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -73,6 +85,18 @@ def nested(path: pathlib.Path, config: dict[str, Any], key: str) -> dict[str, An
   if not isinstance(value, dict):
     raise ConversionError(f'{path}: {key} is {value!r}, expected an object with named entries')
   return value
+
+
+def by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+  """Tensors by the converter's names; ConversionError if one is there twice."""
+  found: dict[str, Tensor] = {}
+  for name, tensor in named:
+    if name in found:
+      raise ConversionError(
+        f'{tensor.origin}: {tensor.key} is there a second time (after {found[name].key} in {found[name].origin})'
+      )
+    found[name] = tensor
+  return found
 
 
 def has_weights(directory: pathlib.Path) -> bool:
@@ -122,8 +146,11 @@ def file_tensors(path: pathlib.Path) -> list[Tensor]:
     ConversionError: truncated or unreadable file, or a pickle that holds anything but tensors.
   """
   with path.open('rb') as f:
-    if f.read(len(LFS_POINTER)) == LFS_POINTER:
-      raise ConversionError(f'{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`')
+    start = f.read(len(LFS_POINTER))
+  if not start:
+    raise ConversionError(f'{path}: empty; fetch or copy it again')
+  if start == LFS_POINTER:
+    raise ConversionError(f'{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`')
   return _safetensors(path) if path.suffix == '.safetensors' else _pickled(path)
 
 
@@ -154,7 +181,7 @@ def _opened(path: pathlib.Path):
 
 
 class _Pickle:
-  """A mapped `.bin` file."""
+  """A `.bin` file, mapped if its format allows it."""
 
   def __init__(self, path: pathlib.Path):
     try:
@@ -164,11 +191,13 @@ class _Pickle:
         f'{path}: reading .bin files needs torch (pip install torch), or save the checkpoint as safetensors'
       ) from None
     self.torch, self.path, self.lock, self.touched = torch, path, threading.Lock(), 0
-    self.content = self._map()
+    with path.open('rb') as f:
+      self.mapped = f.read(len(ZIP)) == ZIP
+    self.content = self._open()
 
-  def _map(self) -> dict[str, Any]:
+  def _open(self) -> dict[str, Any]:
     try:
-      content = self.torch.load(self.path, map_location='cpu', weights_only=True, mmap=True)
+      content = self.torch.load(self.path, map_location='cpu', weights_only=True, mmap=self.mapped)
     except Exception as e:  # torch raises many types for damaged or hostile files
       raise ConversionError(
         f'{self.path}: unreadable, truncated or not a plain tensor file ({type(e).__name__}: {str(e).splitlines()[0]})'
@@ -178,12 +207,17 @@ class _Pickle:
     for key, value in content.items():
       if not isinstance(value, self.torch.Tensor):
         raise ConversionError(f'{self.path}: {key} is a {type(value).__name__}, expected a tensor')
+      if value.layout != self.torch.strided:
+        raise ConversionError(f'{self.path}: {key} is a sparse tensor; only dense ones are supported')
+      dtype = str(value.dtype).removeprefix('torch.')
+      if dtype not in NUMPY_NAMES:
+        raise ConversionError(f'{self.path}: {key} is stored as {dtype}; quantised checkpoints are not supported')
     return content
 
   def read(self, key: str) -> np.ndarray:
     with self.lock:
-      if self.touched > REMAP_BYTES:
-        self.content, self.touched = self._map(), 0
+      if self.mapped and self.touched > REMAP_BYTES:
+        self.content, self.touched = self._open(), 0
       tensor = self.content[key]
       self.touched += tensor.numel() * tensor.element_size()
     return self._array(tensor.detach())

@@ -131,6 +131,33 @@ def test_pointer_that_git_lfs_left(source):
     plan(source)
 
 
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (lambda torch: torch.zeros(4).to(torch.float8_e4m3fn), 'x.bin: a is stored as float8_e4m3fn; quantised'),
+    (lambda torch: torch.eye(4).to_sparse(), 'x.bin: a is a sparse tensor; only dense ones are supported'),
+  ],
+)
+def test_bin_of_tensors_that_are_no_plain_numbers(tmp_path, make, message):
+  torch = pytest.importorskip('torch', reason='writing a .bin file needs torch')
+  torch.save({'a': make(torch)}, tmp_path / 'x.bin')
+  with pytest.raises(ConversionError, match=message):
+    file_tensors(tmp_path / 'x.bin')
+
+
+def test_bin_from_before_torch_1_6(tmp_path):
+  torch = pytest.importorskip('torch', reason='writing a .bin file needs torch')
+  torch.save({'a': torch.arange(3.0)}, tmp_path / 'x.bin', _use_new_zipfile_serialization=False)
+  (tensor,) = file_tensors(tmp_path / 'x.bin')
+  assert tensor.load().tolist() == [0, 1, 2]
+
+
+def test_empty_file(source):
+  (source / 'model.safetensors').write_bytes(b'')
+  with pytest.raises(ConversionError, match='model.safetensors: empty; fetch or copy it again'):
+    plan(source)
+
+
 def test_truncated_bin(tmp_path):
   torch = pytest.importorskip('torch', reason='writing a .bin file needs torch')
   torch.save({'a': torch.zeros(1000)}, tmp_path / 'x.bin')
