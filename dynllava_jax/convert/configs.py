@@ -1,5 +1,6 @@
 """`config.json` of each layout -> our description of the model; what cannot be honoured is refused."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -54,11 +55,11 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
   """
   hf = layout is Layout.LLAVA_HF
   try:
-    text = LLAMA_DEFAULTS | nested(file, config, 'text_config') if hf else config
+    text = text_config(file, layout, config)
     sparse = nested(file, config, 'sparse_config')
     _refuse(file, config, text, sparse)
     llama = dict(
-      vocab_size=config.get(UNPADDED) or text['vocab_size'],
+      vocab_size=_own_rows(file, config, text['vocab_size']),
       hidden_size=text['hidden_size'],
       mlp_dim=text['intermediate_size'],
       num_layers=text['num_hidden_layers'],
@@ -97,6 +98,19 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
     raise ConversionError(f'{file}: {e}') from None
 
 
+def text_config(file: pathlib.Path, layout: Layout, config: dict[str, Any]) -> dict[str, Any]:
+  """The entries that describe the language model."""
+  return LLAMA_DEFAULTS | nested(file, config, 'text_config') if layout is Layout.LLAVA_HF else config
+
+
+def _own_rows(file: pathlib.Path, config: dict[str, Any], rows: int) -> int:
+  """How many of the vocabulary's `rows` are the model's own: an export may have added some."""
+  own = config.get(UNPADDED, rows)
+  if own != rows and not (type(own) is type(rows) is int and 0 < own < rows):
+    raise ConversionError(f'{file}: {UNPADDED} is {own!r}, expected a whole number from 1 to vocab_size ({rows!r})')
+  return own
+
+
 def dynamic_stages(model: ModelConfig, start: int, image_keep_rate: float) -> tuple[Stage, ...]:
   """Dense layers up to `start`, dynamic ones from there."""
   cut = from_config_dict(Stage, dict(start=start, selector='dynamic', image_keep_rate=image_keep_rate), 'sparse_layer')
@@ -130,7 +144,6 @@ def _rope(file: pathlib.Path, text: dict[str, Any]) -> dict[str, Any]:
 def _refuse(file: pathlib.Path, config: dict[str, Any], text: dict[str, Any], sparse: dict[str, Any]) -> None:
   """ConversionError for what would silently be computed wrong."""
   heads, width, head = (text.get(k) for k in ('num_attention_heads', 'hidden_size', 'head_dim'))
-  layer = config.get('vision_feature_layer', -2)
   problems = {
     f'hidden_act {text.get("hidden_act")!r} (only silu)': text.get('hidden_act', 'silu') != 'silu',
     'attention_bias': bool(text.get('attention_bias')),
@@ -139,7 +152,6 @@ def _refuse(file: pathlib.Path, config: dict[str, Any], text: dict[str, Any], sp
     'any-resolution images': str(config.get('image_aspect_ratio')).startswith('anyres') or bool(config.get('image_grid_pinpoints')),
     "feature select 'cls_patch'": config.get('mm_vision_select_feature', 'patch') != 'patch',
     "vision_feature_select_strategy other than 'default'": config.get('vision_feature_select_strategy', 'default') != 'default',
-    'several vision feature layers': not isinstance(layer, int),
     'projector_hidden_act other than gelu': config.get('projector_hidden_act', 'gelu') != 'gelu',
     'a projector without bias': not config.get('multimodal_projector_bias', True),
     'the image marks <im_start> and <im_end>': bool(config.get('mm_use_im_start_end')),
@@ -151,13 +163,31 @@ def _refuse(file: pathlib.Path, config: dict[str, Any], text: dict[str, Any], sp
     raise ConversionError(f'{file}: not supported: {", ".join(found)}')
 
 
-def vision_config(file: pathlib.Path, config: dict[str, Any], images: pathlib.Path, select_layer: int) -> VisionConfig:
+def select_layer(file: pathlib.Path, layout: Layout, config: dict[str, Any], vision: VisionConfig) -> VisionConfig:
+  """The tower with the layer whose features LLaVA's own config, `file`, asks for."""
+  key = 'vision_feature_layer' if layout is Layout.LLAVA_HF else 'mm_vision_select_layer'
+  layer = config.get(key, vision.select_layer)
+  if type(layer) is not int:
+    raise ConversionError(f'{file}: {key} is {layer!r}, expected one whole number')
+  try:
+    return dataclasses.replace(vision, select_layer=layer)
+  except ConfigError as e:
+    raise ConversionError(f'{file}: {key}: {e}') from None
+
+
+def _image_settings(directory: pathlib.Path) -> dict[str, Any]:
+  """Settings of the image processor, if there are any: a file to transformers 4, a group of the processor's since 5."""
+  file, group = directory / 'preprocessor_config.json', directory / 'processor_config.json'
+  if file.exists():
+    return read_json(file)
+  return nested(group, read_json(group), 'image_processor') if group.exists() else {}
+
+
+def vision_config(file: pathlib.Path, config: dict[str, Any]) -> VisionConfig:
   """The tower that a CLIP config (or the `vision_config` inside a larger one) describes.
 
   Args:
-    file: the config's path, for messages, and its content.
-    images: `preprocessor_config.json`, which may be absent.
-    select_layer: which layer's features LLaVA takes.
+    file: the config's path, for messages and for the image processor's settings beside it; config: its content.
   """
   if 'vision_config' in config:
     config = CLIP_DEFAULTS | nested(file, config, 'vision_config')
@@ -166,7 +196,7 @@ def vision_config(file: pathlib.Path, config: dict[str, Any], images: pathlib.Pa
     raise ConversionError(f'{file}: vision tower {kind!r} is not supported, only CLIP')
   if config.get('hidden_act', 'quick_gelu') != 'quick_gelu':
     raise ConversionError(f'{file}: hidden_act {config["hidden_act"]!r} is not supported, only quick_gelu')
-  norm = read_json(images) if images.exists() else {}
+  norm = _image_settings(file.parent)
   try:
     fields = dict(
       image_size=config['image_size'],
@@ -176,7 +206,6 @@ def vision_config(file: pathlib.Path, config: dict[str, Any], images: pathlib.Pa
       num_layers=config['num_hidden_layers'],
       num_heads=config['num_attention_heads'],
       layer_norm_eps=config.get('layer_norm_eps', 1e-5),
-      select_layer=select_layer,
       image_mean=norm.get('image_mean') or CLIP_MEAN,
       image_std=norm.get('image_std') or CLIP_STD,
     )

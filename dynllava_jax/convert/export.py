@@ -7,6 +7,7 @@ import json
 import pathlib
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -15,6 +16,7 @@ from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert import export_configs
 from dynllava_jax.convert.convert import DTYPES, check_destination, new_directory, with_progress
+from dynllava_jax.convert.export_configs import Vocabulary
 from dynllava_jax.convert.layouts import Layout, canonical, to_llava_hf
 from dynllava_jax.convert.plan import Path, slots_by_key
 from dynllava_jax.convert.readers import ConversionError, Tensor, directory_tensors
@@ -49,6 +51,7 @@ class StepReader:
     self.folder = step_dir / PARAMS
     self.metadata = json.loads((self.folder / '_METADATA').read_text())
     self.lock = threading.Lock()
+    self.held: tuple[Path, np.ndarray] | None = None
 
   @functools.cache  # noqa: B019 a reader lives as long as an export
   def array(self, path: Path) -> ts.TensorStore:
@@ -66,11 +69,10 @@ class StepReader:
     if not index or array.chunk_layout.read_chunk.shape[0] == 1:
       return np.asarray(array[index].read().result())
     with self.lock:
-      return self._whole(path)[index]
-
-  @functools.lru_cache(maxsize=1)  # noqa: B019
-  def _whole(self, path: Path) -> np.ndarray:
-    return np.asarray(self.array(path).read().result())
+      if self.held is None or self.held[0] != path:
+        self.held = None  # the old one goes before the new one comes
+        self.held = path, np.asarray(array.read().result())
+      return self.held[1][index].copy()  # a view would hold all of it
 
 
 def export(
@@ -104,7 +106,11 @@ def export(
   directory, step = checkpoint.locate(src)
   info = _exported_model(info, layout, drop_predictors)
   checkpoint.check_integrity(directory / str(step), 'params')
-  plan = _plan(info, layout, StepReader(directory / str(step)), DTYPES[dtype], vision, assets)
+  base = export_configs.carried_config(info, layout, json.loads(assets.get('config.json', b'{}')))
+  vocab = export_configs.vocabulary(info, base, tokenizer) if layout == 'llava-hf' else None
+  plan = _plan(info, vocab, StepReader(directory / str(step)), DTYPES[dtype], vision)
+  stored = next(str(o.dtype) for o in plan if o.folder == '')
+  files = _files(info, base, vocab, stored, dst, tokenizer, assets)
   with new_directory(dst, sum(o.nbytes for o in plan)) as partial:
     writers = {
       f: ShardWriter(partial / f, [(o.key, o.shape, o.dtype) for o in plan if o.folder == f]) for f in {o.folder for o in plan}
@@ -118,14 +124,15 @@ def export(
     digests = with_progress('exporting', write, plan, [o.nbytes for o in plan])
     if readback:
       _check(partial, plan, digests)
-    stored = next(str(o.dtype) for o in plan if o.folder == '')
-    for name, content in _files(info, layout, stored, dst, tokenizer, assets).items():
+    for name, content in files.items():
       checkpoint.write_atomically(partial / name, content)
   return plan
 
 
 def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) -> CheckpointInfo:
   model = info.model
+  if layout == 'dynamic-llava' and drop_predictors:
+    raise ConversionError('--export=dynamic-llava: needs the predictors; leave out --drop_predictors, or export it as llava')
   if layout == 'dynamic-llava' and model.predictor is None:
     raise ConversionError(
       '--export=dynamic-llava: the model has no predictors; export it as llava, or convert with --add_predictors'
@@ -143,17 +150,11 @@ def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) ->
 
 
 def _plan(
-  info: CheckpointInfo,
-  layout: str,
-  reader: StepReader,
-  dtype: np.dtype | None,
-  vision: pathlib.Path | None,
-  assets: dict[str, bytes],
+  info: CheckpointInfo, vocab: Vocabulary | None, reader: StepReader, dtype: np.dtype | None, vision: pathlib.Path | None
 ) -> list[Out]:
-  base = base_config(layout, assets)
+  """Every tensor of the export; `vocab` is that of llava-hf, None for the authors' layouts."""
   tail = _tail_tensors(info, vision)
-  vocab = info.model.llama.vocab_size
-  extra = export_configs.padded_vocab(info, base) - vocab if layout == 'llava-hf' else 0
+  extra = vocab.rows - vocab.own if vocab else 0
   plan = []
   for key, (rule, index, leaf) in slots_by_key(dataclasses.replace(info, unused_vision_layers=True)).items():
     shape = rule.transform.torch_shape(leaf.slot_shape)
@@ -161,14 +162,14 @@ def _plan(
       tensor = tail[key]
       if tensor.shape != shape:
         raise ConversionError(f'{tensor.origin}: {tensor.key} has shape {tensor.shape}, the tower of the checkpoint {shape}')
-      stored, read = tensor.dtype, tensor.read
+      stored, read = tensor.dtype, tensor.load
     else:
       stored = np.dtype(reader.array(rule.path).dtype.numpy_dtype)
       read = lambda rule=rule, index=index: rule.transform.invert(reader.slot(rule.path, index))
     if extra and key in VOCAB_KEYS:
       shape, read = (shape[0] + extra, shape[1]), lambda read=read: _with_mean_rows(read(), extra)
-    folder = TOWER_FOLDER if key.startswith(TOWER) and layout != 'llava-hf' else ''
-    plan.append(Out(folder, to_llava_hf(key) if layout == 'llava-hf' else key, shape, dtype or stored, read))
+    folder = TOWER_FOLDER if key.startswith(TOWER) and not vocab else ''
+    plan.append(Out(folder, to_llava_hf(key) if vocab else key, shape, dtype or stored, read))
   return plan
 
 
@@ -180,6 +181,10 @@ def _with_mean_rows(x: np.ndarray, count: int) -> np.ndarray:
 
 def _tail_tensors(info: CheckpointInfo, vision: pathlib.Path | None) -> dict[str, Tensor]:
   if info.unused_vision_layers:
+    if vision is not None:
+      raise ConversionError(
+        f'--vision={vision}: the checkpoint holds its whole tower, nothing would be taken from there; leave it out'
+      )
     return {}
   if vision is None:
     raise ConversionError(
@@ -195,27 +200,28 @@ def _tail_tensors(info: CheckpointInfo, vision: pathlib.Path | None) -> dict[str
   return {k: named[k] for k in wanted}
 
 
-def base_config(layout: str, assets: dict[str, bytes]) -> dict:
-  """The config of the checkpoint that this one came from, if it had the same layout."""
-  config = json.loads(assets.get('config.json', b'{}'))
-  return config if ('text_config' in config) == (layout == 'llava-hf') else {}
-
-
 def _files(
-  info: CheckpointInfo, layout: str, dtype: str, dst: pathlib.Path, tokenizer: dict[str, bytes], assets: dict[str, bytes]
+  info: CheckpointInfo,
+  base: dict[str, Any],
+  vocab: Vocabulary | None,
+  dtype: str,
+  dst: pathlib.Path,
+  tokenizer: dict[str, bytes],
+  assets: dict[str, bytes],
 ) -> dict[str, bytes]:
-  base = base_config(layout, assets)
+  """What lies beside the weights, by path below `dst`; `base` and `vocab` as in `export_configs`."""
   own = tokenizer | {n: c for n, c in assets.items() if '/' not in n and n != 'config.json'}
   generic = {
     'config.json': export_configs.clip_config(info.model.vision, dtype),
     'preprocessor_config.json': export_configs.preprocessor_config(info.model.vision),
   }
   tower = {n: assets.get(f'vision/{n}') or json.dumps(c, indent=1).encode() for n, c in generic.items()}
-  if layout == 'llava-hf':
-    config = export_configs.llava_hf_config(info, base, dtype)
-    if export_configs.UNPADDED in config:
-      own |= export_configs.tokenizer_files(info.model.llama.vocab_size, own)
+  if vocab:
+    config = export_configs.llava_hf_config(info, base, dtype, vocab)
+    if vocab.image is not None and export_configs.has_vocabulary(tokenizer):
+      own |= export_configs.tokenizer_files(vocab, own)
     own.setdefault('preprocessor_config.json', tower['preprocessor_config.json'])
+    own.setdefault('processor_config.json', json.dumps(export_configs.processor_config(info.model.vision), indent=1).encode())
   else:
     config = export_configs.llava_config(info, base, dtype, str(dst / TOWER_FOLDER))
     images = own.pop('preprocessor_config.json', tower['preprocessor_config.json'])

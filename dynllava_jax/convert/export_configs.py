@@ -1,14 +1,79 @@
 """`config.json` and its companions for the way back to PyTorch."""
 
+import dataclasses
 import json
 from typing import Any
 
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import LlamaConfig, VisionConfig
+from dynllava_jax.data.tokenizer import load_tokenizer
 
 IMAGE_TOKEN, PAD_TOKEN = '<image>', '<pad>'
 VOCAB_MULTIPLE = 64  # transformers' conversion of LLaVA pads the embedding to this
 UNPADDED = 'unpadded_vocab_size'  # our note in an exported config: rows from here on were added by the export
+TOWER_TRAINED = 'unfreeze_mm_vision_tower'  # if true, LLaVA takes the tower from the checkpoint and not from mm_vision_tower
+# What both layouts say of the language model and we do not know; in Hugging Face's it belongs to `text_config`.
+SHARED = (
+  'attention_dropout',
+  'bos_token_id',
+  'eos_token_id',
+  'initializer_range',
+  'max_position_embeddings',
+  'pretraining_tp',
+  'use_cache',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """The vocabulary in `LlavaForConditionalGeneration`, which embeds the image token.
+
+  Attributes:
+    own: rows of our embedding; rows: of theirs.
+    image, pad: ids of the tokens that the export adds; None if there is an image token among our rows.
+  """
+
+  own: int
+  rows: int
+  image: int | None = None
+
+  @property
+  def pad(self) -> int | None:
+    return None if self.image is None else self.image + 1
+
+
+def carried_config(info: CheckpointInfo, layout: str, source: dict[str, Any]) -> dict[str, Any]:
+  """What the config of the checkpoint that this one came from says beyond our description, in the terms of `layout`."""
+  theirs = 'text_config' in source
+  if theirs == (layout == 'llava-hf'):
+    return source
+  if not theirs:
+    return {'text_config': {k: source[k] for k in SHARED if k in source}}
+  text = {'max_position_embeddings': 2048} | (source['text_config'] or {})  # the default of transformers' LlamaConfig
+  pad = text.get('pad_token_id', source.get('pad_token_id'))
+  kept = {'pad_token_id': pad} if type(pad) is int and pad < info.model.llama.vocab_size else {}
+  return {k: text[k] for k in SHARED if k in text} | kept
+
+
+def has_vocabulary(tokenizer: dict[str, bytes]) -> bool:
+  """Whether the files hold a tokenizer and not only settings of one."""
+  return not tokenizer.keys().isdisjoint(('tokenizer.model', 'tokenizer.json', 'vocab.json'))
+
+
+def vocabulary(info: CheckpointInfo, base: dict[str, Any], tokenizer: dict[str, bytes]) -> Vocabulary:
+  """Where `<image>` and `<pad>` go: behind the tokenizer's tokens, in rows to spare or in new ones.
+
+  Raises:
+    ConfigError: the tokenizer is unreadable.
+  """
+  own = info.model.llama.vocab_size
+  image = next((base[k] for k in ('image_token_index', 'image_token_id') if type(base.get(k)) is int), None)
+  if image is not None and 0 <= image < own:
+    return Vocabulary(own, own)
+  if image is None or image < 0:
+    image = len(load_tokenizer(tokenizer)) if has_vocabulary(tokenizer) else own
+  rows = own if image + 2 <= own else -(-(image + 2) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+  return Vocabulary(own, rows, image)
 
 
 def _rope(llama: LlamaConfig) -> dict[str, Any]:
@@ -85,20 +150,22 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
   }
 
 
-def padded_vocab(info: CheckpointInfo, base: dict[str, Any]) -> int:
-  """Rows of the embedding in `LlavaForConditionalGeneration`, which needs one for the image token."""
-  vocab = info.model.llama.vocab_size
-  if base.get('image_token_index', base.get('image_token_id', vocab)) < vocab:
-    return vocab
-  return -(-(vocab + 2) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+def processor_config(vision: VisionConfig) -> dict[str, Any]:
+  """transformers' LlavaProcessor, which counts CLIP's class token in and takes it off again."""
+  return {
+    'processor_class': 'LlavaProcessor',
+    'image_token': IMAGE_TOKEN,
+    'num_additional_image_tokens': 1,
+    'patch_size': vision.patch_size,
+    'vision_feature_select_strategy': 'default',
+  }
 
 
-def llava_hf_config(info: CheckpointInfo, base: dict[str, Any], dtype: str) -> dict[str, Any]:
-  """transformers' LlavaConfig; `base` is the config of the checkpoint this one came from, if it had this layout."""
-  model, vocab = info.model, padded_vocab(info, base)
-  added = vocab > model.llama.vocab_size
-  ids = {'image_token_index': model.llama.vocab_size, 'pad_token_id': model.llama.vocab_size + 1} if added else {}
-  text = _llama(model.llama, base.get('text_config', {}), dtype) | {'model_type': 'llama', 'vocab_size': vocab}
+def llava_hf_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, vocab: Vocabulary) -> dict[str, Any]:
+  """transformers' LlavaConfig; `base` as `carried_config` gives it."""
+  model = info.model
+  ids = {} if vocab.image is None else {'image_token_index': vocab.image, 'pad_token_id': vocab.pad}
+  text = _llama(model.llama, base.get('text_config') or {}, dtype) | {'model_type': 'llama', 'vocab_size': vocab.rows}
   base = {k: v for k, v in base.items() if k not in ('dtype', 'image_token_id', UNPADDED)}
   return (
     {'ignore_index': -100, 'projector_hidden_act': 'gelu', 'vision_feature_select_strategy': 'default'}
@@ -114,7 +181,7 @@ def llava_hf_config(info: CheckpointInfo, base: dict[str, Any], dtype: str) -> d
       'text_config': text,
       'vision_config': clip_config(model.vision, dtype),
     }
-    | ({UNPADDED: model.llama.vocab_size} if added else {})
+    | ({UNPADDED: vocab.own} if vocab.rows > vocab.own else {})
   )
 
 
@@ -123,11 +190,12 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
 
   Args:
     info: the model.
-    base: the config of the checkpoint this one came from, if it had this layout.
+    base: as `carried_config` gives it.
     dtype: of the stored weights.
     tower: where the CLIP directory is.
   """
   model = info.model
+  kinds = ('llava', 'llava_llama') if model.predictor is None else ('llava_llama', 'dynamic_llava_llama')
   config = (
     {
       'image_aspect_ratio': 'pad',
@@ -135,22 +203,23 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
       'mm_use_im_patch_token': False,
       'mm_use_im_start_end': False,
       'mm_vision_select_feature': 'patch',
-      'model_type': 'llava_llama',
       'pad_token_id': 0,
       'use_mm_proj': True,
     }
     | {k: v for k, v in base.items() if k not in ('sparse_config', 'architectures')}
     | {
+      'model_type': base['model_type'] if base.get('model_type') in kinds else 'llava_llama',  # Vicuna's is another
       'mm_hidden_size': model.vision.hidden_size,
       'mm_projector_type': model.projector,
       'mm_vision_select_layer': model.vision.select_layer,
       'mm_vision_tower': tower,
+      TOWER_TRAINED: False,  # the tower is not among the main weights
     }
   )
   config = _llama(model.llama, config, dtype)
   if model.predictor is None:
     return config | {'architectures': ['LlavaLlamaForCausalLM']}
-  sparse = {'instruct_keep_rate': 0.7, 'instruct_len_for_training': 25} | base.get('sparse_config', {})
+  sparse = {'instruct_keep_rate': 0.7, 'instruct_len_for_training': 25} | (base.get('sparse_config') or {})
   stage = next(s for s in info.stages if s.selector == 'dynamic')
   return config | {
     'architectures': ['DynamicLlavaLlamaForCausalLM'],
@@ -173,9 +242,9 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
   }
 
 
-def tokenizer_files(vocab: int, assets: dict[str, bytes]) -> dict[str, bytes]:
-  """The tokenizer's JSON files with `<image>` and `<pad>` after its own `vocab` pieces."""
-  added = {IMAGE_TOKEN: vocab, PAD_TOKEN: vocab + 1}
+def tokenizer_files(vocab: Vocabulary, assets: dict[str, bytes]) -> dict[str, bytes]:
+  """The tokenizer's JSON files with `<image>` and `<pad>` added."""
+  added = {IMAGE_TOKEN: vocab.image, PAD_TOKEN: vocab.pad}
   config = json.loads(assets.get('tokenizer_config.json', b'{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}'))
   plain = {'lstrip': False, 'normalized': False, 'rstrip': False, 'single_word': False, 'special': True}
   decoder = config.get('added_tokens_decoder', {}) | {str(i): plain | {'content': t} for t, i in added.items()}

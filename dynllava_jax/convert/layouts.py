@@ -80,7 +80,7 @@ def canonical(layout: Layout, key: str) -> str | None:
       return f'vision_model.{key}' if key.startswith(TOWER_PARTS) else key
     case Layout.LORA:
       key = key.removeprefix('base_model.')
-      return key.removeprefix('model.') if key.startswith(('model.model.', 'model.lm_head.')) else key
+      key = key.removeprefix('model.') if key.startswith(('model.model.', 'model.lm_head.')) else key
   if key.startswith(TOWER_COPY):
     tower = key.removeprefix(TOWER_COPY)
     return f'vision_model.{tower}' if tower.startswith(TOWER_PARTS) else tower

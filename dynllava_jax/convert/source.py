@@ -10,11 +10,20 @@ import numpy as np
 
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import TOKENIZER_FILES, ConfigError, ModelConfig, PredictorConfig, SparsityConfig, VisionConfig
-from dynllava_jax.convert.configs import PUBLISHED_TOWERS, dynamic_stages, model_info, vision_config
-from dynllava_jax.convert.export_configs import UNPADDED
+from dynllava_jax.convert.configs import PUBLISHED_TOWERS, dynamic_stages, model_info, select_layer, text_config, vision_config
+from dynllava_jax.convert.export_configs import TOWER_TRAINED, UNPADDED
 from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical, detect
 from dynllava_jax.convert.lora import merge
-from dynllava_jax.convert.readers import ConversionError, Tensor, directory_tensors, file_tensors, has_weights, nested, read_json
+from dynllava_jax.convert.readers import (
+  ConversionError,
+  Tensor,
+  by_name,
+  directory_tensors,
+  file_tensors,
+  has_weights,
+  nested,
+  read_json,
+)
 from dynllava_jax.convert.tables import predictor_rules, projector_rules
 from dynllava_jax.models.dynllava import init_predictors, init_projector
 
@@ -31,7 +40,7 @@ PROJECTOR_FILE = 'mm_projector.bin'
 NEW = 'new'
 TOWER = 'vision_model.'
 PROJECTOR = 'model.mm_projector.'
-VOCAB_KEYS = ('model.embed_tokens.weight', 'lm_head.weight')
+EMBEDDING, HEAD = VOCAB_KEYS = ('model.embed_tokens.weight', 'lm_head.weight')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,14 +94,13 @@ def open_source(request: Request) -> Source:
   if layout is Layout.CLIP:
     raise ConversionError(f'{request.src}: a CLIP tower alone; give it with --vision, and the language model with --src')
   partial = layout is Layout.LORA or (not has_weights(request.src) and (request.src / PROJECTOR_FILE).exists())
+  if request.base and not partial:
+    raise ConversionError(f'{request.src}: a whole model, which needs no --base; leave it out')
   if partial:
     found, config = _on_base(request, layout, config, notes)
     directories = [_base_directory(request), request.src]
   else:
     found = _named(layout, directory_tensors(request.src), notes)
-    if added := config.get(UNPADDED):
-      found = [(k, _first_rows(t, added) if k in VOCAB_KEYS else t) for k, t in found]
-      notes.append(f'left out the rows of the vocabulary from {added} on, which an export added')
     directories = [request.src]
   if request.projector:
     found, config = _with_projector(request, found, config, notes)
@@ -102,13 +110,22 @@ def open_source(request: Request) -> Source:
       f'give --vision=CLIP_DIRECTORY and --projector={PROJECTOR_FILE} (or --projector={NEW} for a random one)'
     )
   file = request.src / 'config.json'
-  vision, tower_dir = _tower(request, file, layout, config)
-  if tower_dir is not None:
-    inside = [k for k, _ in found if k.startswith(TOWER)]
+  inside = sum(k.startswith(TOWER) for k, _ in found)
+  vision, tower_dir = _tower(request, file, layout, config, bool(inside))
+  vision = select_layer(file, layout, config, vision)
+  if inside and config.get(TOWER_TRAINED):
+    notes.append(f'took the tower inside the checkpoint, which was trained with it ({TOWER_TRAINED})')
+  elif tower_dir is not None:
     if inside:
-      notes.append(f'passed over {len(inside)} tensors of the tower inside the checkpoint; {tower_dir} was read instead')
+      notes.append(f'passed over {inside} tensors of the tower inside the checkpoint; {tower_dir} was read instead')
     found = [(k, t) for k, t in found if not k.startswith(TOWER)] + _named(Layout.CLIP, directory_tensors(tower_dir), notes)
   info = model_info(file, layout, config, vision)
+  if UNPADDED in config:
+    rows, own = text_config(file, layout, config)['vocab_size'], info.model.llama.vocab_size
+    found = [(k, _first_rows(t, rows, own, file) if k in VOCAB_KEYS else t) for k, t in found]
+    notes.append(f'left out the rows of the vocabulary from {own} on, which an export added')
+  if info.model.llama.tie_embeddings:
+    found = _without_tied_head(found, file, notes)
   if info.model.predictor is not None and info.model.predictor.instruct:
     notes.append('the instruction predictor is kept for the way back; it is not run here, so no prompt text is dropped')
   if request.add_predictors:
@@ -120,8 +137,25 @@ def open_source(request: Request) -> Source:
   return Source(name, info, found, tokenizer, assets, notes)
 
 
-def _first_rows(tensor: Tensor, count: int) -> Tensor:
-  return dataclasses.replace(tensor, shape=(count, *tensor.shape[1:]), read=lambda: tensor.read()[:count])
+def _first_rows(tensor: Tensor, rows: int, count: int, file: pathlib.Path) -> Tensor:
+  """The first `count` of a tensor's rows; ConversionError unless it has as many `rows` as the config says."""
+  if tensor.shape[:1] != (rows,):
+    raise ConversionError(f'{tensor.origin}: {tensor.key} has shape {tensor.shape}, but vocab_size in {file} is {rows}')
+  return dataclasses.replace(tensor, shape=(count, *tensor.shape[1:]), read=lambda: tensor.load()[:count])
+
+
+def _without_tied_head(found: list[tuple[str, Tensor]], file: pathlib.Path, notes: list[str]) -> list[tuple[str, Tensor]]:
+  """Leaves out a head that is stored although it is tied to the embedding; ConversionError if the two differ."""
+  tensors = dict(found)
+  if HEAD not in tensors or EMBEDDING not in tensors:
+    return found
+  if not np.array_equal(tensors[HEAD].load(), tensors[EMBEDDING].load()):
+    raise ConversionError(
+      f'{tensors[HEAD].origin}: {tensors[HEAD].key} differs from the embedding, but {file} says that the two are one '
+      '(tie_word_embeddings); if the head is its own, set that to false'
+    )
+  notes.append(f'passed over {tensors[HEAD].key}, which is tied to the embedding and equal to it')
+  return [(k, t) for k, t in found if k != HEAD]
 
 
 def _named(layout: Layout, tensors: list[Tensor], notes: list[str]) -> list[tuple[str, Tensor]]:
@@ -151,21 +185,21 @@ def _on_base(
   base_layout, base_config = detect(base)
   if base_layout not in (Layout.LLAMA, Layout.LLAVA, Layout.DYNAMIC_LLAVA):
     raise ConversionError(f'{base}: {base_layout.value}; expected a LLaMA or LLaVA checkpoint as --base')
-  found = dict(_named(base_layout, directory_tensors(base), notes))
+  found = by_name(_named(base_layout, directory_tensors(base), notes))
   if layout is Layout.LORA:
     found = merge(request.src, found, notes)
   elif not request.projector:
     trained = _projector_tensors(request.src / PROJECTOR_FILE)
-    found |= dict(trained)
+    found |= trained
     notes.append(f'took {len(trained)} tensors from {request.src / PROJECTOR_FILE}')
   return list(found.items()), base_config | config
 
 
-def _projector_tensors(path: pathlib.Path) -> list[tuple[str, Tensor]]:
+def _projector_tensors(path: pathlib.Path) -> dict[str, Tensor]:
   if not path.exists():
     raise ConversionError(f'{path}: missing; expected a projector file ({PROJECTOR_FILE})')
-  named = [(re.sub(r'.*mm_projector\.', PROJECTOR, t.key), t) for t in file_tensors(path)]
-  strange = [t.key for k, t in named if not k.startswith(PROJECTOR)]
+  named = by_name((re.sub(r'.*mm_projector\.', PROJECTOR, t.key), t) for t in file_tensors(path))
+  strange = [t.key for k, t in named.items() if not k.startswith(PROJECTOR)]
   if strange or not named:
     raise ConversionError(f'{path}: holds {strange[0] if strange else "nothing"}; expected only the tensors of a projector')
   return named
@@ -180,16 +214,16 @@ def _with_projector(
     kind = config.get('mm_projector_type', 'mlp2x_gelu')
     if request.vision is None:
       raise ConversionError(f'--projector={NEW} needs --vision, whose width it starts from')
-    vision = _tower_config(request.vision, config)
+    vision = _tower_config(request.vision)
     model = ModelConfig(vision=vision, projector=kind, llama=_llama_of(request, config))
     fresh = _fresh(init_projector(model, jax.random.key(request.seed)), projector_rules(model), _dtype(found), request.seed)
     notes.append(f'added {len(fresh)} tensors of an untrained projector (seed {request.seed})')
     return rest + fresh, config | {'mm_projector_type': kind}
   trained = _projector_tensors(pathlib.Path(request.projector))
-  depth = sum(k.endswith('.weight') for k, _ in trained)
-  linear = any(k == f'{PROJECTOR}weight' for k, _ in trained)
+  depth = sum(k.endswith('.weight') for k in trained)
+  linear = f'{PROJECTOR}weight' in trained
   notes.append(f'took {len(trained)} tensors from {request.projector}')
-  return rest + trained, config | {'mm_projector_type': 'linear' if linear else f'mlp{depth}x_gelu'}
+  return [*rest, *trained.items()], config | {'mm_projector_type': 'linear' if linear else f'mlp{depth}x_gelu'}
 
 
 def _llama_of(request: Request, config: dict[str, Any]):
@@ -197,15 +231,13 @@ def _llama_of(request: Request, config: dict[str, Any]):
 
 
 def _tower(
-  request: Request, file: pathlib.Path, layout: Layout, config: dict[str, Any]
+  request: Request, file: pathlib.Path, layout: Layout, config: dict[str, Any], inside: bool
 ) -> tuple[VisionConfig, pathlib.Path | None]:
-  """(tower, directory its weights are read from; None if they are inside the checkpoint)."""
+  """(tower, its directory; None if the weights are only `inside` the checkpoint)."""
   if request.vision is not None:
-    return _tower_config(request.vision, config), request.vision
+    return _tower_config(request.vision), request.vision
   if layout is Layout.LLAVA_HF:
-    images = request.src / 'preprocessor_config.json'
-    tower = {'vision_config': nested(file, config, 'vision_config')}
-    return vision_config(file, tower, images, config.get('vision_feature_layer', -2)), None
+    return vision_config(file, {'vision_config': nested(file, config, 'vision_config')}), None
   named = config.get('mm_vision_tower') or config.get('vision_tower')
   if not named:
     raise ConversionError(f'{file}: names no vision tower (mm_vision_tower); give the CLIP directory with --vision')
@@ -213,25 +245,20 @@ def _tower(
     raise ConversionError(f'{file}: mm_vision_tower is {named!r}, expected the name of a directory')
   for path in (request.src / 'clip', request.src / named, pathlib.Path(named)):  # first its own: an export may have been moved
     if (path / 'config.json').exists():
-      return _tower_config(path, config), path if has_weights(path) else None
-  if named in PUBLISHED_TOWERS and _has_tower_copy(request):
-    return dataclasses.replace(PUBLISHED_TOWERS[named], select_layer=config.get('mm_vision_select_layer', -2)), None
+      return _tower_config(path), path if has_weights(path) else None
+  if named in PUBLISHED_TOWERS and inside:
+    return PUBLISHED_TOWERS[named], None
   raise ConversionError(
     f'{file}: the vision tower {named} is no CLIP directory here, neither below {request.src} nor below the current directory; '
     'fetch it and give its directory with --vision'
   )
 
 
-def _has_tower_copy(request: Request) -> bool:
-  return has_weights(request.src) and any('.vision_tower.' in t.key for t in directory_tensors(request.src))
-
-
-def _tower_config(directory: pathlib.Path, llava: dict[str, Any]) -> VisionConfig:
+def _tower_config(directory: pathlib.Path) -> VisionConfig:
   file = directory / 'config.json'
   if not file.exists():
     raise ConversionError(f'{directory}: no CLIP vision tower here (config.json is missing); give its directory with --vision')
-  layer = llava.get('mm_vision_select_layer', llava.get('vision_feature_layer', -2))
-  return vision_config(file, read_json(file), directory / 'preprocessor_config.json', layer)
+  return vision_config(file, read_json(file))
 
 
 def _dtype(found: list[tuple[str, Tensor]]) -> np.dtype:

@@ -80,6 +80,37 @@ def test_integers_are_no_weights(source):
     plan(source)
 
 
+def test_float64_cannot_be_kept(source):
+  damage(source, lambda w: w.update({'model.norm.weight': np.ones(80, np.float64)}))
+  with pytest.raises(
+    ConversionError, match='! model.norm.weight: stored as float64, which is not supported; choose --dtype=float32'
+  ):
+    plan(source)
+  found = open_source(Request(src=source))
+  assert assign(found.info, found.tensors, np.dtype(np.float32))
+
+
+def test_head_that_is_stored_though_it_is_tied(source):
+  reconfigure(source, tie_word_embeddings=True)
+  with pytest.raises(
+    ConversionError, match='lm_head.weight differs from the embedding, but .*config.json says that the two are one'
+  ):
+    plan(source)
+  damage(source, lambda w: w.update({'lm_head.weight': w['model.embed_tokens.weight']}))
+  found, _ = plan(source)
+  assert any(n.startswith('passed over lm_head.weight') for n in found.notes)
+
+
+def test_rows_of_the_vocabulary_that_an_export_added(source):
+  reconfigure(source, unpadded_vocab_size=500)
+  found, parts = plan(source)
+  assert found.info.model.llama.vocab_size == 500
+  assert next(a for a in parts if a.target == 'llama/embedding').load().shape == (500, 80)
+  reconfigure(source, vocab_size=511)
+  with pytest.raises(ConversionError, match=r'lm_head.weight has shape \(512, 80\), but vocab_size in .* is 511'):
+    plan(source)
+
+
 def test_rotary_buffers_of_old_checkpoints_are_passed_over(source):
   damage(source, lambda w: w.update({'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8, np.float32)}))
   found, _ = plan(source)
@@ -198,6 +229,10 @@ def test_no_weights_and_no_config(source):
     (dict(mm_vision_tower=['clip']), r"config.json: mm_vision_tower is \['clip'\], expected the name of a directory"),
     (dict(d_model=0), 'sparse_config: predictor: d_model is 0, expected a positive number'),
     (dict(vision_keep_rate='a fifth'), "sparse_config.image_keep_rate: expected float, got 'a fifth'"),
+    (dict(unpadded_vocab_size=600), r'unpadded_vocab_size is 600, expected a whole number from 1 to vocab_size \(512\)'),
+    (dict(mm_vision_select_layer='-2'), "checkpoint/config.json: mm_vision_select_layer is '-2', expected one whole number"),
+    (dict(mm_vision_select_layer=None), 'checkpoint/config.json: mm_vision_select_layer is None, expected one whole number'),
+    (dict(mm_vision_select_layer=-30), 'checkpoint/config.json: mm_vision_select_layer: vision: select_layer -30 points outside'),
   ],
 )
 def test_configs_that_cannot_be_honoured(source, tmp_path, changes, message):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import types
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from safetensors.numpy import load_file
 from dynllava_jax import checkpoint, loop
 from dynllava_jax.config import DataConfig, OptimizerConfig, TrainConfig
 from dynllava_jax.convert.convert import convert
-from dynllava_jax.convert.export import export
+from dynllava_jax.convert.export import StepReader, export
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.source import Request
 from dynllava_jax.data.sources import new_tokenizer
@@ -55,6 +57,23 @@ def test_fine_tuned_model_goes_back_whole(fine_tuned):
   assert 0 < changed < 0.01
   config = json.loads((folder / 'back' / 'config.json').read_text())
   assert config['max_position_embeddings'] == 512 and (folder / 'back' / 'tokenizer.model').exists()
+
+
+def test_export_holds_one_parameter_at_a_time(fine_tuned):
+  folder, _ = fine_tuned
+  reader = StepReader(folder / 'run' / loop.CHECKPOINTS / '2')
+  first, second = (('llama', 'layers', name) for name in 'qk')
+  slot = reader.slot(first, (1,))
+  np.testing.assert_array_equal(slot, reader.held[1][1])
+  assert slot.base is None  # a view would hold all of it
+  held, stored = weakref.ref(reader.held[1]), reader.array(second)
+
+  def read():
+    assert held() is None
+    return stored.read()
+
+  reader.array = lambda path: types.SimpleNamespace(chunk_layout=stored.chunk_layout, read=read)
+  assert reader.slot(second, (1,)).shape == slot.shape
 
 
 def test_resumed_run_keeps_the_unused_layers(fine_tuned):

@@ -70,6 +70,45 @@ def test_new_projector_follows_from_the_seed(vicuna):
   assert first.shape == (32, 80) and np.abs(first - other).max() > 0.01
 
 
+def test_export_of_a_model_put_together_is_read_back(vicuna, tmp_path):
+  """Its config is not Vicuna's: it says LLaVA."""
+  convert(Request(src=vicuna, vision=CLIP, projector='new'), tmp_path / 'ours')
+  export(tmp_path / 'ours', tmp_path / 'back', 'llava')
+  assert json.loads((tmp_path / 'back' / 'config.json').read_text())['model_type'] == 'llava_llama'
+  assert planned(src=tmp_path / 'back')[0].info == checkpoint.read_info(tmp_path / 'ours')
+
+
+def test_settings_that_both_layouts_have_go_along(tmp_path):
+  told = {'bos_token_id': 5, 'eos_token_id': 7, 'max_position_embeddings': 777}
+  convert(Request(src=write(tmp_path / 'source', CONFIG | told, WEIGHTS), vision=CLIP), tmp_path / 'ours')
+  export(tmp_path / 'ours', tmp_path / 'hf', 'llava-hf', drop_predictors=True)
+  config = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+  assert told.items() <= config['text_config'].items()
+  (tmp_path / 'hf' / 'config.json').write_text(json.dumps(config | {'pad_token_id': 3}))
+  convert(Request(src=tmp_path / 'hf'), tmp_path / 'again')
+  export(tmp_path / 'again', tmp_path / 'back', 'llava')
+  assert (told | {'pad_token_id': 3}).items() <= json.loads((tmp_path / 'back' / 'config.json').read_text()).items()
+
+
+def test_config_whose_image_token_is_null(tmp_path):
+  convert(Request(src=CASE / 'checkpoint'), tmp_path / 'ours')
+  export(tmp_path / 'ours', tmp_path / 'hf', 'llava-hf', drop_predictors=True)
+  config = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+  (tmp_path / 'hf' / 'config.json').write_text(json.dumps(config | {'image_token_index': None}))
+  convert(Request(src=tmp_path / 'hf'), tmp_path / 'again')
+  export(tmp_path / 'again', tmp_path / 'back', 'llava-hf')
+  assert json.loads((tmp_path / 'back' / 'config.json').read_text()) == config
+
+
+def test_image_processor_inside_the_processor(tmp_path):
+  """As transformers 5 saves it."""
+  clip = write(tmp_path / 'clip', json.loads((CLIP / 'config.json').read_text()), load_file(CLIP / 'model.safetensors'))
+  images = {'image_mean': [0.1, 0.2, 0.3], 'image_std': [0.4, 0.5, 0.6]}
+  (clip / 'processor_config.json').write_text(json.dumps({'image_processor': images}))
+  found, _ = planned(src=CASE / 'checkpoint', vision=clip)
+  assert found.info.model.vision.image_mean == (0.1, 0.2, 0.3) and found.info.model.vision.image_std == (0.4, 0.5, 0.6)
+
+
 def test_text_only_model_is_refused(vicuna):
   with pytest.raises(ConversionError, match='a text-only LLaMA, not a LLaVA .*--vision=CLIP_DIRECTORY and --projector'):
     open_source(Request(src=vicuna))
@@ -82,17 +121,28 @@ def test_projector_file_that_holds_something_else(vicuna, tmp_path):
   torch.save({'model.norm.weight': torch.ones(3)}, tmp_path / 'p.bin')
   with pytest.raises(ConversionError, match='p.bin: holds model.norm.weight; expected only the tensors of a projector'):
     open_source(Request(src=vicuna, vision=CLIP, projector=str(tmp_path / 'p.bin')))
+  twice = {f'{start}mm_projector.0.weight': torch.ones(3) for start in ('', 'model.')}
+  torch.save(twice, tmp_path / 'p.bin')
+  with pytest.raises(ConversionError, match='p.bin: model.mm_projector.0.weight is there a second time'):
+    open_source(Request(src=vicuna, vision=CLIP, projector=str(tmp_path / 'p.bin')))
 
 
 def test_predictors_added_to_a_dense_model(tmp_path):
   weights = {k: v for k, v in WEIGHTS.items() if 'predictor' not in k}
-  config = {k: v for k, v in CONFIG.items() if k != 'sparse_config'} | {'model_type': 'llava_llama'}
+  config = CONFIG | {'sparse_config': None, 'model_type': 'llava_llama'}
   dense = write(tmp_path / 'dense', config, weights)
   found, plan = planned(src=dense, vision=CLIP, add_predictors=True)
   assert [s.selector for s in found.info.stages] == ['all', 'dynamic'] and found.info.model.predictor.d_model == 512
   assert plan['image_predictor/down/kernel'].load().shape == (80, 512)
   norm = plan['image_predictor/norm/scale'].load()
   assert (norm == 1).all() and plan['image_predictor/down/kernel'].load().std() > 0.01
+  convert(Request(src=dense, vision=CLIP, add_predictors=True), tmp_path / 'ours')
+  export(tmp_path / 'ours', tmp_path / 'back', 'dynamic-llava')
+  assert json.loads((tmp_path / 'back' / 'config.json').read_text())['sparse_config']['d_model'] == 512
+  with pytest.raises(ConversionError, match='--export=dynamic-llava: needs the predictors; leave out --drop_predictors'):
+    export(tmp_path / 'ours', tmp_path / 'again', 'dynamic-llava', drop_predictors=True)
+  with pytest.raises(ConversionError, match='the checkpoint holds its whole tower, nothing would be taken from there'):
+    export(tmp_path / 'ours', tmp_path / 'again', 'dynamic-llava', vision=CLIP)
   with pytest.raises(ConversionError, match='has predictors already'):
     open_source(Request(src=CASE / 'checkpoint', add_predictors=True))
 
@@ -166,6 +216,57 @@ def test_lora_mistakes(lora, vicuna, tmp_path):
     open_source(Request(src=directory, base=vicuna))
 
 
+@pytest.mark.parametrize(
+  'setting, message',
+  [
+    ({'init_lora_weights': 'pissa_niter_16'}, "init_lora_weights is 'pissa_niter_16', so the adapter belongs to a base that"),
+    ({'init_lora_weights': 'olora'}, "init_lora_weights is 'olora'"),
+    ({'layer_replication': [[0, 4], [2, 4]]}, 'this one sets layer_replication'),
+  ],
+)
+def test_adapters_of_another_base(lora, vicuna, setting, message):
+  config = {'r': 2, 'lora_alpha': 6, 'init_lora_weights': True}
+  (lora[0] / 'adapter_config.json').write_text(json.dumps(config))
+  open_source(Request(src=lora[0], base=vicuna))
+  (lora[0] / 'adapter_config.json').write_text(json.dumps(config | setting))
+  with pytest.raises(ConversionError, match=f'adapter_config.json: .*{message}'):
+    open_source(Request(src=lora[0], base=vicuna))
+
+
+def test_tensors_that_are_there_twice(lora, vicuna):
+  save_file({'model.norm.weight': LLAMA['model.norm.weight']}, vicuna / 'extra.safetensors')
+  index = {'weight_map': dict.fromkeys(LLAMA, 'model.safetensors') | {'model.norm.weight': 'extra.safetensors'}}
+  (vicuna / 'model.safetensors.index.json').write_text(json.dumps(index))
+  with pytest.raises(
+    ConversionError, match=r'model.safetensors: model.norm.weight is there a second time \(after .*extra.safetensors'
+  ):
+    open_source(Request(src=lora[0], base=vicuna))
+  (vicuna / 'model.safetensors.index.json').unlink()
+  pair = f'{next(iter(lora[1])).removesuffix(".weight")}'
+  save_file(lora[1] | {f'{pair}.default.weight': lora[1][f'{pair}.weight']}, lora[0] / 'adapter_model.safetensors')
+  with pytest.raises(ConversionError, match=r'adapter_model.safetensors: \S+ is there a second time'):
+    open_source(Request(src=lora[0], base=vicuna))
+
+
+def test_tower_trained_beside_an_adapter(lora, vicuna):
+  import torch  # the fixture has found it
+
+  file = lora[0] / 'non_lora_trainables.bin'
+  tower = {f'model.vision_tower.vision_tower.{k}': torch.tensor(v + 1) for k, v in load_file(CLIP / 'model.safetensors').items()}
+  torch.save(torch.load(file) | {f'base_model.model.{k}': v for k, v in tower.items()}, file)
+  start = load_file(CLIP / 'model.safetensors')['vision_model.pre_layrnorm.bias']
+  config = json.loads((lora[0] / 'config.json').read_text())
+  for trained in (False, True):
+    write(lora[0], config | {'unfreeze_mm_vision_tower': trained}, None)
+    _, plan = planned(src=lora[0], base=vicuna)
+    np.testing.assert_array_equal(plan['vision/pre_layernorm/bias'].load(), start + trained)
+
+
+def test_base_of_a_whole_model_is_refused(vicuna):
+  with pytest.raises(ConversionError, match='a whole model, which needs no --base; leave it out'):
+    open_source(Request(src=CASE / 'checkpoint', base=vicuna))
+
+
 def test_projector_alone_in_a_pretraining_directory(vicuna, projector, tmp_path):
   config = CONFIG | {'sparse_config': None, 'model_type': 'llava_llama', 'mm_vision_tower': str(CLIP)}
   directory = write(tmp_path / 'pretrain', config, None)
@@ -204,6 +305,19 @@ def test_tower_inside_the_checkpoint(tmp_path):
   found, plan = planned(src=source, vision=CLIP)
   np.testing.assert_array_equal(plan['vision/pre_layernorm/bias'].load(), load_file(CLIP / 'model.safetensors')[name])
   assert any('of the tower inside the checkpoint' in n for n in found.notes)
+
+
+def test_tower_that_was_trained(tmp_path):
+  """LLaVA's flag for it: then the copy inside the checkpoint counts, in and out and in again."""
+  inside = {f'model.vision_tower.vision_tower.{k}': v + 1 for k, v in load_file(CLIP / 'model.safetensors').items()}
+  source = write(tmp_path / 'source', CONFIG | {'unfreeze_mm_vision_tower': True}, WEIGHTS | inside)
+  convert(Request(src=source, vision=CLIP), tmp_path / 'ours')
+  export(tmp_path / 'ours', tmp_path / 'back', 'dynamic-llava')
+  assert json.loads((tmp_path / 'back' / 'config.json').read_text())['unfreeze_mm_vision_tower'] is False
+  for src in (source, tmp_path / 'back'):
+    _, plan = planned(src=src, vision=None if src != source else CLIP)
+    expected = inside['model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias']
+    np.testing.assert_array_equal(plan['vision/pre_layernorm/bias'].load(), expected)
 
 
 @pytest.mark.parametrize(

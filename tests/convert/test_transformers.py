@@ -12,12 +12,14 @@ from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 from dynllava_jax import checkpoint
-from dynllava_jax.config import DENSE
+from dynllava_jax.config import DENSE, DataConfig
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.export import export
 from dynllava_jax.convert.readers import directory_tensors
 from dynllava_jax.convert.source import Request, open_source
 from dynllava_jax.convert.verify import prompt_from_ids
+from dynllava_jax.data.sources import new_tokenizer
+from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.models.dynllava import DynLlava, cut_params
 
 torch = pytest.importorskip('torch', reason='the oracle, transformers, needs torch')
@@ -195,6 +197,23 @@ def test_authors_layout_through_hugging_face_and_back(tmp_path):
   convert(Request(src=tmp_path / 'hf'), tmp_path / 'again')
   ours = {k: v for k, v in parameters(tmp_path / 'ours').items() if 'predictor' not in k}
   assert_same(parameters(tmp_path / 'again'), ours)
+
+
+def test_exported_processor_and_its_image_token(tmp_path):
+  """The tokenizer has fewer pieces than the embedding rows: `<image>` comes after the pieces, and no rows are added."""
+  convert(Request(src=GOLDEN / 'public_b' / 'checkpoint'), tmp_path / 'ours')
+  files = new_tokenizer(DataConfig(text_length=104), 512)
+  for name, content in files.items():
+    (tmp_path / 'ours' / name).write_bytes(content)
+  export(tmp_path / 'ours', tmp_path / 'hf', 'llava-hf', drop_predictors=True)
+  config = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+  assert config['text_config']['vocab_size'] == 512 and 'unpadded_vocab_size' not in config
+  processor = transformers.AutoProcessor.from_pretrained(tmp_path / 'hf')
+  inputs = processor(images=np.zeros((50, 60, 3), np.uint8), text='<image>', return_tensors='np')
+  ids = inputs['input_ids'][0].tolist()
+  assert ids.count(config['image_token_index']) == 64 and config['image_token_index'] == len(load_tokenizer(files)) < 510
+  assert inputs['pixel_values'].shape == (1, 3, 112, 112)
+  assert processor.tokenizer.pad_token_id == config['pad_token_id'] == config['image_token_index'] + 1
 
 
 @pytest.mark.parametrize('case', ['public_a', 'public_b'])
