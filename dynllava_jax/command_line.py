@@ -41,9 +41,12 @@ def expected(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-  """Turns expected errors into one message on stderr and exit status 1."""
+  """Turns expected errors into one message on stderr and exit status 1, Ctrl-C into one and 130."""
   try:
     yield
+  except KeyboardInterrupt as e:
+    print('; '.join(['interrupted', *map(str, e.args)]), file=sys.stderr)
+    sys.exit(130)
   except Exception as e:
     if not expected(e):
       raise

@@ -3,11 +3,13 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -18,15 +20,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from dynllava_jax import checkpoint
 from dynllava_jax.convert.plan import Assignment, assign
-from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.readers import ConversionError, has_weights
 from dynllava_jax.convert.source import Request, Source, open_source
 from dynllava_jax.convert.writer import StepWriter
 
 REPORT_FILE = 'conversion.json'
-RESULTS = (checkpoint.MODEL_FILE, 'config.json')  # one of these tells a directory that may be overwritten
+OF_A_RUN = ('checkpoints', 'metrics.jsonl')  # one of these tells the workdir of a training run
 DTYPES = {'keep': None, 'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 AT_ONCE = 2  # tensors on their way; each takes about three times its size
 SPARE_BYTES = 64 * 2**20  # room for metadata and descriptions
+LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 STEP = 0
 T = TypeVar('T')
 R = TypeVar('R')
@@ -46,7 +49,12 @@ class Mapped:
 
 
 def convert(
-  request: Request, dst: pathlib.Path, dtype: str = 'keep', overwrite: bool = False, readback: bool = True
+  request: Request,
+  dst: pathlib.Path,
+  dtype: str = 'keep',
+  overwrite: bool = False,
+  readback: bool = True,
+  on_open: Callable[[Source], None] = lambda source: None,
 ) -> tuple[Source, list[Mapped]]:
   """Converts a checkpoint. Interrupted, it leaves nothing at `dst`; started again, it starts over.
 
@@ -55,6 +63,7 @@ def convert(
     dst: directory to write; new or empty unless `overwrite`.
     dtype: 'keep', 'float32' or 'bfloat16'.
     readback: read every file again and compare checksums.
+    on_open: is given the source before anything is written, to show it or to refuse it.
 
   Raises:
     ConversionError: the source is wrong (nothing is written then), or the destination is unwritable, too small or
@@ -63,6 +72,7 @@ def convert(
   dst = dst.resolve()
   check_destination(dst, overwrite, request.src, request.vision, request.base)
   source = open_source(request)
+  on_open(source)
   read = {pathlib.Path(t.origin) for _, t in source.tensors} | ({pathlib.Path(request.projector)} if request.projector else set())
   check_destination(dst, overwrite, *(file for file in read if file.is_file()))  # also what a config names, such as the tower
   plan = assign(source.info, source.tensors, DTYPES[dtype])
@@ -105,23 +115,59 @@ def check_files(step_dir: pathlib.Path, mapped: list[Mapped], sizes: list[int]) 
 
 def with_progress(label: str, function: Callable[[T], R], items: list[T], sizes: list[int]) -> list[R]:
   """Maps a function over items, a few at once, showing bytes and rate; the first error ends it."""
-  console = Console(stderr=True)
-  columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
   pool = concurrent.futures.ThreadPoolExecutor(AT_ONCE)
   try:
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-      task = progress.add_task(label, total=sum(sizes))
+    with _progress(label, sum(sizes)) as advance:
       results = []
       for result, size in zip(pool.map(function, items), sizes):
         results.append(result)
-        progress.advance(task, size)
+        advance(size)
       return results
   finally:
     pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+  """Yields a function that is told how many more bytes are done: a bar on a terminal, a line now and then in a log."""
+  console = Console(stderr=True)
+  if not console.is_terminal:
+    yield _lines(console, label, total)
+    return
+  columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+  with Progress(*columns, console=console) as progress:
+    task = progress.add_task(label, total=total)
+    yield lambda size: progress.advance(task, size)
+
+
+def _lines(console: Console, label: str, total: int) -> Callable[[int], None]:
+  start = last = time.monotonic()
+  done = 0
+
+  def advance(size: int) -> None:
+    nonlocal last, done
+    done += size
+    now = time.monotonic()
+    if now - last >= LINE_EVERY:
+      rate = done / (now - start)
+      console.print(f'{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {(total - done) / rate / 60:.0f} min left')
+      last = now
+
+  return advance
+
+
 def check_destination(dst: pathlib.Path, overwrite: bool, *sources: pathlib.Path | None) -> None:
-  """ConversionError if there is something at `dst` that may not be replaced, a source above all."""
+  """ConversionError if there is something at `dst` that may not be replaced, a source above all.
+
+  A checkpoint that a killed run had set aside to replace it gets its name back first.
+  """
+  if os.path.ismount(dst):
+    raise ConversionError(f'{dst}: is a mount point, which cannot be renamed; choose a directory inside it as --dst')
+  partial, old = _beside(dst)
+  if old.exists() and not dst.exists():  # killed between the two renames at the end
+    with _claimed(dst, partial):
+      os.replace(old, dst)
+      shutil.rmtree(partial)
   for source in sources:
     if source is None:
       continue
@@ -132,8 +178,53 @@ def check_destination(dst: pathlib.Path, overwrite: bool, *sources: pathlib.Path
     raise ConversionError(f'{dst}: is a file; choose another --dst')
   if dst.is_dir() and any(dst.iterdir()) and not overwrite:
     raise ConversionError(f'{dst}: exists and is not empty; choose another --dst, or replace it with --overwrite')
-  if dst.is_dir() and any(dst.iterdir()) and not any((dst / name).is_file() for name in RESULTS):
-    raise ConversionError(f'{dst}: holds no checkpoint, and --overwrite replaces only those; choose another --dst')
+  if dst.is_dir() and any(dst.iterdir()) and not _is_checkpoint(dst):
+    raise ConversionError(f'{dst}: is no checkpoint, and --overwrite replaces only those; choose another --dst')
+
+
+def _is_checkpoint(directory: pathlib.Path) -> bool:
+  """Whether it is a checkpoint of ours or of PyTorch and nothing else: a training run holds some, but is none."""
+  if any((directory / name).exists() for name in OF_A_RUN):
+    return False
+  if (directory / checkpoint.MODEL_FILE).is_file():
+    return bool(checkpoint.all_steps(directory))
+  return (directory / 'config.json').is_file() and has_weights(directory)
+
+
+def _beside(dst: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  """Where a new checkpoint grows, and where the one that it replaces is kept until it has its name."""
+  return dst.with_name(f'.{dst.name}.partial'), dst.with_name(f'.{dst.name}.old')
+
+
+@contextlib.contextmanager
+def _claimed(dst: pathlib.Path, partial: pathlib.Path) -> Iterator[None]:
+  """Makes the directory `partial` and keeps other processes out of it while the block runs.
+
+  Raises:
+    ConversionError: another process has it, or something in the block cannot be written.
+  """
+  try:
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+      if not _locked(handle) or not os.path.samestat(os.fstat(handle), partial.stat()):  # the other may just have renamed it
+        raise ConversionError(f'{dst}: another process is writing it; wait for that one, or choose another --dst')
+      yield
+    finally:
+      os.close(handle)
+  except OSError as e:
+    raise ConversionError(f'{dst}: cannot be written ({e})') from None
+
+
+def _locked(handle: int) -> bool:
+  """Whether an open directory is this process's alone from now on."""
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:  # a file system without locks
+    pass
+  return True
 
 
 @contextlib.contextmanager
@@ -143,28 +234,31 @@ def new_directory(dst: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
   Until then it is `.NAME.partial` beside `dst`, removed if the block fails or, if it is killed, by the next attempt.
 
   Raises:
-    ConversionError: `dst` cannot be written, or its disk has no room for `nbytes`.
+    ConversionError: `dst` cannot be written, another process writes it, or its disk has no room for `nbytes`.
+    KeyboardInterrupt: says what is at `dst`.
   """
-  partial, old = dst.with_name(f'.{dst.name}.partial'), dst.with_name(f'.{dst.name}.old')
-  try:
-    if old.exists() and not dst.exists():  # killed between the two renames at the end
-      os.replace(old, dst)
-    for leftover in (partial, old):
-      if leftover.exists():
-        shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    free = shutil.disk_usage(partial).free
-    if free < nbytes + SPARE_BYTES:
-      raise ConversionError(
-        f'{dst}: needs {(nbytes + SPARE_BYTES) / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; make room, or choose '
-        'another --dst'
-      )
-    yield partial
-    if dst.exists():
-      os.replace(dst, old)
-    os.replace(partial, dst)
-    shutil.rmtree(old, ignore_errors=True)
-  except OSError as e:
-    raise ConversionError(f'{dst}: cannot be written ({e})') from None
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+  partial, old = _beside(dst)
+  with _claimed(dst, partial):
+    try:
+      for leftover in (*partial.iterdir(), old):
+        if leftover.is_dir():
+          shutil.rmtree(leftover)
+        else:
+          leftover.unlink(missing_ok=True)
+      free = shutil.disk_usage(partial).free
+      if free < nbytes + SPARE_BYTES:
+        raise ConversionError(
+          f'{dst}: needs {(nbytes + SPARE_BYTES) / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free; make room, or choose '
+          'another --dst'
+        )
+      yield partial
+      if dst.exists():
+        os.replace(dst, old)
+      os.replace(partial, dst)
+    except KeyboardInterrupt:
+      raise KeyboardInterrupt(f'{dst} is as it was' if dst.exists() or old.exists() else f'nothing is at {dst}') from None
+    finally:
+      if old.exists() and not dst.exists():  # what was to be replaced comes back
+        os.replace(old, dst)
+      for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)

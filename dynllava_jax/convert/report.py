@@ -8,8 +8,8 @@ import time
 from dynllava_jax import checkpoint
 from dynllava_jax.convert.convert import REPORT_FILE, convert
 from dynllava_jax.convert.export import export
-from dynllava_jax.convert.source import Request
-from dynllava_jax.convert.verify import load_case, verify
+from dynllava_jax.convert.source import Request, Source
+from dynllava_jax.convert.verify import check_case, load_case, verify
 
 
 def run_conversion(request: Request, dst: pathlib.Path, dtype: str, overwrite: bool, readback: bool, case: str | None) -> bool:
@@ -18,14 +18,16 @@ def run_conversion(request: Request, dst: pathlib.Path, dtype: str, overwrite: b
   Raises:
     ConversionError: nothing was written, or the case is unusable.
   """
-  if case:
-    load_case(case)  # a wrong path should not cost a conversion
+  recorded = load_case(case) if case else None
+
+  def opened(source: Source) -> None:
+    print(f'layout: {source.layout}', *(f'note: {note}' for note in source.notes), sep='\n', flush=True)
+    if recorded:  # a wrong case should not cost a conversion
+      check_case(source.info, recorded, case)
+
   start = time.monotonic()
-  source, mapped = convert(request, dst, dtype, overwrite, readback)
+  source, mapped = convert(request, dst, dtype, overwrite, readback, opened)
   seconds = time.monotonic() - start
-  print(f'layout: {source.layout}')
-  for note in source.notes:
-    print(f'note: {note}')
   parts = collections.Counter(m.target.split('/')[0] for m in mapped)
   stored = collections.Counter(m.dtype for m in mapped)
   print(
@@ -34,7 +36,7 @@ def run_conversion(request: Request, dst: pathlib.Path, dtype: str, overwrite: b
     + f' ({", ".join(stored)}); every one is listed in {REPORT_FILE}'
   )
   print(_effort(seconds, readback))
-  if not case:
+  if not recorded:
     return True
   quantities = verify(source.info, checkpoint.load_params(dst), case)
   for quantity in quantities:

@@ -19,6 +19,7 @@ import numpy as np
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import IGNORE, IMAGE_ID
+from dynllava_jax.convert.plan import slots_by_key
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.tables import llava_rules
 from dynllava_jax.losses import training_losses
@@ -27,6 +28,8 @@ from dynllava_jax.ops import layout
 from dynllava_jax.ops.attention import policy_softmax
 
 LOGITS, LOSS, GRADIENT, EXACT = 1e-4, 1e-5, 5e-4, 0.0
+GRADIENTS = ('train/grad_total/', 'train/grad_ce/')  # of the whole loss, of cross entropy alone
+ROW_NORMS = 'embed_tokens_row_norms'  # recorded instead of the embedding's gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +100,7 @@ class Verifier:
     # Cases are recorded in float32; a gradient in bfloat16 would be rounded.
     self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), info.stages)
     self.num_image = info.model.vision.num_patches
-    self.sparse = next((i for i, s in enumerate(info.stages) if s.selector == 'dynamic'), None)
-    if self.sparse is None:
-      raise ConversionError('verify: the case needs a Dynamic-LLaVA checkpoint, this one has no predictors')
+    self.sparse = next(i for i, s in enumerate(info.stages) if s.selector == 'dynamic')
     apply = lambda *args, method: self.model.apply({'params': self.params}, *args, method=method)
     self._prefill = jax.jit(lambda prompt, pixels, spec: self._prefill_impl(apply, prompt, pixels, spec), static_argnums=2)
     self._extend = jax.jit(
@@ -365,18 +366,15 @@ class Verifier:
     ):
       yield compare(at + key, ours, case[at + key], LOSS, relative=True)
     yield compare(at + 'mask_loss_weight', self.info.sparsity.mask_loss_weight, case[at + 'mask_loss_weight'], 1e-6, relative=True)
-    for kind, pick in (('total', lambda r: r.total), ('ce', lambda r: r.ce)):
+    for group, pick in zip(GRADIENTS, (lambda r: r.total, lambda r: r.ce)):
       gradients = join_params(jax.jit(jax.grad(lambda p: pick(losses(p)[0])))(self.params))
-      yield from self._gradients(f'{at}grad_{kind}/', gradients)
+      yield from self._gradients(group, gradients)
 
   def _gradients(self, at, gradients) -> Iterator[Quantity]:
     rules = llava_rules(self.info.model)
-    keys = [k for k in self.case if k.startswith(at)]
-    if not keys:
-      raise KeyError(at + '...')
-    for key in keys:
+    for key in (k for k in self.case if k.startswith(at)):
       name, recorded = key.removeprefix(at), self.case[key]
-      if name == 'embed_tokens_row_norms':
+      if name == ROW_NORMS:
         ours = jnp.linalg.norm(gradients['llama']['embedding'], axis=-1)
       else:
         ((rule, index),) = [(r, i) for r in rules if (i := r.match(name)) is not None]
@@ -395,9 +393,48 @@ def last_answer_start(labels: np.ndarray, length: np.ndarray) -> np.ndarray:
   return np.where(ignored.any(1), last + 1, 0).astype(np.int32)
 
 
+def check_case(info: CheckpointInfo, case: dict[str, np.ndarray], case_file: str | pathlib.Path) -> None:
+  """ConversionError unless the case was recorded with a model of these sizes."""
+  if all(s.selector != 'dynamic' for s in info.stages):
+    raise ConversionError(f'{case_file}: the case needs a Dynamic-LLaVA checkpoint, this one has no predictors')
+  vision, llama = info.model.vision, info.model.llama
+  expected = {  # None stands for any size
+    'pixel_values': (None, 3, vision.image_size, vision.image_size),
+    'vision/clip_selected': (None, vision.num_patches, vision.hidden_size),
+    'prefill_b1/hidden_at_sparse_layer': (None, None, llama.hidden_size),
+    'prefill_b1/logits': (None, None, llama.vocab_size),
+  }
+  slots = slots_by_key(info)
+  for at in GRADIENTS:
+    names = [k.removeprefix(at) for k in case if k.startswith(at)]
+    if not names:
+      raise ConversionError(f'{case_file}: array {at}... is missing; expected a case of the recorded format')
+    for name in names:
+      if name == ROW_NORMS:
+        expected[at + name] = (llama.vocab_size,)
+      elif name in slots:
+        rule, _, leaf = slots[name]
+        expected[at + name] = rule.transform.torch_shape(leaf.slot_shape)
+      else:
+        raise ConversionError(
+          f'{case_file}: {at}{name} is about a parameter that the model does not have; is it the case of another model?'
+        )
+  for name, shape in expected.items():
+    if name not in case:
+      raise ConversionError(f'{case_file}: array {name!r} is missing; expected a case of the recorded format')
+    found = case[name].shape
+    if len(found) != len(shape) or any(e not in (None, f) for e, f in zip(shape, found)):
+      wanted = ', '.join('any' if e is None else str(e) for e in shape)
+      raise ConversionError(
+        f'{case_file}: {name} has shape {found}, the model asks for ({wanted}); is it the case of another model?'
+      )
+
+
 def verify(info: CheckpointInfo, params: dict[str, Any], case_file: str | pathlib.Path) -> list[Quantity]:
   """Compares a converted model with a recorded case; parameters in checkpoint form."""
+  case = load_case(case_file)
+  check_case(info, case, case_file)
   try:
-    return Verifier(info, params, load_case(case_file)).run()
+    return Verifier(info, params, case).run()
   except KeyError as e:
     raise ConversionError(f'{case_file}: array {e} is missing; expected a case of the recorded format') from None

@@ -1,6 +1,7 @@
 """Conversion is strict, streamed, and never leaves half a checkpoint behind."""
 
 import collections
+import dataclasses
 import errno
 import hashlib
 import json
@@ -18,12 +19,14 @@ from conftest import GOLDEN, ROOT
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
-from dynllava_jax import checkpoint, sharding
+from dynllava_jax import checkpoint, command_line, sharding
 from dynllava_jax.config import MeshConfig
 from dynllava_jax.convert import convert as converting
-from dynllava_jax.convert.convert import convert, new_directory
+from dynllava_jax.convert.convert import check_destination, convert, new_directory
 from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.report import run_conversion
 from dynllava_jax.convert.source import Request
+from dynllava_jax.convert.verify import load_case
 
 
 @pytest.fixture
@@ -114,18 +117,135 @@ def test_what_may_not_be_overwritten(source, out):
   with pytest.raises(ConversionError, match='lies in the source .*clip'):  # the tower, which only the config names
     convert(Request(src=source), source.parent / 'clip', overwrite=True)
   assert (source.parent / 'clip' / 'model.safetensors').is_file()
-  (out / 'photos').mkdir(parents=True)
-  with pytest.raises(ConversionError, match='holds no checkpoint, and --overwrite replaces only those'):
-    convert(Request(src=source), out, overwrite=True)
-  assert (out / 'photos').is_dir()
+
+
+@pytest.mark.parametrize(
+  'files, replaceable',
+  [
+    (['photos/1.jpg'], False),
+    (['config.json'], False),
+    (['model.json'], False),
+    (['config.json', 'metrics.jsonl', 'model.safetensors'], False),  # a training run
+    (['config.json', 'checkpoints/model.json'], False),
+    (['config.json', 'model.safetensors'], True),
+    (['model.json', '7/params/x'], True),
+  ],
+)
+def test_only_checkpoints_are_overwritten(tmp_path, files, replaceable):
+  for name in files:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  if replaceable:
+    check_destination(tmp_path, True)
+    return
+  with pytest.raises(ConversionError, match='is no checkpoint, and --overwrite replaces only those'):
+    check_destination(tmp_path, True)
 
 
 def test_checkpoint_set_aside_by_a_killed_overwrite_comes_back(source, out):
   convert(Request(src=source), out)
   os.replace(out, out.with_name('.out.old'))  # killed between the two renames
-  with pytest.raises(ConversionError), new_directory(out, 2**60):  # the next attempt fails, for want of room
+  out.with_name('.out.partial').mkdir()
+  with pytest.raises(ConversionError, match='exists and is not empty'):
+    convert(Request(src=source), out)
+  checkpoint.load_params(out)
+  assert not out.with_name('.out.partial').exists()
+
+
+def test_failing_last_rename_leaves_the_old_checkpoint(source, out, monkeypatch):
+  convert(Request(src=source), out)
+  real = os.replace
+
+  def replace(a, b):
+    if str(a).endswith('.partial'):
+      raise OSError(errno.EIO, 'Input/output error')
+    real(a, b)
+
+  monkeypatch.setattr(os, 'replace', replace)
+  with pytest.raises(ConversionError, match='cannot be written .*Input/output error'), new_directory(out, 0):
     pass
   checkpoint.load_params(out)
+  assert not out.with_name('.out.partial').exists() and not out.with_name('.out.old').exists()
+
+
+def test_two_conversions_to_one_place(source, out):
+  with new_directory(out, 0) as partial:
+    (partial / 'config.json').touch()
+    with pytest.raises(ConversionError, match='out: another process is writing it; wait for that one'):
+      convert(Request(src=source), out)
+    assert (partial / 'config.json').exists()
+  assert (out / 'config.json').exists()
+
+
+def test_mount_point_is_no_destination(source, out, monkeypatch):
+  monkeypatch.setattr(os.path, 'ismount', lambda path: path == out)
+  with pytest.raises(ConversionError, match='out: is a mount point, which cannot be renamed; choose a directory inside it'):
+    convert(Request(src=source), out)
+
+
+def test_interruption_is_one_line(source, out, monkeypatch, capsys):
+  def interrupted(self, path, index, value):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(converting.StepWriter, 'write', interrupted)
+  for left in (f'nothing is at {out}', f'{out} is as it was'):
+    with pytest.raises(SystemExit) as end, command_line.readable_errors():
+      convert(Request(src=source), out, overwrite=True)
+    assert end.value.code == 130 and capsys.readouterr().err == f'interrupted; {left}\n'
+    assert not out.with_name('.out.partial').exists()
+    shutil.copytree(source, out, dirs_exist_ok=True)
+
+
+def spoiled(value=None, error=None):
+  """A hook that makes the first tensor of a source give another value, or fail."""
+
+  def read():
+    if error:
+      raise error
+    return value
+
+  def on_open(found):
+    key, tensor = found.tensors[0]
+    found.tensors[0] = key, dataclasses.replace(tensor, read=read)
+
+  return on_open
+
+
+@pytest.mark.parametrize(
+  'hook, message',
+  [
+    (spoiled(error=OSError(errno.EIO, 'Input/output error')), r'model.safetensors: \S+ cannot be read .*Input/output error'),
+    (spoiled(value=np.zeros(3, np.float32)), r'model.safetensors: \S+ has shape \(3,\), expected .*has the file changed'),
+  ],
+)
+def test_source_that_fails_while_it_is_read(source, out, hook, message):
+  with pytest.raises(ConversionError, match=message):
+    convert(Request(src=source), out, on_open=hook)
+  assert not out.exists()
+
+
+def test_progress_without_a_terminal(source, out, monkeypatch, capsys):
+  monkeypatch.setattr(converting, 'LINE_EVERY', 0.0)
+  run_conversion(Request(src=source), out, 'keep', False, False, None)
+  captured = capsys.readouterr()
+  assert captured.err.startswith('converting: 0.00 of 0.00 GB, 0 min left\n')
+  assert captured.out.startswith('layout: Dynamic-LLaVA (the authors)\nconverted 124 tensors')
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'pixel_values': np.zeros(7)}, r'pixel_values has shape \(7,\), the model asks for \(any, 3, 112, 112\)'),
+    ({'train/grad_ce/model.layers.9.mlp.up_proj.weight': np.zeros(1)}, 'is about a parameter that the model does not have'),
+    ({'prefill_b1/logits': None}, "array 'prefill_b1/logits' is missing"),
+  ],
+)
+def test_case_of_another_model_is_refused_before_anything_is_written(source, out, tmp_path, capsys, change, message):
+  case = {k: v for k, v in (load_case(GOLDEN / 'public_b' / 'case.npz') | change).items() if v is not None}
+  np.savez(tmp_path / 'other.npz', **case)
+  with pytest.raises(ConversionError, match=f'other.npz: .*{message}'):
+    run_conversion(Request(src=source), out, 'keep', False, True, str(tmp_path / 'other.npz'))
+  assert not out.exists() and capsys.readouterr().out == 'layout: Dynamic-LLaVA (the authors)\n'  # it is said at the start
 
 
 def test_destination_that_cannot_be_written(source, tmp_path, monkeypatch):
