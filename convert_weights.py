@@ -25,7 +25,7 @@ VISION = flags.DEFINE_string('vision', None, "CLIP directory; the config's mm_vi
 BASE = flags.DEFINE_string('base', None, 'Model that the LoRA adapter or lone projector in --src belongs to.')
 PROJECTOR = flags.DEFINE_string('projector', None, "mm_projector.bin, or 'new' for a random projector.")
 ADD_PREDICTORS = flags.DEFINE_bool('add_predictors', False, 'Make a dense model dynamic with untrained predictors.')
-SEED = flags.DEFINE_integer('seed', 0, 'Seed of untrained projectors and predictors.', lower_bound=0)
+SEED = flags.DEFINE_integer('seed', 0, 'Seed of untrained projectors and predictors.', lower_bound=0, upper_bound=2**32 - 1)
 EXPORT = flags.DEFINE_enum('export', None, ['llava-hf', 'llava', 'dynamic-llava'], 'Write --src, one of ours, for PyTorch.')
 DROP_PREDICTORS = flags.DEFINE_bool('drop_predictors', False, 'Export the dense part of a model with predictors.')
 INSPECT = flags.DEFINE_string('inspect', None, 'Describe the checkpoint in this directory, PyTorch or ours, and do nothing else.')
@@ -34,9 +34,26 @@ OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace what is at --dst, onc
 NO_READBACK = flags.DEFINE_bool('no_readback', False, 'Do not read everything again after writing to compare checksums.')
 VERIFY = flags.DEFINE_string('verify', None, 'Recorded case (.npz) to recompute with the converted weights.')
 
+ONLY_CONVERSION = (BASE, PROJECTOR, ADD_PREDICTORS, SEED, VERIFY)
+NOT_INSPECTION = (SRC, DST, VISION, *ONLY_CONVERSION, EXPORT, DROP_PREDICTORS, DTYPE, OVERWRITE, NO_READBACK)
+
+
+def refuse(reason: str, *unused: flags.FlagHolder) -> None:
+  given = [f'--{f.name}' for f in unused if f.value != f.default]
+  if given:
+    raise command_line.ConfigError(f'{", ".join(given)}: no use {reason}; leave out')
+
 
 def main(_) -> None:
   with command_line.readable_errors():
+    if INSPECT.value:
+      refuse('with --inspect', *NOT_INSPECTION)
+    elif EXPORT.value:
+      refuse('with --export', *ONLY_CONVERSION)
+    else:
+      refuse('without --export', DROP_PREDICTORS)
+      if PROJECTOR.value != 'new' and not ADD_PREDICTORS.value:
+        refuse('without --projector=new or --add_predictors', SEED)
     from dynllava_jax.convert import inspection, report
     from dynllava_jax.convert.source import Request
 

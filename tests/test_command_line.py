@@ -44,6 +44,24 @@ def test_stray_words_are_refused():
   assert result.returncode == 1 and "'true': unexpected" in result.stderr
 
 
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (
+      ('--export=llava', '--add_predictors', '--verify=x.npz', '--base=b'),
+      '--base, --add_predictors, --verify: no use with --export',
+    ),
+    (('--drop_predictors',), '--drop_predictors: no use without --export'),
+    (('--inspect=a',), '--src, --dst: no use with --inspect'),
+    (('--seed=3',), '--seed: no use without --projector=new or --add_predictors'),
+    ((f'--seed={2**63}',), 'seed'),
+  ],
+)
+def test_conversion_flags_without_effect_are_refused(arguments, message):
+  result = run('convert_weights.py', '--src=a', '--dst=b', *arguments, devices=1)
+  assert result.returncode == 1 and message in result.stderr and 'Traceback' not in result.stderr
+
+
 def test_eval_names_a_missing_checkpoint(tmp_path):
   result = run('eval.py', f'{DIGITS}:eval', f'--checkpoint={tmp_path}')
   assert result.returncode == 1 and 'no checkpoint here' in result.stderr and 'Traceback' not in result.stderr
