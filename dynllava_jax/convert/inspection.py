@@ -20,6 +20,7 @@ PARTS = (
   ('model.mm_projector', 'projector'),
   ('model.image_score_predictor', 'image predictor'),
   ('model.output_text_score_predictor', 'text predictor'),
+  ('model.instruct_score_predictor', 'instruction predictor'),
   ('model.layers', 'decoder layers'),
   ('model.embed_tokens', 'embedding'),
   ('lm_head', 'output head'),
@@ -48,10 +49,15 @@ def describe(directory: pathlib.Path) -> str:
   Raises:
     ConversionError, CheckpointError: it is not a checkpoint, or a damaged one.
   """
-  if (directory / MODEL_FILE).exists() or (directory.parent / MODEL_FILE).exists():
+  directory = directory.absolute()
+  if (directory / MODEL_FILE).exists() or (directory.name.isdigit() and (directory.parent / MODEL_FILE).exists()):
     return _ours(directory)
-  layout, config = detect(directory)
-  lines = [f'layout: {layout.value}']
+  described = any((directory / n).exists() for n in ('config.json', ADAPTER_CONFIG))
+  if not described and (has_weights(directory) or (directory / PROJECTOR_FILE).exists()):
+    layout, config, lines = Layout.LLAVA, {}, ['layout: unknown, config.json is missing']
+  else:
+    layout, config = detect(directory)
+    lines = [f'layout: {layout.value}']
   groups = {'': config} | {f'{n}.': nested(directory / 'config.json', config, n) for n in ('text_config', 'vision_config')}
   for where, values in groups.items():
     lines += [f'{where}{k}: {json.dumps(values[k])}' for k in SHOWN if values.get(k) is not None]

@@ -159,6 +159,7 @@ def test_instruction_predictor_is_kept_for_the_way_back(tmp_path):
   export(tmp_path / 'ours', tmp_path / 'back', 'dynamic-llava')
   back = {t.key: t.read() for t in directory_tensors(tmp_path / 'back')}
   assert back.keys() == (WEIGHTS | extra).keys()
+  assert 'instruction predictor' in describe(source) and 'unknown' not in describe(source)
   for key, value in extra.items():
     np.testing.assert_array_equal(back[key], value)
   assert json.loads((tmp_path / 'back' / 'config.json').read_text())['sparse_config'] == config['sparse_config']
@@ -377,3 +378,17 @@ def test_inspect_tells_parts_without_loading(lora, tmp_path):
   longest.write_bytes(longest.read_bytes()[:-1])
   with pytest.raises(CheckpointError, match=f'{longest.name}: .* bytes, expected'):
     describe(tmp_path / 'ours')
+
+
+def test_inspect_says_what_is_there(tmp_path):
+  """A PyTorch directory inside one of our checkpoints, weights without config, a projector alone."""
+  (tmp_path / 'model.json').touch()
+  shutil.copytree(CASE / 'checkpoint', tmp_path / 'theirs')
+  assert 'layout: Dynamic-LLaVA' in describe(tmp_path / 'theirs')
+  (tmp_path / 'theirs' / 'config.json').unlink()
+  text = describe(tmp_path / 'theirs')
+  assert text.startswith('layout: unknown, config.json is missing') and 'decoder layers              210,560 parameters' in text
+
+
+def test_inspect_a_projector_alone(projector):
+  assert 'projector                     9,120 parameters, float32' in describe(projector.parent)
