@@ -218,7 +218,7 @@ def _files(
   tower = {n: assets.get(f'vision/{n}') or json.dumps(c, indent=1).encode() for n, c in generic.items()}
   if vocab:
     config = export_configs.llava_hf_config(info, base, dtype, vocab)
-    if vocab.image is not None and export_configs.has_vocabulary(tokenizer):
+    if vocab.added and export_configs.has_vocabulary(tokenizer):
       own |= export_configs.tokenizer_files(vocab, own)
     own.setdefault('preprocessor_config.json', tower['preprocessor_config.json'])
     own.setdefault('processor_config.json', json.dumps(export_configs.processor_config(info.model.vision), indent=1).encode())

@@ -30,16 +30,18 @@ class Vocabulary:
 
   Attributes:
     own: rows of our embedding; rows: of theirs.
-    image, pad: ids of the tokens that the export adds; None if there is an image token among our rows.
+    image: id of the image token.
+    added: the export adds it, and `<pad>` after it; otherwise it is among our rows already.
   """
 
   own: int
   rows: int
-  image: int | None = None
+  image: int
+  added: bool
 
   @property
-  def pad(self) -> int | None:
-    return None if self.image is None else self.image + 1
+  def pad(self) -> int:
+    return self.image + 1
 
 
 def carried_config(info: CheckpointInfo, layout: str, source: dict[str, Any]) -> dict[str, Any]:
@@ -69,11 +71,11 @@ def vocabulary(info: CheckpointInfo, base: dict[str, Any], tokenizer: dict[str, 
   own = info.model.llama.vocab_size
   image = next((base[k] for k in ('image_token_index', 'image_token_id') if type(base.get(k)) is int), None)
   if image is not None and 0 <= image < own:
-    return Vocabulary(own, own)
+    return Vocabulary(own, own, image, added=False)
   if image is None or image < 0:
     image = len(load_tokenizer(tokenizer)) if has_vocabulary(tokenizer) else own
   rows = own if image + 2 <= own else -(-(image + 2) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-  return Vocabulary(own, rows, image)
+  return Vocabulary(own, rows, image, added=True)
 
 
 def _rope(llama: LlamaConfig) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def processor_config(vision: VisionConfig) -> dict[str, Any]:
 def llava_hf_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, vocab: Vocabulary) -> dict[str, Any]:
   """transformers' LlavaConfig; `base` as `carried_config` gives it."""
   model = info.model
-  ids = {} if vocab.image is None else {'image_token_index': vocab.image, 'pad_token_id': vocab.pad}
+  ids = {'image_token_index': vocab.image} | ({'pad_token_id': vocab.pad} if vocab.added else {})
   text = _llama(model.llama, base.get('text_config') or {}, dtype) | {'model_type': 'llama', 'vocab_size': vocab.rows}
   base = {k: v for k, v in base.items() if k not in ('dtype', 'image_token_id', UNPADDED)}
   return (
