@@ -25,7 +25,7 @@ from dynllava_jax.convert.writer import StepWriter
 REPORT_FILE = 'conversion.json'
 RESULTS = (checkpoint.MODEL_FILE, 'config.json')  # one of these tells a directory that may be overwritten
 DTYPES = {'keep': None, 'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
-AT_ONCE = 2  # tensors on their way; each takes about three times its size
+AT_ONCE = max(2, min(4, os.cpu_count() or 1))  # tensors on their way; each takes about three times its size
 SPARE_BYTES = 64 * 2**20  # room for metadata and descriptions
 STEP = 0
 T = TypeVar('T')
