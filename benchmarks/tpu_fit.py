@@ -14,9 +14,9 @@ import os
 import tempfile
 
 # Before jax: this process compiles for TPUs and runs on the CPU. Compiled modules are read from files, as `as_text` of some fails.
-DUMP = tempfile.TemporaryDirectory(prefix='tpu_fit_')
 os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-os.environ['XLA_FLAGS'] = f'--xla_dump_to={DUMP.name} --xla_dump_hlo_as_text'
+os.environ |= {'DUMP': tempfile.mkdtemp(prefix='tpu_fit_')}
+os.environ |= {'XLA_FLAGS': f'--xla_dump_to={os.environ["DUMP"]} --xla_dump_hlo_as_text'}
 
 import collections
 import dataclasses
@@ -25,6 +25,7 @@ import importlib.metadata
 import json
 import pathlib
 import re
+import shutil
 import sys
 import time
 
@@ -94,7 +95,7 @@ def estimated_seconds(hlo: str, clock_hz: float) -> float:
 
 def compiled_module() -> str:
   """Text of the largest module that was compiled since the last call."""
-  files = list(pathlib.Path(DUMP.name).glob('*after_codegen.txt'))
+  files = list(pathlib.Path(os.environ['DUMP']).glob('*after_codegen.txt'))
   text = max(files, key=lambda f: f.stat().st_size).read_text()
   for file in files:
     file.unlink()
@@ -195,4 +196,7 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  try:
+    main(sys.argv[1:])
+  finally:
+    shutil.rmtree(os.environ['DUMP'])
