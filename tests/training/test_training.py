@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from PIL import Image
 
 from dynllava_jax import checkpoint, loop, sharding
 from dynllava_jax.config import (
@@ -320,6 +322,16 @@ def test_evaluation_of_the_trained_checkpoint(dynamic_run, tmp_path):
   for name in runs:
     assert len((tmp_path / 'answers' / f'{name}.jsonl').read_text().splitlines()) == 20
   assert (tmp_path / 'tokens.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_python_of_the_readme_answers_a_question(dynamic_run, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  Image.new('RGB', (98, 98)).save('scene.png')
+  code = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[1]
+  exec(code.replace('runs/digits/dynamic/checkpoints', str(dynamic_run / loop.CHECKPOINTS)).replace('=71', '=4'), names := {})
+  assert capsys.readouterr().out.strip() == names['tokenizer'].decode(names['answers'].tokens[0].tolist())
+  cached = names['generator'](names['prompt'], names['batch'].pixels)
+  np.testing.assert_array_equal(cached.tokens, names['answers'].tokens)
 
 
 def test_training_picture(base_run, dynamic_run, tmp_path):
