@@ -266,9 +266,7 @@ def test_the_builder_of_tfds_writes_the_same(root, tmp_path):
   from dynllava_jax.data import tfds_builder
 
   assert tfds_builder.Llava.name == 'llava'
-  builder = tfds.builder(
-    'llava', data_dir=tmp_path, json=str(root / 'mix.json'), images=str(root), shard_samples=40, file_format='array_record'
-  )
+  builder = tfds.builder('llava', data_dir=tmp_path, json=str(root / 'mix.json'), images=str(root), shard_samples=40)
   builder.download_and_prepare()
   store = Store(str(builder.data_dir))
   assert len(store) == 100 and sorted(ids(store)) == sorted(s['id'] for s in json.loads((root / 'mix.json').read_text()))
