@@ -96,6 +96,7 @@ def prepare(
 def describe(scan: Scan, weights: Sequence[float], image_bytes: bool, shard_samples: int) -> dict:
   """Everything the content of the folder depends on."""
   return {
+    'sources': list(scan.json),  # in the order of the samples
     'json': {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in scan.json.items()},
     'weights': list(weights),
     'images': str(scan.images.absolute()),

@@ -142,6 +142,9 @@ def test_two_files_are_two_weighted_sources(root, tmp_path):
   assert prepare.prepare(what, [1.0, 2.5], tmp_path / 'out', only_check=False, image_bytes=True, shard_samples=50)
   parts = Store(str(tmp_path / 'out')).parts
   assert [(p.start, p.stop, p.weight) for p in parts] == [(0, 100, 1.0), (100, 120, 2.5)]
+  turned = scan(root, {'other': other, 'mix': root / 'mix.json'})
+  with pytest.raises(ConfigError, match=r"was made with sources \['mix', 'other'\], now it is \['other', 'mix'\]"):
+    run(turned, tmp_path / 'out')
 
 
 def test_other_settings_are_refused(root, prepared):
