@@ -255,7 +255,9 @@ def test_a_list_of_one_image_is_that_image():
     records.parse(entry | {'image': [entry['image']] * 2}, 'mix', 0)
 
 
-@pytest.mark.parametrize('content', ['{"a": 1}', '[{"id": 1},', ''])
+@pytest.mark.parametrize(
+  'content', ['{"a": 1}', '[{"id": 1},', '', f'[{"9" * 5000}]'], ids=['object', 'cut', 'empty', 'huge number']
+)
 def test_files_that_are_no_list_are_named(root, tmp_path, content):
   path = tmp_path / 'broken.json'
   path.write_text(content)
