@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ from dynllava_jax.data.progress import follow
 from dynllava_jax.data.records import Finding, Record, examine, parse, read_json
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.tokenizer import load_tokenizer
-from dynllava_jax.data.workers import pool
+from dynllava_jax.data.workers import parallel_map
 
 REPORT_FILE, HISTOGRAM_FILE = 'report.json', 'lengths.png'
 CHUNK = 500  # records per piece of work
@@ -74,17 +74,10 @@ def examine_all(scan: Scan, entries: Sequence[Record | Finding], folder: pathlib
     jobs.append((scan, entries[start : start + CHUNK], folder / f'scan-{number:06d}.json'))
   todo = [job for job in jobs if not job[2].exists()]
   done = len(entries) - sum(len(job[1]) for job in todo)
-  for _ in follow(_run(scan, todo), 'checking samples', len(entries), lambda n: n, done):
-    pass
+  with parallel_map(_examine_chunk, todo, scan.processes) as sizes:
+    for _ in follow(sizes, 'checking samples', len(entries), lambda n: n, done):
+      pass
   return [Finding(**f) for job in jobs for f in json.loads(job[2].read_text())]
-
-
-def _run(scan: Scan, jobs: list) -> Iterator[int]:
-  if scan.processes == 1:
-    yield from map(_examine_chunk, jobs)
-  elif jobs:
-    with pool(min(scan.processes, len(jobs))) as executor:
-      yield from executor.map(_examine_chunk, jobs)
 
 
 def _examine_chunk(job: tuple[Scan, Sequence[Record | Finding], pathlib.Path]) -> int:

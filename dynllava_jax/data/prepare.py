@@ -41,7 +41,7 @@ from dynllava_jax.data.records import Finding, Record, read_image
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.store import INFO_FILE, NAME, SOURCES_FILE, SPLIT, features, to_example
 from dynllava_jax.data.tokenizer import load_tokenizer, read_files
-from dynllava_jax.data.workers import pool
+from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.files import write_atomically
 
 UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on
@@ -150,8 +150,9 @@ def write_store(
   write(plan_file, plan)
   todo = [job for job in jobs if not job[0].exists()]
   done = len(good) - sum(len(job[1]) for job in todo)
-  for _ in follow(_write_all(todo, scan.processes), 'writing samples', len(good), lambda n: n, done):
-    pass
+  with parallel_map(write_shard, todo, scan.processes) as sizes:
+    for _ in follow(sizes, 'writing samples', len(good), lambda n: n, done):
+      pass
   counts = [sum(r.source == name for r, _ in good) for name in scan.json]
   sources = [{'name': n, 'weight': w, 'samples': c} for n, w, c in zip(scan.json, weights, counts)]
   write(out / SOURCES_FILE, sources)
@@ -160,14 +161,6 @@ def write_store(
     write_index(path, Index.of(f for _, f in good))
   write(out / SETTINGS_FILE, settings)
   write_metadata(out, [job[0] for job in jobs], [len(job[1]) for job in jobs])
-
-
-def _write_all(jobs, processes):
-  if processes == 1:
-    yield from map(write_shard, jobs)
-  elif jobs:
-    with pool(min(processes, len(jobs))) as executor:
-      yield from executor.map(write_shard, jobs)
 
 
 def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None]) -> int:
@@ -266,8 +259,12 @@ def main(_) -> None:
     style = template(data.conversation)  # a typo must not leave settings behind
     if scan.tokenizer:
       check_template(style, load_tokenizer(scan.tokenizer))
-    out = pathlib.Path(given.out)
-    good = prepare(scan, weights, out, only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
+    form = dict(only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
+    try:
+      good = prepare(scan, weights, pathlib.Path(given.out), **form)
+    except KeyboardInterrupt:
+      print('interrupted; the same command goes on')
+      sys.exit(130)
     sys.exit(0 if good else 1)
 
 

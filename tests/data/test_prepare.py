@@ -1,6 +1,7 @@
 """Preparing and checking: every fault is reported, nothing is lost, nothing comes twice."""
 
 import collections
+import contextlib
 import dataclasses
 import io
 import json
@@ -9,6 +10,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import llava_files
 import numpy as np
@@ -22,9 +24,11 @@ from dynllava_jax.data.images import decode
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.store import Store
 from dynllava_jax.data.tokenizer import read_files
+from dynllava_jax.data.workers import parallel_map
 
 TOKENIZER = GOLDEN / 'text' / 'tok_nonlegacy'
 DATA = DataConfig(conversation='vicuna_v1', text_length=120, buckets=(60, 80), on_bad_sample='error')
+SKIP = dataclasses.replace(DATA, on_bad_sample='skip')
 
 
 def scan(root, json_files, **changes):
@@ -222,15 +226,13 @@ def test_nothing_usable_and_half_characters_are_one_message(root, tmp_path):
   broken['conversations'][1]['value'] += '\ud83d'
   path = llava_files.write_json(tmp_path / 'broken.json', [broken])
   with pytest.raises(DataError, match='no usable sample'):
-    run(scan(root, {'broken': path}, data=dataclasses.replace(DATA, on_bad_sample='skip')), tmp_path / 'out')
+    run(scan(root, {'broken': path}, data=SKIP), tmp_path / 'out')
   assert 'half of a surrogate pair' in (tmp_path / 'out' / check.REPORT_FILE).read_text()
 
 
 def test_two_processes_read_the_same_store(prepared):
-  from dynllava_jax.data.workers import pool
-
-  with pool(2) as executor:
-    (one, first), (two, second) = executor.map(read_ids, [str(prepared)] * 2)
+  with parallel_map(read_ids, [str(prepared)] * 2, 2) as results:
+    (one, first), (two, second) = results
   assert first == second == ids(Store(str(prepared)))
   assert one != os.getpid() and two != os.getpid()
 
@@ -246,6 +248,56 @@ def test_command_line_checks_in_parallel_and_fails_by_exit_status(root, tmp_path
   command[-2] = f'--images={root / "nowhere"}'
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert done.returncode == 1 and done.stderr.startswith(f'error: --images: {root / "nowhere"} is no folder')
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_ctrl_c_is_one_line_and_ends_the_workers(tmp_path):
+  """In a terminal: all processes of the group get the signal, while one of them is in the middle of a sample."""
+  os.mkfifo(tmp_path / 'fifo.jpg')  # who reads it waits
+  text = [llava_files.sample(i, image=False) for i in range(check.CHUNK)]
+  path = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(1) | {'image': 'fifo.jpg'}, *text])
+  command = [sys.executable, '-m', 'dynllava_jax.data.prepare', '--processes=2', f'--json={path}', f'--images={tmp_path}']
+  command += [f'--out={tmp_path / "out"}']
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
+  started = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=heed, **pipes)
+  try:
+    deadline, write_end = time.monotonic() + 120, None
+    while write_end is None and time.monotonic() < deadline:
+      try:
+        write_end = os.open(tmp_path / 'fifo.jpg', os.O_WRONLY | os.O_NONBLOCK)
+      except OSError:  # nobody reads yet
+        time.sleep(0.1)
+    os.killpg(started.pid, signal.SIGINT)
+    out, error = started.communicate(timeout=60)
+  finally:
+    started.kill()
+  assert started.returncode == 130 and error == '' and out.splitlines()[-1] == 'interrupted; the same command goes on'
+  deadline = time.monotonic() + 60
+  while (left := group(started.pid)) and time.monotonic() < deadline:  # multiprocessing's tracker ends a little later
+    time.sleep(0.1)
+  assert not left
+
+
+def group(leader):
+  """Processes of a group that are not merely waiting to be buried."""
+  out = []
+  for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    with contextlib.suppress(OSError):
+      state, _, number = path.read_text().rpartition(')')[2].split()[:3]
+      out += [path.parent.name] if int(number) == leader and state != 'Z' else []
+  return out
+
+
+def test_a_killed_worker_is_one_message():
+  with pytest.raises(ChildProcessError, match='a worker process was killed'), parallel_map(os._exit, [1, 1], 2) as results:
+    list(results)
+
+
+def test_a_sample_without_id_is_called_by_its_place():
+  entry = llava_files.sample(1)
+  assert records.parse(entry | {'id': None}, 'mix', 3).id == 'mix#3'
+  assert records.parse(entry | {'id': 7}, 'mix', 3).id == '7'
 
 
 def test_a_list_of_one_image_is_that_image():
