@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
+from rich.text import Text
 
 from dynllava_jax.config import DataConfig
 from dynllava_jax.data import conversation
 from dynllava_jax.data.index import CODES, Index, fit
 from dynllava_jax.data.progress import follow
-from dynllava_jax.data.records import Finding, Record, examine, parse, read_json
+from dynllava_jax.data.records import Finding, Record, entry_name, examine, parse, read_json
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.data.workers import parallel_map
@@ -61,8 +62,7 @@ def read_sources(scan: Scan) -> list[Record | Finding]:
       try:
         out.append(parse(entry, source, number))
       except DataError as e:
-        name = str(entry.get('id', f'{source}#{number}')) if isinstance(entry, dict) else f'{source}#{number}'
-        out.append(Finding(name, source, e.reason, str(e)))
+        out.append(Finding(entry_name(entry, source, number), source, e.reason, str(e)))
   return out
 
 
@@ -141,7 +141,7 @@ def table(content: dict) -> Table:
   out = Table(title='data check')
   out.add_column('')
   for name in content['sources']:
-    out.add_column(name, justify='right')
+    out.add_column(Text(name), justify='right')  # Text: in plain strings rich takes [x] and :x: for its own
   out.add_column('for example')
   sources = content['sources'].values()
   for row in ('samples', 'with_image', 'usable'):
@@ -150,7 +150,7 @@ def table(content: dict) -> Table:
     found = [s['problems'].get(reason, {'count': 0, 'samples': []}) for s in sources]
     if any(f['count'] for f in found):
       ids = [p['id'] for f in found for p in f['samples']][:NAMED]
-      out.add_row(f'{reason}: {meaning}', *(f'{f["count"]:,}' for f in found), ', '.join(ids), style='red')
+      out.add_row(f'{reason}: {meaning}', *(f'{f["count"]:,}' for f in found), Text(', '.join(ids)), style='red')
   return out
 
 
@@ -168,5 +168,6 @@ def histogram(scan: Scan, findings: Sequence[Finding]) -> Figure:
     axes.annotate(str(size), (size, 1), xycoords=('data', 'axes fraction'), rotation=90, va='top', ha='right', fontsize=8)
   axes.set_yscale('log' if any(by_source.values()) else 'linear')
   axes.set(xlabel='text tokens per sample (vertical lines: buckets)', ylabel='samples')
-  axes.legend()
+  for label in axes.legend().get_texts():
+    label.set_parse_math(False)  # names of files may hold $
   return figure

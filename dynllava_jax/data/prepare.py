@@ -62,7 +62,7 @@ def prepare(
     ConfigError: `out` holds something else.
     DataError: a JSON file that cannot be read.
   """
-  console = Console(soft_wrap=True)
+  console = Console(soft_wrap=True, markup=False, emoji=False)  # paths are printed as they are
   settings = describe(scan, weights, image_bytes, shard_samples)
   check_resumable(out, settings)
   unfinished = out / UNFINISHED

@@ -94,8 +94,7 @@ def test_policy_error_writes_no_data_and_skip_leaves_the_bad_out(root, tmp_path)
   assert run(scan(root, {'mixed': path}), tmp_path / 'out') is False
   with pytest.raises(ConfigError, match='no finished data set'):
     Store(str(tmp_path / 'out'))
-  skip = DataConfig(conversation='vicuna_v1', text_length=120, on_bad_sample='skip')
-  assert run(scan(root, {'mixed': path}, data=skip), tmp_path / 'out')
+  assert run(scan(root, {'mixed': path}, data=SKIP), tmp_path / 'out')
   assert ids(Store(str(tmp_path / 'out'))) == ['s1', 's2']
 
 
@@ -104,6 +103,18 @@ def test_what_was_mended_is_looked_at_again(root, tmp_path):
   assert run(scan(root, {'one': path}), tmp_path / 'out') is False
   (root / 'pictures' / 'late.jpg').write_bytes((root / 'pictures' / '1.jpg').read_bytes())
   assert run(scan(root, {'one': path}), tmp_path / 'out')
+
+
+@pytest.mark.parametrize('name', ['set[/train]/7', 'set[train]/7', 'a:dog:b', 'half\ud83d'])
+def test_ids_and_paths_are_printed_as_they_are(root, tmp_path, capsys, monkeypatch, name):
+  monkeypatch.setenv('COLUMNS', '300')
+  bad = llava_files.sample(1) | {'id': name, 'conversations': llava_files.turns('<image>\nWhat?', '')}
+  path = llava_files.write_json(tmp_path / 'odd.json', [bad, llava_files.sample(2)])
+  source, out = 'odd[/b] $^$', tmp_path / 'out[' / 'x]'
+  assert run(scan(root, {source: path}), out, only_check=True) is False
+  printed = capsys.readouterr().out
+  assert name.replace('\ud83d', '?') in printed and source in printed and f'all ids in {out}' in printed
+  assert run(scan(root, {source: path}, data=SKIP), out) and f'{out}: 1 samples prepared' in capsys.readouterr().out
 
 
 def test_samples_come_back_as_they_were(root, prepared):
@@ -201,7 +212,7 @@ def test_shards_of_an_attempt_with_other_samples_are_written_again(root, prepare
   """Killed after two shards, `--check` in between, an image mended: finished shards must not be taken for the new ones."""
   missing = [llava_files.sample(i) | ({'image': 'pictures/mended.jpg'} if i == 3 else {}) for i in range(100)]
   path = llava_files.write_json(tmp_path / 'mix.json', missing)
-  what = scan(root, {'mix': path}, data=dataclasses.replace(DATA, on_bad_sample='skip'))
+  what = scan(root, {'mix': path}, data=SKIP)
   out = tmp_path / 'out'
   with pytest.MonkeyPatch.context() as patch:
     whole, count = prepare.write_shard, [0]
