@@ -27,6 +27,7 @@ from dynllava_jax.data.workers import parallel_map
 REPORT_FILE, HISTOGRAM_FILE = 'report.json', 'lengths.png'
 CHUNK = 500  # records per piece of work
 NAMED = 3  # ids shown in the table
+OF_FILES = ('missing_image', 'undecodable_image')  # what can be mended while the JSON stays the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,25 +68,42 @@ def read_sources(scan: Scan) -> list[Record | Finding]:
 
 
 def examine_all(scan: Scan, entries: Sequence[Record | Finding], folder: pathlib.Path) -> list[Finding]:
-  """One finding per entry, in order. What is done is kept in `folder`, so that an interrupted scan goes on there."""
+  """One finding per entry, in order. What is done is kept in `folder`, so that an interrupted scan goes on there.
+
+  Images that could not be used are looked at again: they may have been mended since.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   jobs = []
   for number, start in enumerate(range(0, len(entries), CHUNK)):
     jobs.append((scan, entries[start : start + CHUNK], folder / f'scan-{number:06d}.json'))
-  todo = [job for job in jobs if not job[2].exists()]
+  todo = [job for job in jobs if not job[2].exists() or any(f.reason in OF_FILES for f in _read_part(job[2]))]
   done = len(entries) - sum(len(job[1]) for job in todo)
   with parallel_map(_examine_chunk, todo, scan.processes) as sizes:
     for _ in follow(sizes, 'checking samples', len(entries), lambda n: n, done):
       pass
-  return [Finding(**f) for job in jobs for f in json.loads(job[2].read_text())]
+  return [finding for job in jobs for finding in _read_part(job[2])]
+
+
+def forget(folder: pathlib.Path) -> None:
+  """Removes what `examine_all` kept."""
+  for path in folder.glob('scan-*'):
+    path.unlink()
+
+
+def _read_part(path: pathlib.Path) -> list[Finding]:
+  return [Finding(**f) for f in json.loads(path.read_text())]
 
 
 def _examine_chunk(job: tuple[Scan, Sequence[Record | Finding], pathlib.Path]) -> int:
   scan, entries, path = job
   style = conversation.template(scan.data.conversation)
   tokenizer = load_tokenizer(scan.tokenizer) if scan.tokenizer else None
-  look = lambda entry: examine(entry, style=style, tokenizer=tokenizer, images=scan.images)
-  findings = [entry if isinstance(entry, Finding) else look(entry) for entry in entries]
+  findings = _read_part(path) if path.exists() else [None] * len(entries)
+  for i, entry in enumerate(entries):
+    if isinstance(entry, Finding):
+      findings[i] = entry
+    elif findings[i] is None or findings[i].reason in OF_FILES:
+      findings[i] = examine(entry, style=style, tokenizer=tokenizer, images=scan.images)
   temporary = path.with_suffix(f'.{os.getpid()}')
   temporary.write_text(json.dumps([dataclasses.asdict(f) for f in findings]))
   os.replace(temporary, path)

@@ -28,6 +28,7 @@ from dynllava_jax.data.check import (
   REPORT_FILE,
   Scan,
   examine_all,
+  forget,
   histogram,
   read_sources,
   report,
@@ -71,6 +72,8 @@ def prepare(
     shutil.rmtree(unfinished, ignore_errors=True)
     return True
   entries = read_sources(scan)
+  if not (unfinished / SETTINGS_FILE).exists():  # a removal was interrupted; the rest may be another command's
+    shutil.rmtree(unfinished, ignore_errors=True)
   write(unfinished / SETTINGS_FILE, settings)
   findings = with_buckets(scan, examine_all(scan, entries, unfinished))
   content = report(scan, findings)
@@ -87,7 +90,12 @@ def prepare(
     if not good:
       shutil.rmtree(unfinished)
       raise DataError(f'{", ".join(map(str, scan.json.values()))}: no usable sample in it')
-    write_store(scan, weights, out, settings, good, image_bytes, shard_samples)
+    try:
+      write_store(scan, weights, out, settings, good, image_bytes, shard_samples)
+    except DataError as e:
+      forget(unfinished)
+      hint = 'it could be when the samples were checked; start again, and they are checked once more'
+      raise DataError(f'{e}; {hint}', e.reason) from None
     console.print(f'{out}: {len(good):,} samples prepared')
   shutil.rmtree(unfinished)  # also what the scan found: what is mended must be looked at again
   return accepted

@@ -105,6 +105,64 @@ def test_what_was_mended_is_looked_at_again(root, tmp_path):
   assert run(scan(root, {'one': path}), tmp_path / 'out')
 
 
+def killed(*_):
+  raise KeyboardInterrupt  # leaves what kill -9 leaves
+
+
+@pytest.mark.parametrize(
+  'phase, before', [('report', b'no picture'), ('write_shard', None), ('write_index', None), ('write_metadata', b'')]
+)
+def test_an_image_mended_after_a_kill_is_not_left_out(tmp_path, monkeypatch, phase, before):
+  llava_files.write_pictures(tmp_path)
+  late = tmp_path / 'pictures' / 'late.jpg'
+  if before is not None:
+    late.write_bytes(before)
+  samples = [llava_files.sample(i) | ({'image': 'pictures/late.jpg'} if i == 2 else {}) for i in range(5)]
+  what = scan(tmp_path, {'mix': llava_files.write_json(tmp_path / 'mix.json', samples)}, data=SKIP)
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare, phase, killed)
+    with pytest.raises(KeyboardInterrupt):
+      run(what, tmp_path / 'out')
+  late.write_bytes((tmp_path / 'pictures' / '1.jpg').read_bytes())
+  looked_at = []
+  monkeypatch.setattr(check, 'examine', lambda entry, **how: looked_at.append(entry.id) or records.examine(entry, **how))
+  assert run(what, tmp_path / 'out')
+  assert ids(Store(str(tmp_path / 'out'))) == [s['id'] for s in samples]
+  assert looked_at == ['s2']
+
+
+def test_an_image_lost_after_the_check_is_noticed_by_the_next_start(tmp_path, monkeypatch):
+  llava_files.write_pictures(tmp_path)
+  path = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(i) for i in range(5)])
+  what = scan(tmp_path, {'mix': path}, data=SKIP)
+
+  def lose_one(*args):
+    (tmp_path / 'pictures' / '2.jpg').unlink()
+    return check.report(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare, 'report', lose_one)
+    with pytest.raises(DataError, match='sample s2: image .*2.jpg cannot be read .*; start again') as caught:
+      run(what, tmp_path / 'out')
+  assert caught.value.reason == 'missing_image'
+  assert run(what, tmp_path / 'out')
+  assert ids(Store(str(tmp_path / 'out'))) == ['s0', 's1', 's3', 's4']
+
+
+def test_findings_without_their_settings_are_not_believed(root, tmp_path, monkeypatch):
+  """As they stay when the removal of the scan's files is interrupted."""
+  path = llava_files.write_json(
+    tmp_path / 'one.json', [llava_files.sample(1) | {'conversations': llava_files.turns('<image>\nWhat?')}]
+  )
+  monkeypatch.setattr(prepare, 'report', killed)
+  with pytest.raises(KeyboardInterrupt):
+    run(scan(root, {'one': path}), tmp_path / 'out')
+  monkeypatch.undo()
+  (tmp_path / 'out' / prepare.UNFINISHED / prepare.SETTINGS_FILE).unlink()
+  llava_files.write_json(path, [llava_files.sample(1)])
+  assert run(scan(root, {'one': path}), tmp_path / 'out')
+
+
 @pytest.mark.parametrize('name', ['set[/train]/7', 'set[train]/7', 'a:dog:b', 'half\ud83d'])
 def test_ids_and_paths_are_printed_as_they_are(root, tmp_path, capsys, monkeypatch, name):
   monkeypatch.setenv('COLUMNS', '300')
