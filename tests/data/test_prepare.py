@@ -331,14 +331,14 @@ def test_ctrl_c_is_one_line_and_ends_the_workers(tmp_path):
   heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
   started = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=heed, **pipes)
   try:
-    deadline, write_end = time.monotonic() + 120, None
+    deadline, write_end = time.monotonic() + 300, None
     while write_end is None and time.monotonic() < deadline:
       try:
         write_end = os.open(tmp_path / 'fifo.jpg', os.O_WRONLY | os.O_NONBLOCK)
       except OSError:  # nobody reads yet
         time.sleep(0.1)
     os.killpg(started.pid, signal.SIGINT)
-    out, error = started.communicate(timeout=60)
+    out, error = started.communicate(timeout=300)
   finally:
     started.kill()
   assert started.returncode == 130 and error == '' and out.splitlines()[-1] == 'interrupted; the same command goes on'
