@@ -172,18 +172,23 @@ def write_store(
 
 
 def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None]) -> int:
-  """Writes one shard whole or not at all; returns its number of samples."""
+  """Writes one shard whole or not at all; returns its number of samples. OSError if there is no room."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
   path, records, images = job
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  writer, form = ArrayRecordWriter(str(temporary), SHARD_OPTIONS), features()
   try:
-    for record in records:
-      image = read_image(record.id, record.image_path, images) if images and record.image_path else b''
-      writer.write(form.serialize_example(to_example(record, image)))
-  finally:
-    writer.close()
+    writer, form = ArrayRecordWriter(str(temporary), SHARD_OPTIONS), features()
+    try:
+      for record in records:
+        image = read_image(record.id, record.image_path, images) if images and record.image_path else b''
+        writer.write(form.serialize_example(to_example(record, image)))
+    finally:
+      writer.close()
+  except DataError:
+    raise
+  except RuntimeError as e:  # ArrayRecord's word for a full disk
+    raise OSError(f'{path}: cannot be written ({e}); once that is mended the same command goes on') from None
   os.replace(temporary, path)
   return len(records)
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -259,6 +260,18 @@ def test_after_kill_9_it_goes_on_with_nothing_lost_and_nothing_twice(root, prepa
   assert collections.Counter(ids(Store(str(out)))) == collections.Counter(ids(Store(str(prepared))))
   assert all(path.stat().st_mtime_ns == when for path, when in done.items())
   assert not list(out.glob('*.tmp')) and len(list(out.glob('*.array_record-*'))) == 4
+
+
+def test_a_full_disk_is_one_message(root, tmp_path):
+  entries = [records.parse(llava_files.sample(i), 'mix', i) for i in range(100)]
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+  try:
+    with pytest.raises(OSError, match=r'shard: cannot be written \(.*\); once that is mended'):
+      prepare.write_shard((tmp_path / 'shard', entries, root))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert not (tmp_path / 'shard').exists()
 
 
 def read_ids(path):
