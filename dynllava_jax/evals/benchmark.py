@@ -110,6 +110,7 @@ class Benchmark:
   last_answer_wins: ClassVar[bool] = False
   several_rounds: ClassVar[bool] = False  # an answer's text may be a list, one string per round
   of_whole_clusters: ClassVar[tuple[str, ...]] = ()  # counts that a cluster with an answer missing does not add to
+  categories: ClassVar[tuple[str, ...]] = ()  # that the score is made of; names of figures begin with theirs
   notes: ClassVar[tuple[str, ...]] = ()
 
   def configured(self, cfg: EvalConfig) -> 'Benchmark':
@@ -138,6 +139,11 @@ class Benchmark:
     """Name of the figure that is the score."""
     del figures
     return self.headline
+
+  def metric_of(self, figures: Mapping[str, float]) -> str:
+    """What the score is, in words, and which of its categories are not in it."""
+    absent = [c for c in self.categories if not any(name.partition('/')[0] == c for name in figures)]
+    return self.metric + (f' (without {", ".join(absent)})' if absent else '')
 
   def remarks(self) -> list[str]:
     """What to know about the numbers, stored with them."""

@@ -45,7 +45,7 @@ def inspect(benchmark: Benchmark, root: pathlib.Path) -> list[tuple[str, str, st
 def _labels(benchmark: Benchmark, folder: Folder) -> list[tuple[str, str, str]]:
   problems = Problems()
   try:
-    golds = score.labels(benchmark, folder, problems)
+    golds = score.labels(benchmark, folder, problems).golds
   except DataError as e:
     return [('labels', f'unreadable: {e}', 'get the file again')]
   for gold in golds:

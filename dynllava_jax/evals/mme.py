@@ -80,6 +80,7 @@ class Mme(Lines):
   images = RELEASE
   expected_questions = 2374
   of_whole_clusters = ('images', 'both')
+  categories = CATEGORIES
   needed = (
     Needed((question_file,), LLAVA_EVAL),
     Needed(RELEASE + RESULTS, SITE, 'labels'),

@@ -47,6 +47,7 @@ class Pope(Lines):
   name = 'pope'
   metric = 'mean F1 of adversarial, popular and random, in %'
   headline = 'f1'
+  categories = CATEGORIES
   shown = tuple(f'{c}/f1_score' for c in CATEGORIES)
   hint = f'the labels must be those of {PINNED}; later ones have other questions'
   folders = ('pope',)

@@ -10,8 +10,8 @@ import numpy as np
 from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import suite
-from dynllava_jax.evals.answers import Joined, join, read_answers
-from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems
+from dynllava_jax.evals.answers import Joined, Labels, join, labels_of, read_answers
+from dynllava_jax.evals.benchmark import Benchmark, Problems
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import write_atomically
 
@@ -92,10 +92,10 @@ def bootstrap(benchmark: Benchmark, tallies: Tallies, reference: Tallies | None 
   return [float(v) for v in np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]
 
 
-def labels(benchmark: Benchmark, folder: Folder, problems: Problems) -> list[Gold]:
+def labels(benchmark: Benchmark, folder: Folder, problems: Problems) -> Labels:
   """The benchmark's labels; DataError if they are missing or laid out in another way."""
   try:
-    return benchmark.golds(folder, problems)
+    return labels_of(benchmark.golds(folder, problems))
   except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
     raise DataError(
       f'{benchmark.name}: its labels are not laid out as expected ({type(e).__name__}: {e}); docs/evaluation.md names the files'
@@ -109,9 +109,9 @@ def join_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_pa
     DataError: something does not fit and `allow_partial` is off, or nothing fits.
   """
   problems = Problems()
-  golds = labels(benchmark, folder, problems)
+  expected = labels(benchmark, folder, problems)
   rows = read_answers(benchmark, path, problems)
-  joined = join(benchmark, golds, rows, problems)
+  joined = join(benchmark, expected, rows, problems)
   if problems and not allow_partial:
     raise DataError(
       f'{path}: these answers and the labels of {benchmark.name} do not fit together ({len(joined.pairs)} of {joined.total} do):\n'
@@ -135,7 +135,12 @@ def score_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_p
     tallies = tally(benchmark, joined)
     found = figures(benchmark, tallies)
     name = headline(benchmark, found)
-    result |= {'score': found[name], 'headline': name, 'interval': bootstrap(benchmark, tallies)}
+    result |= {
+      'score': found[name],
+      'metric': benchmark.metric_of(found),
+      'headline': name,
+      'interval': bootstrap(benchmark, tallies),
+    }
     counts['figures'] = found
   return result | counts | {'problems': problems.counts(), 'answers': str(path), 'notes': benchmark.remarks()}
 

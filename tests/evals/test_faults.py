@@ -1,5 +1,6 @@
 """What goes wrong with evaluations, one test each: the message names the place, and no number comes out."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,10 +10,11 @@ import sys
 
 import pytest
 from conftest import ROOT
+from rich.console import Console
 
 from dynllava_jax.config import EvalConfig, EvalRun
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import check, report, score, suite
+from dynllava_jax.evals import check, compare, report, runner, score, suite
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.store import AnswerStore
 
@@ -164,6 +166,30 @@ def test_labels_of_other_questions_are_refused_before_anything_is_computed(tiny_
     report.run(config('gqa', labels=str(tmp_path / 'labels.json')), str(tiny_checkpoint), tmp_path / 'out', eval_data)
   assert '1 answers to another question' in str(error.value) and '1 answers to questions that were not asked' in str(error.value)
   assert not (tmp_path / 'out').exists()
+
+
+def scores_of_the_first(count, name, data, path):
+  """Figures of a run that is asked the first `count` questions only and answers all of them with yes."""
+  benchmark, folder = suite.get(name), folder_of(name, data)
+  questions = benchmark.questions(folder)[:count]
+  labels = report.scorable(dataclasses.replace(config(name), questions=count), benchmark, folder, questions, Console(quiet=True))
+  rows = [{'question_id': q.id, 'prompt': q.prompt, 'text': 'yes'} for q in questions]
+  _, scores = compare.scores_of(benchmark, labels, runner.RunResult(rows, path, 0, 0))
+  return benchmark, scores['figures']
+
+
+def test_first_questions_are_scored_as_a_part(eval_data, tmp_path):
+  """A cut through a pair of MME leaves its second category without whole pairs; one through SEED's doubled id loses no answer."""
+  mme, figures = scores_of_the_first(3, 'mme', eval_data, tmp_path)
+  assert figures == {'perception': 50, 'existence': 50}
+  assert mme.metric_of(figures).startswith('perception: sum over 10 categories of accuracy + accuracy+, of 2000 (without count, ')
+  seed, figures = scores_of_the_first(3, 'seed', eval_data, tmp_path)
+  assert figures['accuracy'] == 0 and seed.metric_of(figures) == seed.metric
+
+
+def test_score_of_a_part_names_the_missing_categories(eval_data, tmp_path):
+  answers = answers_for('pope', eval_data, tmp_path / 'a.jsonl', lambda rows: rows[:3])
+  assert scored('pope', eval_data, answers, partial=True)['metric'] == f'{suite.get("pope").metric} (without popular, random)'
 
 
 def rows_of(numbers):
