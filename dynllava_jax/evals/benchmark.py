@@ -48,13 +48,15 @@ class Gold:
     key: joins it with its answer.
     label: in the benchmark's own form; None if there is none.
     expected: text that the answer's prompt must hold (see `canonical`); '' is not checked.
-    cluster: questions that are scored and resampled together; None for each on its own.
+    cluster: questions that are scored together; None for each on its own.
+    unit: what intervals draw, the image: questions about one picture err together; None for each cluster on its own.
   """
 
   key: Hashable
   label: Any
   expected: str = ''
   cluster: Hashable = None
+  unit: Hashable = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Benchmark:
   """Base of all benchmarks; a subclass is one file.
 
   Scores are functions of sums: `tally` counts what one cluster of answers adds, `figures` turns the sums over
-  all clusters into numbers. So a bootstrap resamples clusters, whatever the metric.
+  all clusters into numbers. So a bootstrap resamples clusters, by the unit they belong to, whatever the metric.
   """
 
   name: ClassVar[str]

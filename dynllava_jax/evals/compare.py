@@ -29,7 +29,7 @@ CONVENTIONS = (
   'paper_prefill_flops: 32 C^2 per token and layer + 4 N^2 C, image tokens only (arXiv 2412.00876, section 4.1)',
   'image_tokens_layer_average: mean over the decoder layers, as tables of in-decoder pruning count; image_tokens: last stage',
   'kv_bytes_per_sample: allocated, all layers',
-  'interval, difference_interval: 95 % bootstrap over questions, the second paired with the reference',
+  'interval, difference_interval: 95 % bootstrap over images, the second paired with the reference',
 )
 COLUMNS = {
   'score': 'score (95 % interval)',

@@ -40,7 +40,7 @@ class LongAnswers(Benchmark):
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
-    return [Gold(str(q.id), q.reference, canonical(q.prompt)) for q in self.questions(folder)]
+    return [Gold(str(q.id), q.reference, canonical(q.prompt), unit=str(q.image)) for q in self.questions(folder)]
 
   def seen(self, row: Mapping[str, Any]) -> Any:
     return row

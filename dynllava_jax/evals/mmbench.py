@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,8 @@ class MmBench(Benchmark):
     golds = []
     for row in self._rows(folder, folder.need_labels(self.table)):
       label = None if is_empty(row.get('answer')) else row['answer']
-      golds.append(Gold(str(int(row['index'])), label, canonical(row['question']), int(row['index']) % CIRCLE))
+      index, image = int(row['index']), hashlib.sha256(row['image'].encode()).digest()
+      golds.append(Gold(str(index), label, canonical(row['question']), index % CIRCLE, unit=image))
     return golds
 
   of_whole_clusters = ('circles', 'all_right')

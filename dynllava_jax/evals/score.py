@@ -21,18 +21,25 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Tallies:
-  """What every cluster of answers adds. `clusters`: K names; `columns`: C names; `counts`: float64[K, C]."""
+  """What every cluster of answers adds.
 
-  clusters: tuple[Hashable, ...]
+  `columns`: C names; `counts`: float64[K, C]; `units`: int[K], the unit that each cluster is drawn with, numbered from 0.
+  """
+
   columns: tuple[str, ...]
   counts: np.ndarray
+  units: np.ndarray
 
 
 def tally(benchmark: Benchmark, joined: Joined) -> Tallies:
   """Counts of a joined answer file, cluster by cluster."""
   groups: dict[Hashable, list] = {}
+  unit_of: dict[Hashable, Hashable] = {}
   for i, (gold, row) in enumerate(joined.pairs):
-    groups.setdefault((gold.key, i) if gold.cluster is None else gold.cluster, []).append((gold.label, row))
+    cluster = (gold.key, i) if gold.cluster is None else gold.cluster
+    groups.setdefault(cluster, []).append((gold.label, row))
+    unit_of.setdefault(cluster, cluster if gold.unit is None else gold.unit)
+  number = {unit: i for i, unit in enumerate(dict.fromkeys(unit_of.values()))}
   try:
     counted = [benchmark.tally([(label, benchmark.seen(row)) for label, row in group]) for group in groups.values()]
   except ValueError as e:
@@ -47,7 +54,7 @@ def tally(benchmark: Benchmark, joined: Joined) -> Tallies:
   for i, one in enumerate(counted):
     for column, value in one.items():
       counts[i, place[column]] = value
-  return Tallies(tuple(groups), columns, counts)
+  return Tallies(columns, counts, np.array([number[unit] for unit in unit_of.values()]))
 
 
 def figures(benchmark: Benchmark, tallies: Tallies, weights: np.ndarray | None = None) -> dict[str, float]:
@@ -74,14 +81,14 @@ def headline(benchmark: Benchmark, found: Mapping[str, float]) -> str:
 def bootstrap(benchmark: Benchmark, tallies: Tallies, reference: Tallies | None = None) -> list[float]:
   """95 % percentile interval of the headline score, or of its difference to `reference` on the same clusters.
 
-  Clusters are drawn with replacement; both runs are given the same draws (paired).
+  Units are drawn with replacement; both runs are given the same draws (paired).
   """
   rng = np.random.default_rng(0)
   name = headline(benchmark, figures(benchmark, tallies))
-  count = len(tallies.clusters)
+  count = tallies.units.max() + 1
   values = []
   for _ in range(RESAMPLES):
-    weights = np.bincount(rng.integers(count, size=count), minlength=count)
+    weights = np.bincount(rng.integers(count, size=count), minlength=count)[tallies.units]
     try:
       value = figures(benchmark, tallies, weights)[name]
       values.append(value - (figures(benchmark, reference, weights)[name] if reference else 0))

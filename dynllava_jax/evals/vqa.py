@@ -116,7 +116,7 @@ class Vqav2Val(VqaAccuracy):
     for i, row in enumerate(read_json(path)['annotations'], 1):
       id_, answers = fields(row, ('question_id', 'answers'), f'{path}, annotation {i}')
       label = [row['answer_type']] if 'answer_type' in row else [], [a['answer'] for a in answers]
-      golds.append(Gold(str(id_), label, canonical(texts.get(id_, ''))))
+      golds.append(Gold(str(id_), label, canonical(texts.get(id_, '')), unit=row.get('image_id')))
     return golds
 
 

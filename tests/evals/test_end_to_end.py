@@ -15,6 +15,7 @@ from conftest import ROOT
 import eval as eval_script
 from dynllava_jax.config import EvalConfig, EvalRun, Stage
 from dynllava_jax.evals import report, suite
+from dynllava_jax.evals.benchmark import Problems
 from dynllava_jax.evals.folders import Folder
 
 pytest_plugins = ('tiny_suite',)
@@ -158,3 +159,13 @@ def test_submissions_in_the_official_forms(eval_data):
   sheet = openpyxl.load_workbook(io.BytesIO(submit('mmbench'))).active
   assert [c.value for c in sheet[1]] == ['index', 'question', 'A', 'B', 'C', 'D', 'prediction', 'answer', 'split']
   assert [c.value for c in sheet[2]][-3:] == ['=A\tb', 'A', 'dev'] and sheet['G2'].data_type == 's' and sheet.max_row == 4
+
+
+@pytest.mark.parametrize(
+  'name, images',
+  [('vqav2_val', 3), ('gqa', 3), ('textvqa', 1), ('pope', 3), ('mmbench', 3), ('seed', 3), ('lvis_single', 3), ('lvis_multi', 2)],
+)
+def test_intervals_draw_images(name, images, eval_data):
+  golds = suite.get(name).golds(Folder(eval_data, suite.get(name).folders), Problems())
+  units = {g.unit for g in golds}
+  assert None not in units and len(units) == images

@@ -50,6 +50,7 @@ def test_published_pope_answers_give_the_published_score():
   figures = result['figures']
   assert [round(figures[f'{c}/f1_score'], 2) for c in ('adversarial', 'popular', 'random')] == [84.46, 86.25, 87.14]
   assert round(result['score'], 2) == 85.95 and result['answered'] == '8910/8910'
+  assert [round(x, 2) for x in result['interval']] == [84.65, 87.23], 'drawn by image: questions alone would give half of it'
 
 
 def test_published_pope_answers_are_refused_with_later_labels():

@@ -94,6 +94,19 @@ def test_paired_interval_is_narrower_than_that_of_two_independent_runs():
   assert score.bootstrap(benchmark, tallies[0], tallies[0]) == [0, 0]
 
 
+def test_questions_about_one_image_are_drawn_together():
+  """Forty images, every other one wrong in all its questions: ten questions each are no surer than one; paired or not."""
+  benchmark = suite.get('gqa')
+
+  def tallies(texts, questions):
+    rows = [(Gold((i, j), ('open', 'yes'), unit=i), {'text': t}) for i, t in enumerate(texts) for j in range(questions)]
+    return score.tally(benchmark, Joined(tuple(rows), len(rows), {}))
+
+  one, ten = (tallies(['yes', 'no'] * 20, n) for n in (1, 10))
+  assert score.bootstrap(benchmark, one) == pytest.approx(score.bootstrap(benchmark, ten))
+  assert score.bootstrap(benchmark, ten, tallies(['no'] * 40, 10)) == score.bootstrap(benchmark, ten)
+
+
 def test_a_smaller_image_interpolates_positions():
   old, new = (VisionConfig(image_size=s, hidden_size=8, mlp_dim=8, num_layers=1, num_heads=1) for s in (112, 56))
   ramp = jnp.tile(jnp.repeat(jnp.arange(8.0), 8)[:, None], (1, 8))  # the row's number
