@@ -147,6 +147,45 @@ def test_meteor_without_wordnet_goes_by_another_name(monkeypatch):
   assert benchmark.headline_of(benchmark.figures(benchmark.tally([(['a dog'], row)]))) == 'meteor'
 
 
+def long_answers(*metadata):
+  """Figures of answers to one-round questions."""
+  benchmark = suite.get('lvis_single')
+  rows = [(Gold(i, ['a dog']), {'question_id': i, 'text': 'a dog', 'metadata': m}) for i, m in enumerate(metadata)]
+  return score.figures(benchmark, score.tally(benchmark, Joined(tuple(rows), len(rows), {})))
+
+
+def test_long_answers_say_what_their_score_is(monkeypatch):
+  monkeypatch.setattr(meteor, 'wordnet', lambda: meteor.Synonyms({}))
+  benchmark, read = (
+    suite.get('lvis_single'),
+    {'perplexity': [9.0], 'reference_fed': [8], 'reference_kept': [6], 'reference_evicted': 2},
+  )
+  figures = long_answers(read, read)
+  assert figures['perplexity'] == 9 and figures['reference_kept'] == 50
+  assert benchmark.metric_of(figures).startswith('perplexity')
+  figures = long_answers({'kept': '1110', 'evicted': 1}, {'kept': '0011'})
+  assert figures['kept'] == 50 and benchmark.metric_of(figures) == 'METEOR in %, mean over samples'
+
+
+PERPLEXITY = {'perplexity': [9.0], 'reference_fed': [8], 'reference_kept': [8]}
+
+
+@pytest.mark.parametrize(
+  'metadata, message',
+  [
+    ([PERPLEXITY, {}, {}], '1 of 3 answers have metadata.perplexity, expected all or none'),
+    ([{}, {'kept': '1'}], '1 of 2 answers have metadata.kept, expected all or none'),
+    ([{'perplexity': [9.0]}], 'answer 0: metadata.reference_fed is None, expected a list of 1, a number per round'),
+    ([PERPLEXITY | {'perplexity': 9.0}], 'answer 0: metadata.perplexity is 9.0, expected a list of 1'),
+    ([PERPLEXITY | {'perplexity': []}], r'answer 0: metadata.perplexity is \[\], expected a list of 1'),
+    ([{'kept': [True]}], r'answer 0: metadata.kept is \[True\], expected a 0 or 1 for each token fed'),
+  ],
+)
+def test_metadata_that_cannot_be_averaged_is_refused(metadata, message):
+  with pytest.raises(DataError, match=message):
+    long_answers(*metadata)
+
+
 def test_configs_of_all_benchmarks_can_be_built():
   for name, mode in itertools.product(suite.BENCHMARKS, ('', ',compare')):
     cfg = from_config_dict(EvalConfig, eval_configs.get_config(name + mode))
