@@ -11,10 +11,12 @@ import openpyxl
 import pytest
 from absl import flags
 from conftest import ROOT
+from rich.console import Console
 
 import eval as eval_script
+from dynllava_jax import sharding
 from dynllava_jax.config import EvalConfig, EvalRun, Stage
-from dynllava_jax.evals import report, suite
+from dynllava_jax.evals import forced, layout, report, suite
 from dynllava_jax.evals.benchmark import Problems
 from dynllava_jax.evals.folders import Folder
 
@@ -109,6 +111,23 @@ def test_comparison(tiny_checkpoint, eval_data, small_machine, tmp_path):
   assert len((tmp_path / 'results.csv').read_text().splitlines()) == 4
   for picture in ('results.png', 'tokens.png'):
     assert (tmp_path / picture).read_bytes().startswith(b'\x89PNG')
+
+
+def test_given_answers_are_read_with_the_room_of_generation(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  """A quarter of 8 tokens, however long the answers in the file are; what the full cache gave up is told."""
+  stages = (Stage(), Stage(start=1, selector='dynamic', image_keep_rate=0.25, text_keep_budget=0.25))
+  run = EvalRun(stages=stages)
+  cfg = EvalConfig(runs={'own': run}, benchmark='lvis_single', text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=8)
+  loaded = layout.load_model('own', run, str(tiny_checkpoint))
+  benchmark = suite.get('lvis_single')
+  questions = benchmark.questions(Folder(eval_data, benchmark.folders))[:2]
+  answers = [[list(range(300, 320))], [[5] * 30]]
+  mesh = sharding.make_mesh(cfg.mesh)
+  with sharding.on_mesh(mesh):
+    read = forced.read_answers(cfg, loaded, questions, answers, tmp_path, mesh, Console(quiet=True))
+  for row in forced.with_perplexity([{'metadata': {}}] * 2, read):
+    kept, evicted = row['metadata']['reference_kept'], row['metadata']['reference_evicted']
+    assert sum(kept) - evicted == 2 and evicted > 0
 
 
 HOST = """
