@@ -107,6 +107,13 @@ def test_questions_about_one_image_are_drawn_together():
   assert score.bootstrap(benchmark, ten, tallies(['no'] * 40, 10)) == score.bootstrap(benchmark, ten)
 
 
+@pytest.mark.parametrize('name, score_of_2', [('vqav2_val', 100), ('vizwiz_val', 30)])
+def test_annotators_of_vizwiz_are_compared_as_they_write(name, score_of_2):
+  """Nine write `two` and one `2`: ten of a kind if normalised; as written only one of them says what `Two.` becomes."""
+  benchmark = suite.get(name)
+  assert benchmark.tally([(([], ['two'] * 9 + ['2']), 'Two.')])['correct'] == pytest.approx(score_of_2 / 100)
+
+
 def test_a_smaller_image_interpolates_positions():
   old, new = (VisionConfig(image_size=s, hidden_size=8, mlp_dim=8, num_layers=1, num_heads=1) for s in (112, 56))
   ramp = jnp.tile(jnp.repeat(jnp.arange(8.0), 8)[:, None], (1, 8))  # the row's number
