@@ -54,7 +54,7 @@ def read_answers(
     On host 0, per question: `log_probs`, `best` and `kept` with a list or string per round, and how many kept ones were `evicted`.
   """
   used = [dataclasses.replace(q, text=q.text[: len(a)]) for q, a in zip(questions, answers)]
-  layout = Layout(loaded, used, cfg.buckets)
+  layout = Layout(loaded, used, cfg.buckets, cfg.seed)
   what = provenance(cfg, loaded, used) | {'answers_sha256': hashlib.sha256(json.dumps(answers).encode()).hexdigest()}
   store = AnswerStore(folder, loaded.name, what) if jax.process_index() == 0 else None
   done = np.zeros(len(questions), bool)

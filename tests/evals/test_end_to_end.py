@@ -1,5 +1,6 @@
 """Every benchmark of the suite on a few rows, through the command line: questions, answers, submission, score."""
 
+import dataclasses
 import io
 import json
 import os
@@ -111,6 +112,24 @@ def test_comparison(tiny_checkpoint, eval_data, small_machine, tmp_path):
   assert len((tmp_path / 'results.csv').read_text().splitlines()) == 4
   for picture in ('results.png', 'tokens.png'):
     assert (tmp_path / picture).read_bytes().startswith(b'\x89PNG')
+
+
+def test_seed_of_the_random_baseline(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  """Another seed draws other image tokens and is another run; with 0 a row's seed is the number of its question."""
+  assert [int(layout.row_seed(0, i)) for i in (0, 7)] == [0, 7]
+  assert len({int(layout.row_seed(s, i)) for s in range(5) for i in range(100)}) == 500
+  stages = (Stage(), Stage(start=1, selector='random', image_keep_rate=0.25))
+  cfg = EvalConfig(
+    runs={'own': EvalRun(stages=stages)}, benchmark='gqa', text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=3
+  )
+
+  def drawn(seed):
+    report.run(dataclasses.replace(cfg, seed=seed), str(tiny_checkpoint), tmp_path, eval_data)
+    rows = (tmp_path / 'answers/own.jsonl').read_text().splitlines()
+    return [json.loads(row)['metadata']['kept_image'] for row in rows]
+
+  assert drawn(0) != drawn(1)
+  assert (tmp_path / 'answers/own.previous-1.jsonl').exists()
 
 
 def test_given_answers_are_read_with_the_room_of_generation(tiny_checkpoint, eval_data, small_machine, tmp_path):
