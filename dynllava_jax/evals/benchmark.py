@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from dynllava_jax.config import EvalConfig
+from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.folders import Folder, fields, read_lines
 
 WORD = 'Answer the question using a single word or phrase.'
@@ -175,6 +176,8 @@ class Lines(Benchmark):
     result = []
     for i, row in enumerate(read_lines(path), 1):
       id_, image, text = fields(row, ('question_id', 'image', 'text'), f'{path}, row {i}')
+      if not isinstance(image, str) or not isinstance(text, str):
+        raise DataError(f'{path}, row {i}: image is {image!r} and text {text!r}, expected two strings')
       result.append(Question(id_, (text,), text, images / image))
     return result
 

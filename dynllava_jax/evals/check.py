@@ -26,8 +26,8 @@ def inspect(benchmark: Benchmark, root: pathlib.Path) -> list[tuple[str, str, st
     source = f'{needed.source} ({count:,} questions)' if count else needed.source
     found.append((where, OK if path else MISSING, '' if path else source))
   try:
-    questions = benchmark.questions(folder)
-  except (DataError, KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
+    questions = score.questions(benchmark, folder)
+  except DataError as e:
     if all(state == OK for _, state, _ in found):
       found.append(('questions', f'unreadable: {e}', 'get the file again'))
     return found

@@ -44,9 +44,10 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   if data is None and benchmark.needed:
     raise DataError(f'{benchmark.name}: --data=DIR is missing; `python eval.py --check_data --data=DIR` says what it must hold')
   folder = Folder(data or pathlib.Path(), benchmark.folders, cfg.labels)
-  questions = benchmark.questions(folder)
-  questions = questions[: cfg.questions or None]
+  questions = score.questions(benchmark, folder)[: cfg.questions or None]
   labels = scorable(cfg, benchmark, folder, questions, console)
+  if cfg.questions == 0:
+    score.submission(benchmark, folder, [], '')  # of no answers: finds out whether all that it needs is there
   models = {name: layout.load_model(name, run, path) for name, run in cfg.runs.items()}
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_batch(cfg.batch_size, mesh)
@@ -62,10 +63,6 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   rows = compare.compare(cfg, benchmark, labels, models, results)
   for name, found in agreements.items():
     rows[name]['agreement'] = found
-  for name, result in results.items():
-    if cfg.questions == 0:  # servers want all questions answered
-      for file, content in benchmark.submission(folder, result.rows, name).items():
-        write_atomically(out / file, content)
   metric = next((benchmark.metric_of(r['figures']) for r in rows.values() if 'figures' in r), benchmark.metric)
   title = f'{benchmark.name}: {metric}, {len(questions)} questions'
   report = {
@@ -85,6 +82,10 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   write_atomically(out / 'results.md', compare.markdown(benchmark, title, rows).encode())
   write_atomically(out / 'results.csv', compare.comma_separated(rows).encode())
   console.print(compare.console_table(benchmark, title, rows))
+  for name, result in results.items():
+    if cfg.questions == 0:  # servers want all questions answered
+      for file, content in score.submission(benchmark, folder, result.rows, name).items():
+        write_atomically(out / file, content)
 
   # 4. Pictures.
   if any('score' in row for row in rows.values()):

@@ -1,8 +1,9 @@
 """Scores answer files: one JSON-ready result, with bootstrap intervals."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import suite
 from dynllava_jax.evals.answers import Joined, Labels, join, labels_of, read_answers
-from dynllava_jax.evals.benchmark import Benchmark, Problems
+from dynllava_jax.evals.benchmark import Benchmark, Problems, Question
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import write_atomically
 
@@ -99,14 +100,34 @@ def bootstrap(benchmark: Benchmark, tallies: Tallies, reference: Tallies | None 
   return [float(v) for v in np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]
 
 
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+  """What malformed files raise becomes a DataError about `what`."""
+  try:
+    yield
+  except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
+    raise DataError(f'{what} are not laid out as expected ({type(e).__name__}: {e}); docs/evaluation.md names the files') from e
+
+
+def questions(benchmark: Benchmark, folder: Folder) -> list[Question]:
+  """The benchmark's questions; DataError if they are missing, laid out in another way, or none."""
+  with readable(f'{benchmark.name}: its questions'):
+    found = benchmark.questions(folder)
+  if not found:
+    raise DataError(f'{benchmark.name}: there is no question in its files; get them again')
+  return found
+
+
 def labels(benchmark: Benchmark, folder: Folder, problems: Problems) -> Labels:
   """The benchmark's labels; DataError if they are missing or laid out in another way."""
-  try:
+  with readable(f'{benchmark.name}: its labels'):
     return labels_of(benchmark.golds(folder, problems))
-  except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
-    raise DataError(
-      f'{benchmark.name}: its labels are not laid out as expected ({type(e).__name__}: {e}); docs/evaluation.md names the files'
-    ) from e
+
+
+def submission(benchmark: Benchmark, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
+  """`Benchmark.submission`; DataError if a file that it needs is missing or laid out in another way."""
+  with readable(f'{benchmark.name}: the files of its submission'):
+    return benchmark.submission(folder, rows, name)
 
 
 def join_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_partial: bool) -> tuple[Joined, Problems]:
@@ -174,7 +195,7 @@ def write_submission(
 ) -> list[str]:
   """Writes what the benchmark's server or official tool wants; the paths written."""
   joined, _ = join_file(benchmark, folder, path, allow_partial)
-  files = benchmark.submission(folder, [row for _, row in joined.pairs], name)
+  files = submission(benchmark, folder, [row for _, row in joined.pairs], name)
   for file, content in files.items():
     write_atomically(out / file, content)
   return [str(out / file) for file in files]

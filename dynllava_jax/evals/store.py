@@ -16,7 +16,9 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals.folders import read_lines
 from dynllava_jax.files import write_atomically
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'numpy', 'orbax-checkpoint', 'pillow', 'sentencepiece')
@@ -58,15 +60,21 @@ class AnswerStore:
       os.replace(self._provenance_path, folder / f'{run}.previous-{number}.provenance.json')
 
   def _read(self) -> dict[int, dict[str, Any]]:
-    """Whole rows; what follows the last line end is cut off."""
+    """Whole rows; what follows the last line end is cut off. DataError for a damaged one."""
     if not self.path.exists():
       return {}
     content = self.path.read_bytes()
     whole = content[: content.rfind(b'\n') + 1]
     if len(whole) < len(content):
       write_atomically(self.path, whole)
-    rows = [json.loads(line) for line in whole.decode().split('\n') if line]
+    rows = read_lines(self.path, self._damaged)
+    for i, row in enumerate(rows, 1):
+      if not isinstance(row.get('metadata'), dict) or 'row' not in row['metadata']:
+        self._damaged(f'{self.path}, answer {i}: lacks metadata.row')
     return {row['metadata']['row']: row for row in rows}
+
+  def _damaged(self, message: str) -> None:
+    raise DataError(f'{message}; delete the line, and its question is answered again')
 
   def add(self, rows: Iterable[dict[str, Any]]) -> None:
     """Appends rows; they are on disk when this returns."""

@@ -193,6 +193,42 @@ def test_score_of_a_part_names_the_missing_categories(eval_data, tmp_path):
   assert scored('pope', eval_data, answers, partial=True)['metric'] == f'{suite.get("pope").metric} (without popular, random)'
 
 
+@pytest.mark.parametrize(
+  'name, file, content, message',
+  [
+    ('gqa', 'llava_gqa_testdev_balanced.jsonl', '{"question_id": 1, "image": null, "text": "Is it?"}', 'row 1: image is None'),
+    ('scienceqa', 'llava_test_CQM-A.json', '[{"id": "1", "conversations": [{"from": "human", "value": "Is it?"}]}]', 'IndexError'),
+    ('mmbench', 'mmbench_dev_20230712.tsv', 'index\tquestion\timage\tA\nx\tIs it?\tAAAA\tyes\n', "ValueError: .*'x'"),
+    ('vqav2_val', 'v2_OpenEnded_mscoco_val2014_questions.json', '{"annotations": []}', "KeyError: 'questions'"),
+    ('mmvet', 'llava-mm-vet.jsonl', '\n', 'mmvet: there is no question in its files'),
+  ],
+)
+def test_malformed_question_files_are_named(name, file, content, message, tmp_path):
+  (tmp_path / file).write_text(content)
+  with pytest.raises(DataError, match=message):
+    report.run(config(name), 'nowhere', tmp_path / 'out', tmp_path)
+
+
+def test_missing_submission_input_is_named_before_anything_is_computed(eval_data, tmp_path):
+  data = tmp_path / 'data'
+  shutil.copytree(eval_data / 'vqav2', data / 'vqav2')
+  (data / 'vqav2/llava_vqav2_mscoco_test2015.jsonl').unlink()
+  with pytest.raises(DataError, match='llava_vqav2_mscoco_test2015.jsonl: missing'):
+    report.run(config('vqav2'), 'nowhere', tmp_path / 'out', data)
+
+
+def test_results_are_there_if_a_submission_fails(tiny_checkpoint, eval_data, small_machine, tmp_path, monkeypatch):
+  def submission(self, folder, rows, name):
+    if rows:
+      raise OSError('no space left')
+    return {}
+
+  monkeypatch.setattr(type(suite.get('gqa')), 'submission', submission)
+  with pytest.raises(OSError, match='no space left'):
+    report.run(config('gqa'), str(tiny_checkpoint), tmp_path, eval_data)
+  assert (tmp_path / 'results.json').exists() and (tmp_path / 'results.md').exists() and (tmp_path / 'results.csv').exists()
+
+
 def rows_of(numbers):
   return [{'question_id': i, 'text': f'answer {i}', 'metadata': {'row': i}} for i in numbers]
 
@@ -207,6 +243,17 @@ def test_line_cut_off_by_a_kill_is_dropped_and_the_rest_kept(tmp_path):
   again.add(rows_of((1,)))
   assert [r['question_id'] for r in again.finish()] == [0, 1, 2]
   assert [json.loads(line)['question_id'] for line in (tmp_path / 'own.jsonl').read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+  'damage, message', [('not JSON', 'own.jsonl, line 2: not a JSON object'), ('{}', 'own.jsonl, answer 2: lacks metadata.row')]
+)
+def test_damaged_line_is_named(damage, message, tmp_path):
+  AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'a'}).add(rows_of((0,)))
+  with open(tmp_path / 'own.jsonl', 'a') as file:
+    file.write(f'{damage}\n')
+  with pytest.raises(DataError, match=f'{message}.*; delete the line'):
+    AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'a'})
 
 
 def test_answers_of_another_checkpoint_are_set_aside_not_mixed(tmp_path):
