@@ -256,6 +256,20 @@ def test_damaged_line_is_named(damage, message, tmp_path):
     AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'a'})
 
 
+def test_provenance_tells_what_made_which_answers(tmp_path):
+  """The same checkpoint by another path goes on, as a part of its own; opening finished answers changes nothing."""
+  first = {'checkpoint': 'a', 'checkpoint_sha256': 'x', 'batch_size': 2}
+  AnswerStore(tmp_path, 'own', first).add(rows_of((0,)))
+  again = AnswerStore(tmp_path, 'own', first | {'checkpoint': './a', 'batch_size': 4})
+  assert again.set_aside is None and [r['question_id'] for r in again.finish()] == [0]
+  provenance = lambda: json.loads((tmp_path / 'own.provenance.json').read_text())
+  assert provenance() == first
+  for i in (1, 2):
+    again.add(rows_of((i,)))
+  assert provenance() == first | {'later_parts': [{'answers_before': 1, 'checkpoint': './a', 'batch_size': 4}]}
+  assert sorted(AnswerStore(tmp_path, 'own', first).rows) == [0, 1, 2]
+
+
 def test_answers_of_another_checkpoint_are_set_aside_not_mixed(tmp_path):
   AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'a'}).add(rows_of((0,)))
   other = AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'b'})
