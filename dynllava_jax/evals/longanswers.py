@@ -107,7 +107,7 @@ class LvisSingle(LongAnswers):
   name = 'lvis_single'
   folders = ('lvis_vqa',)
   question_file = 'lvis_vqa_single_round.json'
-  needed = (Needed((question_file,), PAPER), Needed(('images', '.'), PAPER, 'images'))
+  needed = (Needed((question_file,), PAPER, 'questions and labels'), Needed(('images', '.'), PAPER, 'images'))
 
 
 class LvisMulti(LongAnswers):
@@ -116,7 +116,7 @@ class LvisMulti(LongAnswers):
   name = 'lvis_multi'
   folders = ('lvis_vqa',)
   question_file = 'lvis_vqa_multi_round.json'
-  needed = (Needed((question_file,), PAPER), Needed(('images', '.'), PAPER, 'images'))
+  needed = (Needed((question_file,), PAPER, 'questions and labels'), Needed(('images', '.'), PAPER, 'images'))
 
 
 class ShareGpt4v(LongAnswers):
@@ -125,4 +125,4 @@ class ShareGpt4v(LongAnswers):
   name = 'sharegpt4v'
   folders = ('sharegpt4v_vqa',)
   question_file = 'sharegpt4v_vqa_single_round.json'
-  needed = (Needed((question_file,), PAPER), Needed(('images', '.'), PAPER, 'images'))
+  needed = (Needed((question_file,), PAPER, 'questions and labels'), Needed(('images', '.'), PAPER, 'images'))

@@ -55,7 +55,10 @@ class MmBench(Benchmark):
   expected_questions = 4377
   max_new_tokens = 1024
   needed = (Needed((table,), DOWNLOAD + table, 'questions, images and labels'),)
-  notes = ('`circular` counts a question only if all its rotations are right, as CircularEval does, but reads letters only.',)
+  notes = (
+    '`circular` counts a question only if all its rotations are right, as CircularEval does, but reads letters only.',
+    '`accuracy` is over all rows of the table, rotations included.',
+  )
 
   def _rows(self, folder: Folder, path) -> list[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)  # images are base64 in a cell

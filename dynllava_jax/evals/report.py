@@ -38,12 +38,11 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
     CheckpointError, ConfigError, DataError: what is wrong with checkpoint, config or data.
   """
   # 1. What is asked, and of which models. Nothing is computed before all of it is known to be there.
-  console = Console() if Console().is_terminal else Console(width=TABLE_WIDTH)
+  width = None if Console().is_terminal else TABLE_WIDTH
+  console = Console(width=width, markup=False)  # paths and messages may hold brackets
   console.quiet = jax.process_index() > 0
   benchmark = suite.get(cfg.benchmark).configured(cfg)
-  if data is None and benchmark.needed:
-    raise DataError(f'{benchmark.name}: --data=DIR is missing; `python eval.py --check_data --data=DIR` says what it must hold')
-  folder = Folder(data or pathlib.Path(), benchmark.folders, cfg.labels)
+  folder = score.folder_of(cfg, benchmark, data)
   questions = score.questions(benchmark, folder)[: cfg.questions or None]
   labels = scorable(cfg, benchmark, folder, questions, console)
   if cfg.questions == 0:

@@ -173,17 +173,26 @@ def score_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_p
   return result | counts | {'problems': problems.counts(), 'answers': str(path), 'notes': benchmark.remarks()}
 
 
-def run(cfg: EvalConfig, path: pathlib.Path, data: pathlib.Path, allow_partial: bool, out: pathlib.Path | None) -> dict[str, Any]:
-  """`score_file` for a config; writes the submission files to `out` if that is given.
+def folder_of(cfg: EvalConfig, benchmark: Benchmark, data: pathlib.Path | None) -> Folder:
+  """Where the benchmark's files are; DataError if it has files and `data` is None."""
+  if data is None and benchmark.needed:
+    raise DataError(f'{benchmark.name}: --data=DIR is missing; `python eval.py --check_data --data=DIR` says what it must hold')
+  return Folder(data or pathlib.Path(), benchmark.folders, cfg.labels)
+
+
+def run(
+  cfg: EvalConfig, path: pathlib.Path, data: pathlib.Path | None, allow_partial: bool, out: pathlib.Path | None
+) -> dict[str, Any]:
+  """`score_file` for a config; writes the submission files to `out` if that is given. `data` as for `folder_of`.
 
   Raises:
     ConfigError: unknown benchmark, or a number of questions, which is for runs.
     DataError: see `score_file`.
   """
   benchmark = suite.get(cfg.benchmark).configured(cfg)
-  if cfg.questions and benchmark.folders:
+  if cfg.questions and benchmark.needed:
     raise ConfigError('config.questions: an answer file is scored against all labels; to score a part of them give --allow_partial')
-  folder = Folder(data, benchmark.folders, cfg.labels)
+  folder = folder_of(cfg, benchmark, data)
   result = score_file(benchmark, folder, path, allow_partial)
   if out is None:
     return result

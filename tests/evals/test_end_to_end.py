@@ -17,6 +17,7 @@ from rich.console import Console
 import eval as eval_script
 from dynllava_jax import sharding
 from dynllava_jax.config import EvalConfig, EvalRun, Stage
+from dynllava_jax.data.digits import Questions
 from dynllava_jax.evals import forced, layout, report, suite
 from dynllava_jax.evals.benchmark import Problems
 from dynllava_jax.evals.folders import Folder
@@ -207,3 +208,21 @@ def test_intervals_draw_images(name, images, eval_data):
   golds = suite.get(name).golds(Folder(eval_data, suite.get(name).folders), Problems())
   units = {g.unit for g in golds}
   assert None not in units and len(units) == images
+
+
+def test_digits_need_no_files(command, tmp_path, capsys):
+  """Their answers are scored and their questions checked without `--data`, as many as the config asks for."""
+  answers = tmp_path / 'a.jsonl'
+  samples = [Questions('test', 0, 5)[i] for i in range(5)]
+  rows = [{'question_id': s.id, 'text': s.conversations[1]['value']} for s in samples]
+  answers.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  command('--config=configs/digits.py:eval', '--config.questions=5', f'--answers={answers}')
+  scored = json.loads(capsys.readouterr().out)
+  assert scored['score'] == 100 and scored['answered'] == '5/5'
+  with pytest.raises(SystemExit) as end:
+    command('--config=configs/digits.py:eval', '--config.questions=5', '--check_data', f'--data={tmp_path}')
+  assert end.value.code == 0 and '1 of 1 benchmarks are complete' in capsys.readouterr().out
+  with pytest.raises(SystemExit, match='config.questions: is 0, .*; use configs/digits.py:eval'):
+    command('--config=configs/eval.py:digits', f'--answers={answers}')
+  with pytest.raises(SystemExit, match='pope: --data=DIR is missing'):
+    command('--config=configs/eval.py:pope', f'--answers={answers}')

@@ -337,12 +337,33 @@ def test_command_killed_by_9_goes_on_when_started_again(tiny_checkpoint, eval_da
 
 
 def test_check_data_says_what_is_missing_and_where_to_get_it(eval_data, tmp_path, capsys):
-  data = tmp_path / 'data'
+  data = tmp_path / 'data [red]'
   shutil.copytree(eval_data / 'gqa', data / 'gqa')
   (data / 'gqa/data/images/1.png').unlink()
-  assert check.run(data, ['gqa', 'mme']) == 1
+  assert check.run(data, config('gqa')) == 1 and check.run(data, config('mme')) == 1
   out = ' '.join(capsys.readouterr().out.split())
-  assert '1 missing' in out and '3, expected 12,578' in out and 'llava_mme.jsonl' in out and '0 of 2 benchmarks' in out
+  assert '1 missing' in out and '3, expected 12,578' in out and 'llava_mme.jsonl' in out and '0 of 1 benchmarks' in out
+  assert '[red]' in out, 'brackets in a path are no markup'
+
+
+def test_check_data_looks_at_the_labels_of_the_config(eval_data, tmp_path):
+  data = tmp_path / 'data'
+  shutil.copytree(eval_data / 'pope', data / 'pope')
+  (data / 'pope/coco').rename(tmp_path / 'elsewhere')
+  states = lambda labels: {what: state for what, state, _ in check.inspect(suite.get('pope'), folder_of('pope', data, labels))}
+  assert 'missing' in states('').values() and states('nowhere')['labels: nowhere'] == 'missing'
+  found = states(str(tmp_path / 'elsewhere'))
+  assert found.pop('9 questions') == '9, expected 8,910' and found['9 labels'] == 'ok' and set(found.values()) == {'ok'}
+
+
+def test_mme_images_without_labels_are_no_labels(eval_data, tmp_path):
+  shutil.copytree(eval_data / 'MME', tmp_path / 'MME')
+  for file in (tmp_path / 'MME').rglob('*.txt'):
+    file.unlink()
+  (row,) = [r for r in check.inspect(suite.get('mme'), folder_of('mme', tmp_path)) if r[0] == 'labels']
+  assert row[1].startswith('unreadable: ') and 'existence: has no labels; expected a text file per image' in row[1]
+  with pytest.raises(DataError, match='existence: has no labels'):
+    report.run(config('mme'), 'nowhere', tmp_path / 'out', tmp_path)
 
 
 def test_scoring_needs_neither_jax_nor_a_checkpoint(eval_data, tmp_path):
