@@ -20,6 +20,7 @@ from dynllava_jax.evals.resize import resize_tower
 from dynllava_jax.models.dynllava import Prompt
 
 CHUNK = 16  # questions of later rounds are padded to a multiple of this
+GOLDEN_RATIO = 0x9E3779B9  # of 2^32: multiples lie far apart, so the rows of two seeds hardly meet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +90,9 @@ def first_turn(question: Question) -> tuple[dict[str, str], ...]:
 class Layout:
   """Questions to rows of batches, for one model."""
 
-  def __init__(self, loaded: Loaded, questions: Sequence[Question], buckets: Sequence[int]):
+  def __init__(self, loaded: Loaded, questions: Sequence[Question], buckets: Sequence[int], seed: int):
     """Encodes all prompts, exactly as LLaVA's inference does; DataError for one that fits no bucket."""
-    self.loaded, self.questions = loaded, questions
+    self.loaded, self.questions, self.seed = loaded, questions, seed
     style = conversation.template(loaded.info.conversation)
     conversation.check_template(style, loaded.tokenizer)
     self.later: list[list[np.ndarray]] = []  # ids of the later rounds' questions
@@ -154,7 +155,12 @@ class Layout:
     pixels = np.zeros((size, size, 3), np.uint8) if image is None else images.preprocess(image, vision)
     later = pad_rows(self.later[i], self.chunk_length(), pad) if self.later[i] else np.zeros((0, 0), np.int32)
     counts = np.asarray([len(ids) for ids in self.later[i]], np.int32)
-    return Rows(Prompt(tokens, np.int32(len(ids)), np.int32(start), np.uint32(i)), pixels, later, counts)
+    return Rows(Prompt(tokens, np.int32(len(ids)), np.int32(start), row_seed(self.seed, i)), pixels, later, counts)
+
+
+def row_seed(seed: int, i: int) -> np.uint32:
+  """Seed of question `i` of a run with `config.seed`; with 0 its number. Different for all questions of a run."""
+  return np.uint32((i + seed * GOLDEN_RATIO) % 2**32)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], length: int, pad: int) -> np.ndarray:

@@ -53,6 +53,7 @@ def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question]) -
     'model': to_dict(loaded.model),
     'stages': [to_dict(s) for s in loaded.stages],
     'decoding': 'greedy',
+    'seed': cfg.seed,
     'max_new_tokens': cfg.max_new_tokens,
     'text_lengths': list(cfg.buckets),
     'dtype': cfg.dtype,
@@ -72,7 +73,7 @@ def answer_all(
     CheckpointError, DataError: the checkpoint or a question cannot be used; finished answers stay on disk.
   """
   start = time.monotonic()
-  layout = Layout(loaded, questions, cfg.buckets)
+  layout = Layout(loaded, questions, cfg.buckets, cfg.seed)
   first_host = jax.process_index() == 0
   store = AnswerStore(out / 'answers', loaded.name, provenance(cfg, loaded, questions)) if first_host else None
   done = np.zeros(len(questions), bool)
