@@ -77,9 +77,7 @@ def dynamic() -> dict:
 def evaluate() -> dict:
   runs = dict(dense=dict(stages=[dict(start=0)])) | {n: dict(stages=stages(n)) for n in ('dynamic', 'uniform', 'random')}
   runs['dynamic']['stages'][1]['text_keep_budget'] = TEXT_KEEP_RATE
-  return dict(
-    data=DATA | dict(text_length=32), runs=runs, questions=600, batch_size=100, max_new_tokens=LONGEST_ANSWER, seed=0, **HARDWARE
-  )
+  return dict(text_lengths=(32,), runs=runs, questions=600, batch_size=100, max_new_tokens=LONGEST_ANSWER, seed=0, **HARDWARE)
 
 
 def get_config(name: str = 'base') -> ConfigDict:

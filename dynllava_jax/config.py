@@ -439,7 +439,7 @@ class EvalConfig:
     runs: rows of the table by name; the one called 'dense', else the first, is what the others are compared with.
     benchmark: name in `dynllava_jax.evals.suite`.
     labels: file or folder of the labels where it is not in its usual place.
-    text_lengths: text buckets; () is the one of `data`.
+    text_lengths: text buckets, ascending, in tokens besides the image's.
     questions: only the first so many; 0 is all.
     agreement: also measure how far the runs agree with the reference's own greedy answers, token by token.
   """
@@ -447,8 +447,7 @@ class EvalConfig:
   runs: Mapping[str, EvalRun]
   benchmark: str = 'digits'
   labels: str = ''
-  data: DataConfig = DataConfig()
-  text_lengths: tuple[int, ...] = ()
+  text_lengths: tuple[int, ...] = (128,)
   mesh: MeshConfig = MeshConfig()
   questions: int = 600
   batch_size: int = 100
@@ -465,14 +464,9 @@ class EvalConfig:
     _require(self.dtype in ('float32', 'bfloat16'), f'dtype {self.dtype!r}: expected float32 or bfloat16')
     lengths = self.text_lengths
     _require(
-      list(lengths) == sorted(set(lengths)) and all(n > 0 for n in lengths),
+      lengths and list(lengths) == sorted(set(lengths)) and lengths[0] > 0,
       f'text_lengths are {lengths}, expected increasing positive numbers',
     )
-
-  @property
-  def buckets(self) -> tuple[int, ...]:
-    """Text buckets in use, ascending."""
-    return self.text_lengths or (self.data.text_length,)
 
   @property
   def reference(self) -> str:

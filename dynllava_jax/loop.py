@@ -78,6 +78,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       stages=cfg.stages,
       sparsity=cfg.sparsity,
       conversation=cfg.data.conversation,
+      image_aspect=cfg.data.image_aspect,
       unused_vision_layers='vision_tail' in tail,
     )
     if first_host:

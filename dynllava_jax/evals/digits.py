@@ -37,9 +37,9 @@ class Digits(Benchmark):
   def __init__(self, cfg: EvalConfig | None = None):
     self._samples = []
     if cfg:
-      from dynllava_jax.data.sources import questions  # here, as it brings jax along, which scoring of answer files does without
+      from dynllava_jax.data.digits import Questions  # here, as it brings scikit-learn along, which other benchmarks do without
 
-      source = questions(cfg.data, cfg.seed, cfg.questions)
+      source = Questions('test', cfg.seed, cfg.questions)
       self._samples = [source[i] for i in range(len(source))]
 
   def configured(self, cfg: EvalConfig) -> 'Digits':

@@ -21,7 +21,7 @@ from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.pipeline import to_mesh
 from dynllava_jax.data.tokenizer import EOS, Tokenizer
 from dynllava_jax.evals.benchmark import Question
-from dynllava_jax.evals.hosts import share
+from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, load_weights, pad_rows
 from dynllava_jax.evals.perplexity import perplexity
 from dynllava_jax.evals.progress import progress
@@ -54,7 +54,7 @@ def read_answers(
     On host 0, per question: `log_probs`, `best` and `kept` with a list or string per round, and how many kept ones were `evicted`.
   """
   used = [dataclasses.replace(q, text=q.text[: len(a)]) for q, a in zip(questions, answers)]
-  layout = Layout(loaded, used, cfg.buckets, cfg.seed)
+  layout = Layout(loaded, used, cfg.text_lengths, cfg.seed)
   what = provenance(cfg, loaded, used) | {'answers_sha256': hashlib.sha256(json.dumps(answers).encode()).hexdigest()}
   store = AnswerStore(folder, loaded.name, what) if jax.process_index() == 0 else None
   done = np.zeros(len(questions), bool)
@@ -77,11 +77,10 @@ def read_answers(
   )
   with progress(console, f'{loaded.name} reading', int((~done).sum())) as advance:
     for chunk in layout.batches(np.flatnonzero(~done).tolist(), cfg.batch_size):
-      filled = chunk + [chunk[-1]] * (cfg.batch_size - len(chunk))
-      own = share(filled, jax.process_count(), jax.process_index())
+      own = own_part(chunk, cfg.batch_size, mesh)
       given = np.stack([pad_rows(answers[i], length, 0) for i in own])
       lengths = np.asarray([[len(r) for r in answers[i]] for i in own], np.int32)
-      rounds = force(generator, (layout.rows(chunk, cfg.batch_size), given, lengths), mesh)
+      rounds = force(generator, (layout.rows(own), given, lengths), mesh)
       if store:
         store.add(_row(used[i], i, rounds, row, answers[i]) for row, i in enumerate(chunk))
       advance(len(chunk))

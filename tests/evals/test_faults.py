@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from rich.console import Console
 
-from dynllava_jax.config import EvalConfig, EvalRun
+from dynllava_jax.config import ConfigError, EvalConfig, EvalRun, Stage
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import check, compare, report, runner, score, suite
+from dynllava_jax.evals import check, compare, layout, report, runner, score, suite
+from dynllava_jax.evals.benchmark import Question
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.store import AnswerStore
 
@@ -388,3 +390,26 @@ def without_jax(data, answers):
     'runpy.run_path("eval.py", run_name="__main__")'
   )
   return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_unknown_selector_is_named_before_anything_is_computed(tiny_checkpoint, eval_data, tmp_path):
+  runs = {
+    'dense': EvalRun(stages=(Stage(),)),
+    'other': EvalRun(stages=(Stage(), Stage(start=1, selector='fastv', image_keep_rate=0.5))),
+  }
+  with pytest.raises(
+    ConfigError, match="config.runs.other: selector 'fastv' is unknown; expected one of all, dynamic, random, uniform"
+  ):
+    report.run(dataclasses.replace(config('gqa'), runs=runs), str(tiny_checkpoint), tmp_path, eval_data)
+  assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_made_square_as_in_training(tiny_checkpoint, eval_data):
+  """A checkpoint trained with `square` sees the middle of a wide picture, not the picture with bars above and below."""
+  loaded = layout.load_model('own', EvalRun(), str(tiny_checkpoint))
+  wide = np.zeros((28, 56, 3), np.uint8)
+  wide[:, 14:42] = 255
+  for aspect, whites in (('square', True), ('pad', False)):
+    info = dataclasses.replace(loaded.info, image_aspect=aspect)
+    rows = layout.Layout(dataclasses.replace(loaded, info=info), [Question('q', ('Is it?',), 'Is it?', wide)], (192,), 0)
+    assert (rows.rows([0]).pixels > 250).all() == whites

@@ -302,7 +302,7 @@ def test_evaluation_of_the_trained_checkpoint(dynamic_run, tmp_path):
   uniform = (Stage(), Stage(start=1, selector='uniform', image_keep_rate=0.2))
   cfg = EvalConfig(
     runs={'dense': EvalRun(stages=(Stage(),)), 'dynamic': EvalRun(stages=DYNAMIC), 'uniform': EvalRun(stages=uniform)},
-    data=DataConfig(text_length=32),
+    text_lengths=(32,),
     questions=20,
     batch_size=8,
     max_new_tokens=12,
