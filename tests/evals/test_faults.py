@@ -412,4 +412,4 @@ def test_pictures_are_made_square_as_in_training(tiny_checkpoint, eval_data):
   for aspect, whites in (('square', True), ('pad', False)):
     info = dataclasses.replace(loaded.info, image_aspect=aspect)
     rows = layout.Layout(dataclasses.replace(loaded, info=info), [Question('q', ('Is it?',), 'Is it?', wide)], (192,), 0)
-    assert (rows.rows([0]).pixels > 250).all() == whites
+    assert (rows.rows([0]).pixels > 200).all() == whites
