@@ -33,13 +33,14 @@ def main(_) -> None:
     if CHECK_DATA.value:
       from dynllava_jax.evals import check
 
-      sys.exit(check.run(_needed(data, '--data'), [CONFIG.value.benchmark] if CONFIG.value else []))
+      cfg = command_line.parse(EvalConfig, CONFIG.value) if CONFIG.value else None
+      sys.exit(check.run(_needed(data, '--data'), cfg))
     cfg = command_line.parse(EvalConfig, CONFIG.value)
     if ANSWERS.value:
       from dynllava_jax.evals import score
 
       out = pathlib.Path(OUT.value) if OUT.value else None
-      print(json.dumps(score.run(cfg, pathlib.Path(ANSWERS.value), _needed(data, '--data'), ALLOW_PARTIAL.value, out)))
+      print(json.dumps(score.run(cfg, pathlib.Path(ANSWERS.value), data, ALLOW_PARTIAL.value, out)))
       return
     checkpoint, out = _needed(CHECKPOINT.value, '--checkpoint'), pathlib.Path(OUT.value or '.')
     from dynllava_jax.evals import report  # jax starts only after the flags are known to be right

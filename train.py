@@ -2,7 +2,8 @@
 
     python train.py --config=configs/digits.py:base --workdir=runs/digits/base
 
-Started again with the same workdir it goes on where it stopped.
+Started again with the same workdir it goes on where it stopped. On several hosts, such as those of a TPU pod, start the same
+command on each of them with --multihost and a workdir that all of them see.
 """
 
 import pathlib
@@ -15,14 +16,20 @@ from dynllava_jax.config import TrainConfig
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.', required=True)
+MULTIHOST = flags.DEFINE_bool('multihost', False, 'One of several processes, one per host: join the others first.')
 
 
 def main(_) -> None:
   with command_line.readable_errors():
     from dynllava_jax import loop  # jax starts only after the flags are known to be right
 
+    cfg = command_line.parse(TrainConfig, CONFIG.value)
+    if MULTIHOST.value:
+      import jax
+
+      jax.distributed.initialize()
     try:
-      loop.train(command_line.parse(TrainConfig, CONFIG.value), pathlib.Path(WORKDIR.value))
+      loop.train(cfg, pathlib.Path(WORKDIR.value))
     except loop.Interrupted as e:
       print(e)
       sys.exit(130)

@@ -61,15 +61,19 @@ class CacheSpec:
   Attributes:
     max_new_tokens: generated tokens, over all turns.
     later_tokens: tokens of later user turns that arrive as chunks.
+    given_tokens: tokens of given answers, over all turns, which may be more than would be generated.
   """
 
   max_new_tokens: int
   later_tokens: int = 0
+  given_tokens: int = 0
 
 
 def generated_budget(gated: bool, text_keep_budget: float, spec: CacheSpec) -> int:
-  """Generated tokens a stage has room for."""
-  return math.ceil(text_keep_budget * spec.max_new_tokens) if gated else spec.max_new_tokens
+  """Generated or given tokens a stage has room for: the share of `max_new_tokens` where a gate may evict, else all there can be."""
+  if gated and text_keep_budget < 1:
+    return math.ceil(text_keep_budget * spec.max_new_tokens)
+  return max(spec.max_new_tokens, spec.given_tokens)
 
 
 def capacity(prompt_slots: int, budget: int, gated: bool, spec: CacheSpec) -> int:

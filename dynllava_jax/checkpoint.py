@@ -42,12 +42,13 @@ class CheckpointError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-  """What a checkpoint says about itself."""
+  """What a checkpoint says about itself; `conversation` and `image_aspect` are what it was trained with (see `DataConfig`)."""
 
   model: ModelConfig
   stages: tuple[Stage, ...] = DENSE
   sparsity: SparsityConfig = SparsityConfig()
   conversation: str = 'vicuna_v1'
+  image_aspect: str = 'pad'
   unused_vision_layers: bool = False  # the never-run top of the CLIP tower is stored too
 
 

@@ -91,4 +91,6 @@ def _unknown_key(argv: list[str], error: AttributeError) -> str:
   key = re.search(r'\w+', message).group()
   given = next((a.split('=')[0] for a in argv if a.startswith('--config.') and f'{key}=' in a), f'--config...{key}')
   near = re.search(r'Did you mean "(\w+)"', message)
-  return f'error: {given}: unknown key' + (f'; did you mean {given.removesuffix(key)}{near.group(1)}?' if near else '')
+  if near:
+    return f'error: {given}: unknown key; did you mean {given.removesuffix(key)}{near.group(1)}?'
+  return f'error: {given}: the config file does not list it; flags change what is listed, anything else is set in the file'

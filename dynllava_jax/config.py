@@ -44,6 +44,10 @@ def _require_positive(group: Any, where: str, *names: str) -> None:
     _require(value > 0, f'{where}{name} is {value}, expected a positive number')
 
 
+def _require_seed(seed: int) -> None:
+  _require(0 <= seed < 2**32, f'seed is {seed}, expected 0 to {2**32 - 1}')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
   """CLIP vision tower (pre-LN ViT with class token); defaults are CLIP ViT-L/14-336."""
@@ -335,6 +339,7 @@ class OptimizerConfig:
     _require_positive(self, 'optimizer: ', 'clip_norm')
     _require(0 <= self.warmup_share < 1, f'optimizer.warmup_share is {self.warmup_share}, expected [0, 1)')
     _require(self.learning_rate > 0 and self.predictor_learning_rate > 0, 'optimizer: learning rates must be positive')
+    _require(self.weight_decay >= 0, f'optimizer.weight_decay is {self.weight_decay}, expected 0 or more')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -364,6 +369,8 @@ class SparsityConfig:
       value = getattr(self, name)
       _require(0 < value <= 1, f'sparsity.{name} is {value}, expected a share in (0, 1]')
     _require(self.tau_start > 0 and self.tau_end > 0, 'sparsity: temperatures must be positive')
+    for name in ('mask_loss_weight', 'min_answer_len'):
+      _require(getattr(self, name) >= 0, f'sparsity.{name} is {getattr(self, name)}, expected 0 or more')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -391,7 +398,7 @@ class TrainConfig:
     check_trainable_stages(self.stages)
     _require(not (self.init_from and self.data.tokenizer), 'data.tokenizer: init_from brings its own; leave one of them empty')
     _require_positive(self, '', 'batch_size', 'steps', 'log_every', 'save_every')
-    _require(self.seed >= 0, f'seed is {self.seed}, expected 0 or more')
+    _require_seed(self.seed)
     for stage in self.stages:
       _require(
         stage.selector != 'dynamic' or stage.image_keep_rate == self.sparsity.image_keep_rate,
@@ -401,6 +408,8 @@ class TrainConfig:
     groups = ('vision', 'vision_tail', 'projector', 'llama', 'image_predictor', 'text_predictor')
     for group in self.frozen:
       _require(group in groups, f'frozen: {group!r} is no parameter group; expected some of {", ".join(groups)}')
+    learning = {'vision', 'projector', 'llama'} | ({'image_predictor', 'text_predictor'} if self.model.predictor else set())
+    _require(not learning <= set(self.frozen), f'frozen: {", ".join(self.frozen)} leaves nothing to train')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -430,7 +439,7 @@ class EvalConfig:
     runs: rows of the table by name; the one called 'dense', else the first, is what the others are compared with.
     benchmark: name in `dynllava_jax.evals.suite`.
     labels: file or folder of the labels where it is not in its usual place.
-    text_lengths: text buckets; () is the one of `data`.
+    text_lengths: text buckets, ascending, in tokens besides the image's.
     questions: only the first so many; 0 is all.
     agreement: also measure how far the runs agree with the reference's own greedy answers, token by token.
   """
@@ -438,8 +447,7 @@ class EvalConfig:
   runs: Mapping[str, EvalRun]
   benchmark: str = 'digits'
   labels: str = ''
-  data: DataConfig = DataConfig()
-  text_lengths: tuple[int, ...] = ()
+  text_lengths: tuple[int, ...] = (128,)
   mesh: MeshConfig = MeshConfig()
   questions: int = 600
   batch_size: int = 100
@@ -452,18 +460,13 @@ class EvalConfig:
     _require(len(self.runs) > 0, 'runs: at least one run is needed')
     _require_positive(self, '', 'batch_size', 'max_new_tokens')
     _require(self.questions >= 0, f'questions is {self.questions}, expected a number of questions, or 0 for all')
-    _require(self.seed >= 0, f'seed is {self.seed}, expected 0 or more')
+    _require_seed(self.seed)
     _require(self.dtype in ('float32', 'bfloat16'), f'dtype {self.dtype!r}: expected float32 or bfloat16')
     lengths = self.text_lengths
     _require(
-      list(lengths) == sorted(set(lengths)) and all(n > 0 for n in lengths),
+      lengths and list(lengths) == sorted(set(lengths)) and lengths[0] > 0,
       f'text_lengths are {lengths}, expected increasing positive numbers',
     )
-
-  @property
-  def buckets(self) -> tuple[int, ...]:
-    """Text buckets in use, ascending."""
-    return self.text_lengths or (self.data.text_length,)
 
   @property
   def reference(self) -> str:

@@ -78,11 +78,13 @@ class Forced:
     log_prob: float32[B, T] of each given token, 0 beyond a row's end.
     best: bool[B, T], whether greedy decoding would have chosen it; False beyond the end.
     kept: bool[B, T], as in `Generated`.
+    evicted: int32[B], as in `Generated`, over all turns so far.
   """
 
   log_prob: jax.Array
   best: jax.Array
   kept: jax.Array
+  evicted: jax.Array
 
 
 def sample(logits: jax.Array, sampling: Sampling, seed: jax.Array, step: jax.Array) -> jax.Array:
@@ -122,6 +124,7 @@ class Generator:
     max_new_tokens: int,
     eos_id: int | None,
     later_tokens: int = 0,
+    given_tokens: int = 0,
     sampling: Sampling = Sampling(),
     dtype: Any = jnp.float32,
   ):
@@ -132,6 +135,7 @@ class Generator:
       max_new_tokens: most tokens generated, over all turns of a conversation.
       eos_id: token at which a row stops; None never stops.
       later_tokens: room for the user turns after the first.
+      given_tokens: room for the answers given to `force`, over all turns, where they are longer than `max_new_tokens`.
       sampling: how tokens are drawn.
       dtype: of computation and cache.
     """
@@ -140,7 +144,7 @@ class Generator:
     self.max_new_tokens = max_new_tokens
     self.eos_id = eos_id
     self.sampling = sampling
-    self.spec = CacheSpec(max_new_tokens=max_new_tokens, later_tokens=later_tokens)
+    self.spec = CacheSpec(max_new_tokens=max_new_tokens, later_tokens=later_tokens, given_tokens=given_tokens)
     self._prefill = jax.jit(self._prefill_impl)
     self._extend = jax.jit(self._extend_impl, static_argnames='judge', donate_argnames='cache')
     self._decode = jax.jit(self._decode_impl, donate_argnames='cache')
@@ -281,7 +285,7 @@ class Generator:
 
     steps = jnp.arange(tokens.shape[1]), tokens.T
     (cache, logits), out = jax.lax.scan(feed, (cache, logits), steps)
-    return Forced(*(x.T for x in out)), Turn(cache, logits)
+    return Forced(*(x.T for x in out), cache.stages[-1].evicted), Turn(cache, logits)
 
   def _uncached_impl(self, params, prompt, pixels):
     image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='encode_images')

@@ -1,6 +1,7 @@
 """Training, from top to bottom."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import signal
@@ -10,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
-from dynllava_jax.config import TOKENIZER_FILES, ConfigError, DataConfig, TrainConfig, first_difference, to_dict
+from dynllava_jax.config import TOKENIZER_FILES, ConfigError, TrainConfig, first_difference, from_config_dict, to_dict
 from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
 from dynllava_jax.data.sources import TrainingData, new_tokenizer, training_data
 from dynllava_jax.models.dynllava import abstract_params, cut_params, init_params, join_params
@@ -49,8 +51,10 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
     FloatingPointError: the loss is not a number.
   """
   # 1. Mesh and data.
+  first_host = jax.process_index() == 0  # it alone writes, but for the arrays, and shows
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_batch(cfg.batch_size, mesh)
+  hosts, host = sharding.batch_hosts(mesh)
   directory = (workdir / CHECKPOINTS).absolute()
   if checkpoint.all_steps(directory):
     check_same_run(cfg, workdir)
@@ -74,10 +78,12 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       stages=cfg.stages,
       sparsity=cfg.sparsity,
       conversation=cfg.data.conversation,
+      image_aspect=cfg.data.image_aspect,
       unused_vision_layers='vision_tail' in tail,
     )
-    checkpoint.write_info(directory, info, tokenizer, assets)
-    checkpoint.write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(cfg), indent=1).encode())
+    if first_host:
+      checkpoint.write_info(directory, info, tokenizer, assets)
+      checkpoint.write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(cfg), indent=1).encode())
 
     # 3. The step, and what watches it.
     train_step = make_train_step(cfg, optimizer, mesh)
@@ -89,7 +95,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       context=checkpoint.sealing_context(directory),
     )
     stop = _StopRequest()
-    log = MetricsLog(workdir, first)
+    log = MetricsLog(workdir, first) if first_host else None
 
     def save(state: State) -> None:
       # force: by default Orbax passes over a step while the one before is still being written, the last one too.
@@ -101,21 +107,24 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
 
     # 4. The loop: batch, step, log, save.
     try:
-      batches = training_batches(training, layout, batch_size=cfg.batch_size, step=first)
-      with contextlib.closing(batches), Display(workdir.name, cfg.steps, first) as display:
+      batches = training_batches(training, layout, batch_size=cfg.batch_size, step=first, hosts=hosts, host=host)
+      with contextlib.closing(batches), Display(workdir.name, cfg.steps, first, quiet=not first_host) as display:
+        if first_host:
+          write_skipped(training, workdir)
         display.say(describe_data(training, workdir))
         if first:
           display.say(f'{workdir}: ' + ('finished already' if first >= cfg.steps else f'goes on from step {first}'))
         since, tokens = time.monotonic(), 0
         for step in range(first + 1, cfg.steps + 1):
           batch = next(batches)
-          tokens += int(np.sum(batch.length)) * jax.process_count()
+          tokens += int(np.sum(batch.length)) * hosts
           state, metrics = train_step(state, frozen, to_mesh(batch, sharding.batch_sharding(mesh)))
           if step == first + 1:  # leave the compilation out of tokens/s
             jax.block_until_ready(metrics)
             since, tokens = time.monotonic(), 0
-          saving = step % cfg.save_every == 0 or step == cfg.steps or stop.requested
           logging = step % cfg.log_every == 0 or step == cfg.steps
+          stopping = stop.agreed(logging) and step < cfg.steps
+          saving = step % cfg.save_every == 0 or step == cfg.steps or stopping
           if saving or logging:
             values = {name: float(v) for name, v in metrics.items()}
             if not np.isfinite([values['loss'], values['grad_norm']]).all():
@@ -124,27 +133,35 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
                 'intact. Lower the learning rate, or look at the batch: every row needs an answer'
               )
           if logging:
+            values = {name: v for name, v in values.items() if not np.isnan(v)}  # keep rates of a batch without any such token
             now = time.monotonic()
             if tokens:
               values['tokens_per_second'] = tokens / (now - since)
             since, tokens = now, 0
-            log.write(step, values)
+            if log:
+              log.write(step, values)
             display.show(step, values)
           if saving:
             save(state)
-          if stop.requested and step < cfg.steps:
+          if stopping:
             raise Interrupted(f'stopped after step {step} of {cfg.steps}; start the same command again to go on')
     finally:
       saver.close()
-      log.close()
+      if log:
+        log.close()
       stop.restore()
 
 
-def describe_data(training: TrainingData, workdir: pathlib.Path) -> str:
-  """What an epoch is made of, as text; the ids of samples left out go to `skipped.json`."""
-  lines = [f'data: {training.order.whole:,} of {len(training.source):,} samples per epoch']
+def write_skipped(training: TrainingData, workdir: pathlib.Path) -> None:
+  """The ids of samples left out, by reason, to `skipped.json`."""
   if training.skipped:
     checkpoint.write_atomically(workdir / SKIPPED_FILE, json.dumps(training.skipped, indent=1).encode())
+
+
+def describe_data(training: TrainingData, workdir: pathlib.Path) -> str:
+  """What an epoch is made of, as text."""
+  lines = [f'data: {training.order.whole:,} of {len(training.source):,} samples per epoch']
+  if training.skipped:
     counts = ', '.join(f'{len(ids)} {reason}' for reason, ids in training.skipped.items())
     lines.append(f'left out: {counts}; ids in {workdir / SKIPPED_FILE}')
   lines += [f'text bucket {u.text_length}: {u.batches:,} batches, {u.padding:.0%} padding' for u in training.order.bucket_plan()]
@@ -190,10 +207,15 @@ def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   file = workdir / CONFIG_FILE
   if not file.exists():
     return
-  before, now = json.loads(file.read_text()), json.loads(json.dumps(to_dict(cfg)))
-  defaults = json.loads(json.dumps(to_dict(DataConfig())))
+  try:
+    started = from_config_dict(TrainConfig, json.loads(file.read_text()))  # settings that it does not know have their defaults
+  except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as e:
+    raise ConfigError(
+      f'{file}: not the settings of a run ({e}); put them back, or remove the file if you are sure of yours'
+    ) from None
+  before, now = to_dict(started), to_dict(cfg)
   for side in (before, now):  # the stream is the same for any number of workers and wherever the pictures lie
-    side['data'] = {k: v for k, v in (defaults | side['data']).items() if k not in DATA_MAY_CHANGE}
+    side['data'] = {k: v for k, v in side['data'].items() if k not in DATA_MAY_CHANGE}
   if found := first_difference(*({k: v for k, v in side.items() if k not in MAY_CHANGE} for side in (before, now))):
     key, old, new = found
     raise ConfigError(
@@ -204,11 +226,13 @@ def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
 def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Parameters of `init_from`. Predictors may be missing there; everything else must fit."""
   found = checkpoint.read_info(cfg.init_from)
-  for part in ('vision', 'projector', 'llama'):
-    ours, theirs = getattr(cfg.model, part), getattr(found.model, part)
-    if ours != theirs:
-      raise ConfigError(f'config.init_from: {cfg.init_from} has another {part}: {theirs}, the config says {ours}')
-  if found.model.predictor not in (None, cfg.model.predictor):
+  theirs, ours = (to_dict(dataclasses.replace(m, predictor=None)) for m in (found.model, cfg.model))
+  if difference := first_difference(theirs, ours):
+    key, old, new = difference
+    raise ConfigError(
+      f'config.init_from: the model in {cfg.init_from} has {key} {old!r}, the config says {new!r}; set --config.model.{key}={old}'
+    )
+  if cfg.model.predictor and found.model.predictor not in (None, cfg.model.predictor):
     raise ConfigError(f'config.init_from: {cfg.init_from} has other predictors: {found.model.predictor}')
   left_out = () if cfg.model.predictor else PREDICTORS
   return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
@@ -237,6 +261,12 @@ class _StopRequest:
     self.requested = True
     if number == signal.SIGINT:
       signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  def agreed(self, logging: bool) -> bool:
+    """Whether to end after this step. Several hosts must end after the same one, and only talk about it when they log."""
+    if jax.process_count() == 1:
+      return self.requested
+    return logging and bool(multihost_utils.process_allgather(np.asarray(self.requested)).any())
 
   def restore(self) -> None:
     for number, handler in self._before.items():

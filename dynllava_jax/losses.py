@@ -14,7 +14,7 @@ from dynllava_jax.models.dynllava import Prompt, TrainOutput, answer_mask
 class Losses:
   """Scalars; `total = ce + mask_loss_weight * (image_mask + text_mask)`. Keep rates are batch means.
 
-  In a dense run the mask terms are 0 and both keep rates 1.
+  In a dense run the mask terms are 0 and both keep rates 1. A keep rate is NaN if the batch has nothing that it is about.
   """
 
   total: jax.Array
@@ -67,6 +67,6 @@ def training_losses(out: TrainOutput, prompt: Prompt, labels: jax.Array, answer_
     ce=ce,
     image_mask=image_term,
     text_mask=text_term,
-    image_keep=jnp.where(has_image, image_means, 0).sum() / images,
-    text_keep=jnp.where(counts > 0, text_means, 0).sum() / jnp.maximum((counts > 0).sum(), 1),
+    image_keep=jnp.where(has_image, image_means, 0).sum() / has_image.sum(),
+    text_keep=jnp.where(counts > 0, text_means, 0).sum() / (counts > 0).sum(),
   )

@@ -5,6 +5,7 @@ Models name their axes ('embed', 'heads', ...); only this file knows what they m
 vocabulary.
 """
 
+import collections
 import contextlib
 import math
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
   devices = jax.device_count()
   free = [k for k, v in sizes.items() if v == -1]
   fixed = math.prod(v for v in sizes.values() if v != -1)
-  if len(free) > 1 or fixed < 1 or devices % fixed or (not free and fixed != devices):
+  if len(free) > 1 or min(v for v in (*sizes.values(), 1) if v != -1) < 1 or devices % fixed or (not free and fixed != devices):
     raise ConfigError(
       f'config.mesh: {sizes} does not fit {devices} devices; the sizes must multiply to {devices}, and one of them may be -1'
     )
@@ -54,6 +55,27 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
     raise ConfigError(
       f'config.batch_size: {batch_size} does not divide over data x fsdp = {ways} devices; use a multiple of {ways}'
     )
+
+
+def batch_hosts(mesh: Mesh) -> tuple[int, int]:
+  """How many parts of a batch the processes hold between them, and which of them is this process's.
+
+  Processes that share a part, as `tensor` runs over them, must be fed the same rows.
+
+  Raises:
+    ConfigError: processes share some of their rows but not all.
+  """
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  held = collections.defaultdict(set)
+  for device, (rows,) in batch_sharding(mesh).devices_indices_map((ways,)).items():
+    held[device.process_index].add(rows.start or 0)
+  parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if sum(map(len, parts)) != ways:
+    raise ConfigError(
+      f"config.mesh: {dict(mesh.shape)} gives some of the {len(held)} hosts a part of another one's rows; choose data, fsdp and "
+      'tensor such that each host, or each group of hosts, holds rows of its own'
+    )
+  return len(parts), parts.index(tuple(sorted(held[jax.process_index()])))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

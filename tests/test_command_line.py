@@ -20,6 +20,7 @@ def run(*arguments, devices=8):
   'arguments, message',
   [
     ((f'{DIGITS}:base', '--config.bach_size=3'), '--config.bach_size: unknown key; did you mean --config.batch_size?'),
+    ((f'{DIGITS}:base', '--config.optimizer.clip_norm=0.5'), '--config.optimizer.clip_norm: the config file does not list it'),
     ((f'{DIGITS}:base', '--config.batch_size=many'), 'batch_size'),
     ((f'{DIGITS}:base', '--config.batch_size=9'), 'config.batch_size: 9 does not divide over data x fsdp = 8 devices'),
     ((f'{DIGITS}:dynamic', '--config.stages[1].image_keep_rate=1.5'), 'image_keep_rate is 1.5'),

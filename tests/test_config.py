@@ -42,7 +42,15 @@ def test_round_trip_through_json():
     (dict(sparsity=dict(image_keep_rate=0.0)), 'image_keep_rate is 0.0'),
     (dict(sparsity=dict(tau_end=float('nan'))), 'expected a finite number'),
     (dict(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=0.5)]), 'but the dynamic stage keeps 0.5'),
-    (dict(seed=-1), 'seed is -1, expected 0 or more'),
+    (dict(seed=-1), 'seed is -1, expected 0 to 4294967295'),
+    (dict(seed=10**20), 'seed is 100000000000000000000, expected 0 to 4294967295'),
+    (dict(optimizer=dict(weight_decay=-1.0)), 'weight_decay is -1.0, expected 0 or more'),
+    (dict(sparsity=dict(mask_loss_weight=-5.0)), 'mask_loss_weight is -5.0, expected 0 or more'),
+    (dict(sparsity=dict(min_answer_len=-3)), 'min_answer_len is -3, expected 0 or more'),
+    (
+      dict(frozen=('vision', 'projector', 'llama', 'image_predictor', 'text_predictor')),
+      'frozen: vision, projector, llama, image_predictor, text_predictor leaves nothing to train',
+    ),
     (
       dict(model=to_dict(presets.TINY) | dict(llama=dict(num_heads=0))),
       'config.model.llama: llama: num_heads is 0, expected a positive',

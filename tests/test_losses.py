@@ -50,3 +50,10 @@ def test_rows_run_dense_enter_no_mask_term():
   result = losses([0, 0], mask, text_mask, [6, 6], [2, 2], dense=(False, True))
   assert float(result.image_mask) == 0 and float(result.image_keep) == 0.25
   assert float(result.text_mask) == pytest.approx(0.5**2) and float(result.text_keep) == 1.0
+
+
+def test_keep_rates_of_nothing_are_not_numbers():
+  """No image and no answer long enough: 0 would look as if everything had been dropped."""
+  result = losses([-1, -1], jnp.ones((2, 4)), jnp.ones((2, 6)), [6, 6], [5, 5])
+  assert np.isnan(result.image_keep) and np.isnan(result.text_keep)
+  assert float(result.total) == float(result.ce)

@@ -27,7 +27,7 @@ from dynllava_jax.convert.writer import StepWriter
 REPORT_FILE = 'conversion.json'
 OF_A_RUN = ('checkpoints', 'metrics.jsonl')  # one of these tells the workdir of a training run
 DTYPES = {'keep': None, 'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
-AT_ONCE = 2  # tensors on their way; each takes about three times its size
+AT_ONCE = max(2, min(4, os.cpu_count() or 1))  # tensors on their way; each takes about three times its size
 SPARE_BYTES = 64 * 2**20  # room for metadata and descriptions
 LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 STEP = 0

@@ -8,24 +8,26 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
+from rich.text import Text
 
 from dynllava_jax.config import DataConfig
 from dynllava_jax.data import conversation
 from dynllava_jax.data.index import CODES, Index, fit
 from dynllava_jax.data.progress import follow
-from dynllava_jax.data.records import Finding, Record, examine, parse, read_json
+from dynllava_jax.data.records import Finding, Record, entry_name, examine, parse, read_json
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.tokenizer import load_tokenizer
-from dynllava_jax.data.workers import pool
+from dynllava_jax.data.workers import parallel_map
 
 REPORT_FILE, HISTOGRAM_FILE = 'report.json', 'lengths.png'
 CHUNK = 500  # records per piece of work
 NAMED = 3  # ids shown in the table
+OF_FILES = ('missing_image', 'undecodable_image')  # what can be mended while the JSON stays the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,38 +63,47 @@ def read_sources(scan: Scan) -> list[Record | Finding]:
       try:
         out.append(parse(entry, source, number))
       except DataError as e:
-        name = str(entry.get('id', f'{source}#{number}')) if isinstance(entry, dict) else f'{source}#{number}'
-        out.append(Finding(name, source, e.reason, str(e)))
+        out.append(Finding(entry_name(entry, source, number), source, e.reason, str(e)))
   return out
 
 
 def examine_all(scan: Scan, entries: Sequence[Record | Finding], folder: pathlib.Path) -> list[Finding]:
-  """One finding per entry, in order. What is done is kept in `folder`, so that an interrupted scan goes on there."""
+  """One finding per entry, in order. What is done is kept in `folder`, so that an interrupted scan goes on there.
+
+  Images that could not be used are looked at again: they may have been mended since.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   jobs = []
   for number, start in enumerate(range(0, len(entries), CHUNK)):
     jobs.append((scan, entries[start : start + CHUNK], folder / f'scan-{number:06d}.json'))
-  todo = [job for job in jobs if not job[2].exists()]
+  todo = [job for job in jobs if not job[2].exists() or any(f.reason in OF_FILES for f in _read_part(job[2]))]
   done = len(entries) - sum(len(job[1]) for job in todo)
-  for _ in follow(_run(scan, todo), 'checking samples', len(entries), lambda n: n, done):
-    pass
-  return [Finding(**f) for job in jobs for f in json.loads(job[2].read_text())]
+  with parallel_map(_examine_chunk, todo, scan.processes) as sizes:
+    for _ in follow(sizes, 'checking samples', len(entries), lambda n: n, done):
+      pass
+  return [finding for job in jobs for finding in _read_part(job[2])]
 
 
-def _run(scan: Scan, jobs: list) -> Iterator[int]:
-  if scan.processes == 1:
-    yield from map(_examine_chunk, jobs)
-  elif jobs:
-    with pool(min(scan.processes, len(jobs))) as executor:
-      yield from executor.map(_examine_chunk, jobs)
+def forget(folder: pathlib.Path) -> None:
+  """Removes what `examine_all` kept."""
+  for path in folder.glob('scan-*'):
+    path.unlink()
+
+
+def _read_part(path: pathlib.Path) -> list[Finding]:
+  return [Finding(**f) for f in json.loads(path.read_text())]
 
 
 def _examine_chunk(job: tuple[Scan, Sequence[Record | Finding], pathlib.Path]) -> int:
   scan, entries, path = job
   style = conversation.template(scan.data.conversation)
   tokenizer = load_tokenizer(scan.tokenizer) if scan.tokenizer else None
-  look = lambda entry: examine(entry, style=style, tokenizer=tokenizer, images=scan.images)
-  findings = [entry if isinstance(entry, Finding) else look(entry) for entry in entries]
+  findings = _read_part(path) if path.exists() else [None] * len(entries)
+  for i, entry in enumerate(entries):
+    if isinstance(entry, Finding):
+      findings[i] = entry
+    elif findings[i] is None or findings[i].reason in OF_FILES:
+      findings[i] = examine(entry, style=style, tokenizer=tokenizer, images=scan.images)
   temporary = path.with_suffix(f'.{os.getpid()}')
   temporary.write_text(json.dumps([dataclasses.asdict(f) for f in findings]))
   os.replace(temporary, path)
@@ -148,7 +159,7 @@ def table(content: dict) -> Table:
   out = Table(title='data check')
   out.add_column('')
   for name in content['sources']:
-    out.add_column(name, justify='right')
+    out.add_column(Text(name), justify='right')  # Text: in plain strings rich takes [x] and :x: for its own
   out.add_column('for example')
   sources = content['sources'].values()
   for row in ('samples', 'with_image', 'usable'):
@@ -157,7 +168,7 @@ def table(content: dict) -> Table:
     found = [s['problems'].get(reason, {'count': 0, 'samples': []}) for s in sources]
     if any(f['count'] for f in found):
       ids = [p['id'] for f in found for p in f['samples']][:NAMED]
-      out.add_row(f'{reason}: {meaning}', *(f'{f["count"]:,}' for f in found), ', '.join(ids), style='red')
+      out.add_row(f'{reason}: {meaning}', *(f'{f["count"]:,}' for f in found), Text(', '.join(ids)), style='red')
   return out
 
 
@@ -175,5 +186,6 @@ def histogram(scan: Scan, findings: Sequence[Finding]) -> Figure:
     axes.annotate(str(size), (size, 1), xycoords=('data', 'axes fraction'), rotation=90, va='top', ha='right', fontsize=8)
   axes.set_yscale('log' if any(by_source.values()) else 'linear')
   axes.set(xlabel='text tokens per sample (vertical lines: buckets)', ylabel='samples')
-  axes.legend()
+  for label in axes.legend().get_texts():
+    label.set_parse_math(False)  # names of files may hold $
   return figure

@@ -49,9 +49,11 @@ def decode(content: bytes, name: str, rotate: bool = False) -> Image.Image:
     if rotate:
       image = ImageOps.exif_transpose(image)
     return image if image.mode == 'RGB' else image.convert('RGB')
+  except DataError:
+    raise
   except UnidentifiedImageError:
     raise DataError(f'{name}: no picture in one of the formats {", ".join(FORMATS)}', 'undecodable_image') from None
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow's readers raise
+  except Exception as e:  # a broken file can make Pillow's readers raise anything
     raise DataError(f'{name}: cannot be decoded ({e}); {len(content)} bytes', 'undecodable_image') from None
 
 

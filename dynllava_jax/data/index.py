@@ -18,7 +18,7 @@ from dynllava_jax.data.records import Finding, examine
 from dynllava_jax.data.samples import REASONS
 from dynllava_jax.data.store import Store
 from dynllava_jax.data.tokenizer import load_tokenizer
-from dynllava_jax.data.workers import pool
+from dynllava_jax.data.workers import parallel_map
 
 CODES = ('', *REASONS)
 CHUNK = 1000  # records examined at a time
@@ -78,8 +78,8 @@ def _make_index(store: Store, files: dict[str, bytes], template: str) -> Index:
   jobs = [(store, files, template, start, min(start + CHUNK, len(store))) for start in starts]
   if len(store) <= SMALL:
     return _join(map(_examine_range, jobs))
-  with pool(os.cpu_count() or 1) as executor:
-    return _join(track(executor.map(_examine_range, jobs), 'measuring samples', len(jobs), transient=True))
+  with parallel_map(_examine_range, jobs, os.cpu_count() or 1) as parts:
+    return _join(track(parts, 'measuring samples', len(jobs), transient=True))
 
 
 def _examine_range(job: tuple[Store, dict[str, bytes], str, int, int]) -> Index:

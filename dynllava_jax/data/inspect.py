@@ -1,6 +1,6 @@
 """One sample as the model gets it: text with what is supervised in colour, token ids, image span, and the picture as PNG.
 
-python -m dynllava_jax.data.inspect --config=configs/llava.py:finetune --index=5 --out=sample.png
+python -m dynllava_jax.data.inspect --config=configs/llava.py:finetune --config.init_from=checkpoints/llava-7b --index=5
 """
 
 import io
@@ -85,7 +85,7 @@ def main(_) -> None:
   with command_line.readable_errors():
     cfg = command_line.parse(TrainConfig, given.config)
     sample, row, tokenizer = look(cfg, given.index)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     for part in describe(sample, row, tokenizer, cfg.model.vision.num_patches):
       console.print(part)
       console.print()

@@ -55,14 +55,19 @@ class LayOut:
 
 @dataclasses.dataclass(frozen=True)
 class _ReadRow(grain.transforms.Map):
-  """Position in the stream -> row."""
+  """Position in this host's part of the stream -> row. The host has rows `first` to `first + own` of every batch."""
 
   training: TrainingData
   layout: LayOut
+  batch_size: int
+  own: int
+  first: int
 
   def map(self, element: int) -> Batch:
-    sample, text_length = self.training.order(element)
-    return self.layout(self.training.source[sample], element % 2**32, text_length)
+    batch, row = divmod(element, self.own)
+    position = batch * self.batch_size + self.first + row
+    sample, text_length = self.training.order(position)
+    return self.layout(self.training.source[sample], position % 2**32, text_length)
 
 
 def training_batches(
@@ -71,28 +76,27 @@ def training_batches(
   *,
   batch_size: int,
   step: int,
-  hosts: int | None = None,
-  host: int | None = None,
+  hosts: int = 1,
+  host: int = 0,
 ) -> Iterator[Batch]:
   """Endless batches of this host's rows, from a global step on; close it to end its workers.
 
   Args:
     training: source and order.
     layout: how a sample becomes a row.
-    batch_size: global; each host gets `batch_size / hosts` rows, row r of the batch going to host r % hosts.
+    batch_size: global; each host gets `batch_size / hosts` rows of it, in order.
     step: with the data and the seed in `training.order`, it determines the batch.
-    hosts, host: how many processes share a batch, and which of them this is; jax knows by default.
+    hosts, host: how many processes share a batch, and which of them this is (`sharding.batch_hosts`).
 
   Raises:
     ConfigError: hosts that do not divide the batch.
     DataError: a sample that cannot be used, or a batch without a supervised token, with the ids.
   """
-  hosts = jax.process_count() if hosts is None else hosts
-  host = jax.process_index() if host is None else host
   if batch_size % hosts:
     raise ConfigError(f'config.batch_size: {batch_size} is not a multiple of {hosts} hosts')
-  rows = grain.MapDataset.range(FOREVER).map(_ReadRow(training, layout))
-  rows = rows[step * batch_size + host :: hosts].batch(batch_size // hosts, drop_remainder=True, batch_fn=stack)
+  own = batch_size // hosts
+  rows = grain.MapDataset.range(FOREVER).map(_ReadRow(training, layout, batch_size, own, host * own))
+  rows = rows[step * own :].batch(own, drop_remainder=True, batch_fn=stack)
   batches = rows.to_iter_dataset(grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH))
   if layout.data.workers:
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=layout.data.workers), worker_init_fn=die_with_parent)
@@ -100,7 +104,7 @@ def training_batches(
   try:
     for batch in iterator:
       if not supervised_tokens(batch):
-        ids = [training.source[i].id for i in training.order.batch(step)[host::hosts]]
+        ids = [training.source[i].id for i in training.order.batch(step)[host * own : (host + 1) * own]]
         raise DataError(f'step {step}: no supervised token in the batch of samples {", ".join(ids)}', 'no_supervised_token')
       yield batch
       step += 1

@@ -28,6 +28,7 @@ from dynllava_jax.data.check import (
   REPORT_FILE,
   Scan,
   examine_all,
+  forget,
   histogram,
   read_sources,
   report,
@@ -41,7 +42,7 @@ from dynllava_jax.data.records import Finding, Record, read_image
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.store import INFO_FILE, NAME, SOURCES_FILE, SPLIT, features, to_example
 from dynllava_jax.data.tokenizer import load_tokenizer, read_files
-from dynllava_jax.data.workers import pool
+from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.files import write_atomically
 
 UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on
@@ -62,7 +63,7 @@ def prepare(
     ConfigError: `out` holds something else.
     DataError: a JSON file that cannot be read.
   """
-  console = Console(soft_wrap=True)
+  console = Console(soft_wrap=True, markup=False, emoji=False)  # paths are printed as they are
   settings = describe(scan, weights, image_bytes, shard_samples)
   check_resumable(out, settings)
   unfinished = out / UNFINISHED
@@ -71,6 +72,8 @@ def prepare(
     shutil.rmtree(unfinished, ignore_errors=True)
     return True
   entries = read_sources(scan)
+  if not (unfinished / SETTINGS_FILE).exists():  # a removal was interrupted; the rest may be another command's
+    shutil.rmtree(unfinished, ignore_errors=True)
   write(unfinished / SETTINGS_FILE, settings)
   findings = with_buckets(scan, examine_all(scan, entries, unfinished))
   content = report(scan, findings)
@@ -87,7 +90,12 @@ def prepare(
     if not good:
       shutil.rmtree(unfinished)
       raise DataError(f'{", ".join(map(str, scan.json.values()))}: no usable sample in it')
-    write_store(scan, weights, out, settings, good, image_bytes, shard_samples)
+    try:
+      write_store(scan, weights, out, settings, good, image_bytes, shard_samples)
+    except DataError as e:
+      forget(unfinished)
+      hint = 'it could be when the samples were checked; start again, and they are checked once more'
+      raise DataError(f'{e}; {hint}', e.reason) from None
     console.print(f'{out}: {len(good):,} samples prepared')
   shutil.rmtree(unfinished)  # also what the scan found: what is mended must be looked at again
   return accepted
@@ -96,6 +104,7 @@ def prepare(
 def describe(scan: Scan, weights: Sequence[float], image_bytes: bool, shard_samples: int) -> dict:
   """Everything the content of the folder depends on."""
   return {
+    'sources': list(scan.json),  # in the order of the samples
     'json': {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in scan.json.items()},
     'weights': list(weights),
     'images': str(scan.images.absolute()),
@@ -149,8 +158,9 @@ def write_store(
   write(plan_file, plan)
   todo = [job for job in jobs if not job[0].exists()]
   done = len(good) - sum(len(job[1]) for job in todo)
-  for _ in follow(_write_all(todo, scan.processes), 'writing samples', len(good), lambda n: n, done):
-    pass
+  with parallel_map(write_shard, todo, scan.processes) as sizes:
+    for _ in follow(sizes, 'writing samples', len(good), lambda n: n, done):
+      pass
   counts = [sum(r.source == name for r, _ in good) for name in scan.json]
   sources = [{'name': n, 'weight': w, 'samples': c} for n, w, c in zip(scan.json, weights, counts)]
   write(out / SOURCES_FILE, sources)
@@ -161,27 +171,24 @@ def write_store(
   write_metadata(out, [job[0] for job in jobs], [len(job[1]) for job in jobs])
 
 
-def _write_all(jobs, processes):
-  if processes == 1:
-    yield from map(write_shard, jobs)
-  elif jobs:
-    with pool(min(processes, len(jobs))) as executor:
-      yield from executor.map(write_shard, jobs)
-
-
 def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None]) -> int:
-  """Writes one shard whole or not at all; returns its number of samples."""
+  """Writes one shard whole or not at all; returns its number of samples. OSError if there is no room."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
   path, records, images = job
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  writer, form = ArrayRecordWriter(str(temporary), SHARD_OPTIONS), features()
   try:
-    for record in records:
-      image = read_image(record.id, record.image_path, images) if images and record.image_path else b''
-      writer.write(form.serialize_example(to_example(record, image)))
-  finally:
-    writer.close()
+    writer, form = ArrayRecordWriter(str(temporary), SHARD_OPTIONS), features()
+    try:
+      for record in records:
+        image = read_image(record.id, record.image_path, images) if images and record.image_path else b''
+        writer.write(form.serialize_example(to_example(record, image)))
+    finally:
+      writer.close()
+  except DataError:
+    raise
+  except RuntimeError as e:  # ArrayRecord's word for a full disk
+    raise OSError(f'{path}: cannot be written ({e}); once that is mended the same command goes on') from None
   os.replace(temporary, path)
   return len(records)
 
@@ -265,8 +272,12 @@ def main(_) -> None:
     style = template(data.conversation)  # a typo must not leave settings behind
     if scan.tokenizer:
       check_template(style, load_tokenizer(scan.tokenizer))
-    out = pathlib.Path(given.out)
-    good = prepare(scan, weights, out, only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
+    form = dict(only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
+    try:
+      good = prepare(scan, weights, pathlib.Path(given.out), **form)
+    except KeyboardInterrupt:
+      print('interrupted; the same command goes on')
+      sys.exit(130)
     sys.exit(0 if good else 1)
 
 

@@ -67,6 +67,8 @@ def read_json(path: pathlib.Path) -> list[Any]:
       raise DataError(f'{path}, line {number + e.lineno - 1}: no JSON ({e.msg}, column {e.colno})') from None
     except RecursionError:
       raise DataError(f'{path}, line {number}: nested too deeply for a list of samples') from None
+    except ValueError as e:  # an integer of thousands of digits
+      raise DataError(f'{path}, line {number}: cannot be read ({e})') from None
     out.append(entry)
   if path.suffix != '.jsonl':
     out = out[0] if out else None
@@ -75,9 +77,16 @@ def read_json(path: pathlib.Path) -> list[Any]:
   return out
 
 
+def entry_name(entry: Any, source: str, number: int) -> str:
+  """The id of an entry, fit to be printed; its place in the source if it has none."""
+  given = entry.get('id') if isinstance(entry, dict) else None
+  return f'{source}#{number}' if given is None else str(given).encode(errors='replace').decode()
+
+
 def parse(entry: Any, source: str, number: int) -> Record:
   """Checks the structure of one entry; DataError if it is none of LLaVA's."""
-  where = f'sample {entry.get("id", "?") if isinstance(entry, dict) else "?"} (number {number} of {source})'
+  name = entry_name(entry, source, number)
+  where = f'sample {name} (number {number} of {source})'
   if not isinstance(entry, dict) or not isinstance(entry.get('conversations'), list):
     raise DataError(f'{where}: expected an object with a list "conversations"')
   for i, turn in enumerate(entry['conversations']):
@@ -93,8 +102,8 @@ def parse(entry: Any, source: str, number: int) -> Record:
   turns = tuple({'from': t['from'], 'value': t['value']} for t in entry['conversations'])
   for what in (str(entry.get('id', '')), image, *(t['value'] for t in turns)):
     if any('\ud800' <= c <= '\udfff' for c in what):  # JSON can hold half of a character, UTF-8 cannot
-      raise DataError(f'{where.encode(errors="replace").decode()}: holds half of a surrogate pair, which is no text')
-  return Record(str(entry.get('id', f'{source}#{number}')), source, image, turns)
+      raise DataError(f'{where}: holds half of a surrogate pair, which is no text')
+  return Record(name, source, image, turns)
 
 
 def read_image(record_id: str, path: str, root: pathlib.Path) -> bytes:

@@ -133,10 +133,3 @@ def new_tokenizer(data: DataConfig, vocab_size: int) -> dict[str, bytes]:
   if size > vocab_size:
     raise ConfigError(f'config.model.llama.vocab_size: {vocab_size}, but the tokenizer has {size} tokens')
   return files
-
-
-def questions(data: DataConfig, seed: int, count: int) -> digits.Questions:
-  """`count` questions of the test split with their answers; ConfigError for a source that has none."""
-  if data.source not in MIXES:
-    raise ConfigError(f'config.data.source: {data.source!r} has no questions of its own; expected one of {", ".join(MIXES)}')
-  return digits.Questions('test', seed, count)

@@ -1,7 +1,7 @@
 """LLaVA's data as a TFDS builder, found by its name once this module is imported.
 
     import dynllava_jax.data.tfds_builder
-    builder = tfds.builder('llava', data_dir='prepared', json='llava_v1_5_mix665k.json', images='data', file_format='array_record')
+    builder = tfds.builder('llava', data_dir='prepared', json='llava_v1_5_mix665k.json', images='data')
     builder.download_and_prepare()
     builder.as_data_source('train')
 
@@ -23,10 +23,10 @@ class Llava(tfds.core.ShardBasedBuilder):
 
   VERSION = tfds.core.Version('1.0.0')
 
-  def __init__(self, *, json: str = '', images: str = '', shard_samples: int = 5000, **kwargs):
-    """`json` and `images` as for `prepare`; not needed to read what was prepared."""
+  def __init__(self, *, json: str = '', images: str = '', shard_samples: int = 5000, file_format: str = 'array_record', **kwargs):
+    """`json` and `images` as for `prepare`; not needed to read what was prepared. TFDS's default format needs TensorFlow."""
     self._json, self._images, self._shard_samples = pathlib.Path(json), pathlib.Path(images), shard_samples
-    super().__init__(**kwargs)
+    super().__init__(file_format=file_format, **kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(builder=self, features=features(), description=self.__doc__)

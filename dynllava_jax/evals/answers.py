@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
@@ -12,10 +12,36 @@ from dynllava_jax.evals.folders import fields, read_lines
 
 
 @dataclasses.dataclass(frozen=True)
+class Labels:
+  """What is scored against.
+
+  `golds`: labels of the questions asked; `sizes`: questions in each cluster, those that are not asked included.
+  """
+
+  golds: tuple[Gold, ...]
+  sizes: Mapping[Hashable, int]
+
+  def of(self, keys: Iterable[Hashable]) -> 'Labels':
+    """The labels of these questions only, of a key that stands for several as many as there are in `keys`."""
+    left = collections.Counter(keys)
+    golds = []
+    for gold in self.golds:
+      if left[gold.key]:
+        left[gold.key] -= 1
+        golds.append(gold)
+    return Labels(tuple(golds), self.sizes)
+
+
+def labels_of(golds: Sequence[Gold]) -> Labels:
+  """All labels of a benchmark."""
+  return Labels(tuple(golds), collections.Counter(g.cluster for g in golds if g.cluster is not None))
+
+
+@dataclasses.dataclass(frozen=True)
 class Joined:
   """(gold, answer row) pairs in the order of the labels.
 
-  `total` is the number of labels, `sizes` that of each cluster.
+  `total` is the number of labels, `sizes` as in `Labels`.
   """
 
   pairs: tuple[tuple[Gold, dict[str, Any]], ...]
@@ -42,7 +68,7 @@ def read_answers(benchmark: Benchmark, path: pathlib.Path, problems: Problems) -
   return rows
 
 
-def join(benchmark: Benchmark, golds: Sequence[Gold], rows: Sequence[dict[str, Any]], problems: Problems) -> Joined:
+def join(benchmark: Benchmark, labels: Labels, rows: Sequence[dict[str, Any]], problems: Problems) -> Joined:
   """Pairs labels with answers by the benchmark's key; what has no partner goes to `problems`.
 
   A key may stand for several questions (it does in SEED and TextVQA); then it needs as many answers. Of surplus
@@ -50,7 +76,7 @@ def join(benchmark: Benchmark, golds: Sequence[Gold], rows: Sequence[dict[str, A
   """
   asked: dict[Hashable, list[Gold]] = {}
   given: dict[Hashable, list[dict[str, Any]]] = {}
-  for gold in golds:
+  for gold in labels.golds:
     asked.setdefault(gold.key, []).append(gold)
   for row in rows:
     given.setdefault(benchmark.key(row), []).append(row)
@@ -74,7 +100,7 @@ def join(benchmark: Benchmark, golds: Sequence[Gold], rows: Sequence[dict[str, A
         problems.add('answers to another question', f'{_show(key)}: asked {gold.expected!r}, answered {canonical(row["prompt"])!r}')
       else:
         pairs.append((gold, row))
-  return Joined(tuple(pairs), len(golds), collections.Counter(g.cluster for g in golds if g.cluster is not None))
+  return Joined(tuple(pairs), len(labels.golds), labels.sizes)
 
 
 def _show(key: Hashable) -> str:

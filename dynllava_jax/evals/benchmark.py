@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from dynllava_jax.config import EvalConfig
+from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.folders import Folder, fields, read_lines
 
 WORD = 'Answer the question using a single word or phrase.'
@@ -48,13 +49,15 @@ class Gold:
     key: joins it with its answer.
     label: in the benchmark's own form; None if there is none.
     expected: text that the answer's prompt must hold (see `canonical`); '' is not checked.
-    cluster: questions that are scored and resampled together; None for each on its own.
+    cluster: questions that are scored together; None for each on its own.
+    unit: what intervals draw, the image: questions about one picture err together; None for each cluster on its own.
   """
 
   key: Hashable
   label: Any
   expected: str = ''
   cluster: Hashable = None
+  unit: Hashable = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Benchmark:
   """Base of all benchmarks; a subclass is one file.
 
   Scores are functions of sums: `tally` counts what one cluster of answers adds, `figures` turns the sums over
-  all clusters into numbers. So a bootstrap resamples clusters, whatever the metric.
+  all clusters into numbers. So a bootstrap resamples clusters, by the unit they belong to, whatever the metric.
   """
 
   name: ClassVar[str]
@@ -110,6 +113,7 @@ class Benchmark:
   last_answer_wins: ClassVar[bool] = False
   several_rounds: ClassVar[bool] = False  # an answer's text may be a list, one string per round
   of_whole_clusters: ClassVar[tuple[str, ...]] = ()  # counts that a cluster with an answer missing does not add to
+  categories: ClassVar[tuple[str, ...]] = ()  # that the score is made of; names of figures begin with theirs
   notes: ClassVar[tuple[str, ...]] = ()
 
   def configured(self, cfg: EvalConfig) -> 'Benchmark':
@@ -139,6 +143,11 @@ class Benchmark:
     del figures
     return self.headline
 
+  def metric_of(self, figures: Mapping[str, float]) -> str:
+    """What the score is, in words, and which of its categories are not in it."""
+    absent = [c for c in self.categories if not any(name.partition('/')[0] == c for name in figures)]
+    return self.metric + (f' (without {", ".join(absent)})' if absent else '')
+
   def remarks(self) -> list[str]:
     """What to know about the numbers, stored with them."""
     return list(self.notes)
@@ -167,6 +176,8 @@ class Lines(Benchmark):
     result = []
     for i, row in enumerate(read_lines(path), 1):
       id_, image, text = fields(row, ('question_id', 'image', 'text'), f'{path}, row {i}')
+      if not isinstance(image, str) or not isinstance(text, str):
+        raise DataError(f'{path}, row {i}: image is {image!r} and text {text!r}, expected two strings')
       result.append(Question(id_, (text,), text, images / image))
     return result
 

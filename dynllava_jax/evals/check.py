@@ -5,7 +5,9 @@ import sys
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import score, suite
 from dynllava_jax.evals.benchmark import Benchmark, Problems
@@ -13,21 +15,26 @@ from dynllava_jax.evals.folders import Folder
 
 WIDTH = 150  # where there is no terminal to ask
 OK, MISSING = 'ok', 'missing'
+LABELS = ('labels', 'questions and labels')  # what `config.labels` takes the place of
 
 
-def inspect(benchmark: Benchmark, root: pathlib.Path) -> list[tuple[str, str, str]]:
+def inspect(benchmark: Benchmark, folder: Folder) -> list[tuple[str, str, str]]:
   """(file, state, what to do) of everything one benchmark needs; state is 'ok', 'missing' or what is wrong."""
-  folder = Folder(root, benchmark.folders)
-  found = []
+  root, found = folder.root, []
   for needed in benchmark.needed:
+    if folder.labels and needed.what in LABELS:
+      continue
     path = folder.find(*needed.paths)
     where = f'{needed.what}: {path.relative_to(root) if path else pathlib.Path(benchmark.folders[0], needed.paths[0])}'
     count = benchmark.expected_questions if needed.what == 'questions' else None
     source = f'{needed.source} ({count:,} questions)' if count else needed.source
     found.append((where, OK if path else MISSING, '' if path else source))
+  if folder.labels:
+    exists = pathlib.Path(folder.labels).exists()
+    found.append((f'labels: {folder.labels}', OK if exists else MISSING, '' if exists else 'config.labels names it'))
   try:
-    questions = benchmark.questions(folder)
-  except (DataError, KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
+    questions = score.questions(benchmark, folder)
+  except DataError as e:
     if all(state == OK for _, state, _ in found):
       found.append(('questions', f'unreadable: {e}', 'get the file again'))
     return found
@@ -45,18 +52,18 @@ def inspect(benchmark: Benchmark, root: pathlib.Path) -> list[tuple[str, str, st
 def _labels(benchmark: Benchmark, folder: Folder) -> list[tuple[str, str, str]]:
   problems = Problems()
   try:
-    golds = score.labels(benchmark, folder, problems)
+    golds = score.labels(benchmark, folder, problems).golds
   except DataError as e:
     return [('labels', f'unreadable: {e}', 'get the file again')]
   for gold in golds:
     if gold.label is None:
       problems.add('questions without a label', gold.key)
-  state = ', '.join(f'{count:,} {kind}' for kind, count in problems.counts().items()) or OK
+  state = ', '.join(f'{count:,} {kind}' for kind, count in problems.counts().items()) or (OK if golds else MISSING)
   return [(f'{len(golds):,} labels', state, '' if state == OK else benchmark.hint)]
 
 
-def run(root: pathlib.Path, names: list[str]) -> int:
-  """Prints the state of the named benchmarks, of all if none are named; 1 if something is missing, else 0.
+def run(root: pathlib.Path, cfg: EvalConfig | None) -> int:
+  """Prints the state of the benchmark of a config, of all that need files if there is none; 1 if something is missing, else 0.
 
   Raises:
     DataError: `root` is no folder. ConfigError: unknown benchmark.
@@ -67,14 +74,14 @@ def run(root: pathlib.Path, names: list[str]) -> int:
   for column in ('benchmark', 'what', 'state', 'where to get it'):
     table.add_column(column, overflow='fold')
   complete = 0
-  chosen = [suite.get(n) for n in names] if names else [b for b in suite.BENCHMARKS.values() if b.needed]
+  chosen = [suite.get(cfg.benchmark).configured(cfg)] if cfg else [b for b in suite.BENCHMARKS.values() if b.needed]
   for benchmark in chosen:
-    rows = inspect(benchmark, root)
+    rows = inspect(benchmark, Folder(root, benchmark.folders, cfg.labels if cfg else ''))
     complete += all(state == OK for _, state, _ in rows)
     for i, (what, state, source) in enumerate(rows):
       colour = 'green' if state == OK else 'red'
-      table.add_row('' if i else benchmark.name, what, f'[{colour}]{state}[/]', source, end_section=i == len(rows) - 1)
-  console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+      table.add_row('' if i else benchmark.name, what, Text(state, colour), source, end_section=i == len(rows) - 1)
+  console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)  # paths and messages may hold brackets
   console.print(table)
   console.print(f'{complete} of {len(chosen)} benchmarks are complete')
   return int(complete < len(chosen))

@@ -16,8 +16,8 @@ from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import costs, score
-from dynllava_jax.evals.answers import join
-from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems
+from dynllava_jax.evals.answers import Labels, join
+from dynllava_jax.evals.benchmark import Benchmark, Problems
 from dynllava_jax.evals.layout import Loaded
 from dynllava_jax.evals.runner import RunResult
 
@@ -29,7 +29,7 @@ CONVENTIONS = (
   'paper_prefill_flops: 32 C^2 per token and layer + 4 N^2 C, image tokens only (arXiv 2412.00876, section 4.1)',
   'image_tokens_layer_average: mean over the decoder layers, as tables of in-decoder pruning count; image_tokens: last stage',
   'kv_bytes_per_sample: allocated, all layers',
-  'interval, difference_interval: 95 % bootstrap over questions, the second paired with the reference',
+  'interval, difference_interval: 95 % bootstrap over images, the second paired with the reference',
 )
 COLUMNS = {
   'score': 'score (95 % interval)',
@@ -79,7 +79,7 @@ def _long(meta: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def compare(
   cfg: EvalConfig,
   benchmark: Benchmark,
-  golds: Sequence[Gold] | None,
+  labels: Labels | None,
   loaded: Mapping[str, Loaded],
   results: Mapping[str, RunResult],
 ) -> dict[str, dict[str, Any]]:
@@ -87,7 +87,7 @@ def compare(
 
   Args:
     cfg, benchmark: what was asked.
-    golds: labels; None where there are none to score with.
+    labels: None where there are none to score with.
     loaded, results: by run; all have answered the same questions.
 
   Raises:
@@ -99,8 +99,8 @@ def compare(
     row = costs_of(cfg, loaded[name], result.rows)
     row['answers_differ'] = sum(a['text'] != b['text'] for a, b in zip(result.rows, reference.rows))
     row |= {'checkpoint': loaded[name].path, 'seconds': round(result.seconds, 1), 'programs_compiled': result.programs_compiled}
-    if golds is not None:
-      tallies[name], scores = scores_of(benchmark, golds, result)
+    if labels is not None:
+      tallies[name], scores = scores_of(benchmark, labels, result)
       row |= scores
     rows[name] = row
   for name, row in rows.items():
@@ -110,10 +110,10 @@ def compare(
   return rows
 
 
-def scores_of(benchmark: Benchmark, golds: Sequence[Gold], result: RunResult) -> tuple[score.Tallies, dict[str, Any]]:
+def scores_of(benchmark: Benchmark, labels: Labels, result: RunResult) -> tuple[score.Tallies, dict[str, Any]]:
   """Counts of one run and its scores, or under `not_scored` why there are none; DataError as `compare`."""
   problems = Problems()
-  joined = join(benchmark, golds, result.rows, problems)
+  joined = join(benchmark, labels, result.rows, problems)
   if problems:
     raise DataError(f'{result.path}: answers and labels of {benchmark.name} do not fit together:\n{problems}\n{benchmark.hint}')
   tallies = score.tally(benchmark, joined)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynllava_jax.config import EvalConfig
+from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.data.conversation import IMAGE_TOKEN
 from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems, Question, add_counts, canonical, rates
 from dynllava_jax.evals.folders import Folder
@@ -37,12 +37,16 @@ class Digits(Benchmark):
   def __init__(self, cfg: EvalConfig | None = None):
     self._samples = []
     if cfg:
-      from dynllava_jax.data.sources import questions  # here, as it brings jax along, which scoring of answer files does without
+      from dynllava_jax.data.digits import Questions  # here, as it brings scikit-learn along, which other benchmarks do without
 
-      source = questions(cfg.data, cfg.seed, cfg.questions)
+      source = Questions('test', cfg.seed, cfg.questions)
       self._samples = [source[i] for i in range(len(source))]
 
   def configured(self, cfg: EvalConfig) -> 'Digits':
+    if cfg.questions == 0:
+      raise ConfigError(
+        'config.questions: is 0, but the questions of digits are made, as many as asked for; use configs/digits.py:eval'
+      )
     return Digits(cfg)
 
   def questions(self, folder: Folder) -> list[Question]:

@@ -55,7 +55,7 @@ def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figu
     kept_image = np.asarray(meta['kept_image'])
     bottom = (len(shown) - 1 - i) * height
     picture = figure.add_axes((0.02, bottom + 0.02, 0.28, height - 0.03))
-    picture.imshow(dim(preprocess(load_image(answer.question), vision), kept_image, patch))
+    picture.imshow(dim(preprocess(load_image(answer.question), vision, loaded.info.image_aspect), kept_image, patch))
     picture.set_axis_off()
     for token in kept_image:
       row, column = divmod(int(token), side)

@@ -21,7 +21,7 @@ from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.pipeline import to_mesh
 from dynllava_jax.data.tokenizer import EOS, Tokenizer
 from dynllava_jax.evals.benchmark import Question
-from dynllava_jax.evals.hosts import share
+from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, load_weights, pad_rows
 from dynllava_jax.evals.perplexity import perplexity
 from dynllava_jax.evals.progress import progress
@@ -48,11 +48,13 @@ def read_answers(
 ) -> list[dict[str, Any]]:
   """Reads `answers[i][round]` (token ids) after the prompts of question i; resumable, as `runner.answer_all`.
 
+  The gate has the room that generation gives it, `config.max_new_tokens`, however long the answers are.
+
   Returns:
-    On host 0, per question: `log_probs`, `best` and `kept` with a list or string per round.
+    On host 0, per question: `log_probs`, `best` and `kept` with a list or string per round, and how many kept ones were `evicted`.
   """
   used = [dataclasses.replace(q, text=q.text[: len(a)]) for q, a in zip(questions, answers)]
-  layout = Layout(loaded, used, cfg.buckets)
+  layout = Layout(loaded, used, cfg.text_lengths, cfg.seed)
   what = provenance(cfg, loaded, used) | {'answers_sha256': hashlib.sha256(json.dumps(answers).encode()).hexdigest()}
   store = AnswerStore(folder, loaded.name, what) if jax.process_index() == 0 else None
   done = np.zeros(len(questions), bool)
@@ -67,18 +69,18 @@ def read_answers(
     loaded.model,
     loaded.stages,
     load_weights(loaded, mesh),
-    max_new_tokens=length * max(map(len, answers)),
+    max_new_tokens=cfg.max_new_tokens,
     eos_id=None,
     later_tokens=layout.later_tokens(),
+    given_tokens=length * max(map(len, answers)),
     dtype=jnp.dtype(cfg.dtype),
   )
   with progress(console, f'{loaded.name} reading', int((~done).sum())) as advance:
     for chunk in layout.batches(np.flatnonzero(~done).tolist(), cfg.batch_size):
-      filled = chunk + [chunk[-1]] * (cfg.batch_size - len(chunk))
-      own = share(filled, jax.process_count(), jax.process_index())
+      own = own_part(chunk, cfg.batch_size, mesh)
       given = np.stack([pad_rows(answers[i], length, 0) for i in own])
       lengths = np.asarray([[len(r) for r in answers[i]] for i in own], np.int32)
-      rounds = force(generator, (layout.rows(chunk, cfg.batch_size), given, lengths), mesh)
+      rounds = force(generator, (layout.rows(own), given, lengths), mesh)
       if store:
         store.add(_row(used[i], i, rounds, row, answers[i]) for row, i in enumerate(chunk))
       advance(len(chunk))
@@ -105,18 +107,23 @@ def _row(question: Question, i: int, rounds: Sequence[Forced], row: int, answer:
     'log_probs': [[round(float(x), 6) for x in r.log_prob[row, : len(a)]] for r, a in zip(rounds, answer)],
     'best': [bits(r.best[row, : len(a)]) for r, a in zip(rounds, answer)],
     'kept': [bits(r.kept[row, : len(a) - 1]) for r, a in zip(rounds, answer)],
+    'evicted': int(rounds[-1].evicted[row]),
     'metadata': {'row': i},
   }
 
 
 def with_perplexity(rows: Sequence[Mapping[str, Any]], read: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Answer rows whose metadata tells, per round, the reference's perplexity, its fed tokens and how many were kept."""
+  """Answer rows whose metadata tells, per round, the reference's perplexity, its fed tokens and how many the gate kept.
+
+  `reference_evicted` is how many of these were given up later, over all rounds.
+  """
   result = []
   for row, own in zip(rows, read):
     known = {
       'perplexity': [perplexity(p) for p in own['log_probs']],
       'reference_fed': [len(k) for k in own['kept']],
       'reference_kept': [k.count('1') for k in own['kept']],
+      'reference_evicted': own['evicted'],
     }
     result.append(dict(row) | {'metadata': row['metadata'] | known})
   return result

@@ -40,7 +40,7 @@ class Gqa(Lines):
     for id_, row in read_json(path).items():
       answer, question = fields(row, ('answer', 'question'), f'{path}, question {id_}')
       kind = 'open' if row.get('types', {}).get('structural') == 'query' else 'binary'
-      golds.append(Gold(str(id_), (kind, answer), canonical(question)))
+      golds.append(Gold(str(id_), (kind, answer), canonical(question), unit=row.get('imageId')))
     return golds
 
   def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:

@@ -8,18 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from dynllava_jax import checkpoint
+from dynllava_jax import checkpoint, selectors
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
 from dynllava_jax.config import IMAGE_ID, ConfigError, EvalRun, ModelConfig, Stage, check_stages
 from dynllava_jax.data import conversation, images
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dynllava_jax.evals.benchmark import Question
-from dynllava_jax.evals.hosts import share
 from dynllava_jax.evals.resize import resize_tower
 from dynllava_jax.models.dynllava import Prompt
 
 CHUNK = 16  # questions of later rounds are padded to a multiple of this
+GOLDEN_RATIO = 0x9E3779B9  # of 2^32: multiples lie far apart, so the rows of two seeds hardly meet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,8 @@ def load_model(name: str, run: EvalRun, default: str) -> Loaded:
       model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=run.image_size))
     stages = run.stages or info.stages
     check_stages(stages, model)
+    for stage in stages:
+      selectors.get(stage.selector)
   except ConfigError as e:
     raise ConfigError(f'config.runs.{name}: {e}') from None
   files = checkpoint.read_tokenizer(path)
@@ -89,9 +91,9 @@ def first_turn(question: Question) -> tuple[dict[str, str], ...]:
 class Layout:
   """Questions to rows of batches, for one model."""
 
-  def __init__(self, loaded: Loaded, questions: Sequence[Question], buckets: Sequence[int]):
+  def __init__(self, loaded: Loaded, questions: Sequence[Question], buckets: Sequence[int], seed: int):
     """Encodes all prompts, exactly as LLaVA's inference does; DataError for one that fits no bucket."""
-    self.loaded, self.questions = loaded, questions
+    self.loaded, self.questions, self.seed = loaded, questions, seed
     style = conversation.template(loaded.info.conversation)
     conversation.check_template(style, loaded.tokenizer)
     self.later: list[list[np.ndarray]] = []  # ids of the later rounds' questions
@@ -124,10 +126,8 @@ class Layout:
       groups.setdefault((len(self.later[i]), self.bucket[i], self.questions[i].long), []).append(i)
     return [g[i : i + size] for _, g in sorted(groups.items()) for i in range(0, len(g), size)]
 
-  def rows(self, chunk: Sequence[int], size: int) -> Rows:
-    """This host's part of a batch, filled up with copies of its last question to one shape for all batches."""
-    chunk = list(chunk) + [chunk[-1]] * (size - len(chunk))
-    own = share(chunk, jax.process_count(), jax.process_index())
+  def rows(self, own: Sequence[int]) -> Rows:
+    """Rows of these questions."""
     made = {i: self._row(i) for i in dict.fromkeys(own)}
     return jax.tree.map(lambda *xs: np.stack(xs), *(made[i] for i in own))
 
@@ -149,12 +149,18 @@ class Layout:
       ids = np.concatenate([ids[:start], np.full(vision.num_patches, pad, np.int32), ids[start + 1 :]])
     tokens = np.full(self.bucket[i] + vision.num_patches, pad, np.int32)
     tokens[: len(ids)] = ids
-    image = load_image(self.questions[i])
-    size = vision.image_size
-    pixels = np.zeros((size, size, 3), np.uint8) if image is None else images.preprocess(image, vision)
+    image, size = load_image(self.questions[i]), vision.image_size
+    pixels = np.zeros((size, size, 3), np.uint8)
+    if image is not None:
+      pixels = images.preprocess(image, vision, self.loaded.info.image_aspect)
     later = pad_rows(self.later[i], self.chunk_length(), pad) if self.later[i] else np.zeros((0, 0), np.int32)
     counts = np.asarray([len(ids) for ids in self.later[i]], np.int32)
-    return Rows(Prompt(tokens, np.int32(len(ids)), np.int32(start), np.uint32(i)), pixels, later, counts)
+    return Rows(Prompt(tokens, np.int32(len(ids)), np.int32(start), row_seed(self.seed, i)), pixels, later, counts)
+
+
+def row_seed(seed: int, i: int) -> np.uint32:
+  """Seed of question `i` of a run with `config.seed`; with 0 its number. Different for all questions of a run."""
+  return np.uint32((i + seed * GOLDEN_RATIO) % 2**32)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], length: int, pad: int) -> np.ndarray:

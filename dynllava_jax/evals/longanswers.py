@@ -13,12 +13,18 @@ from dynllava_jax.evals.benchmark import Benchmark, Gold, Needed, Problems, Ques
 from dynllava_jax.evals.folders import Folder, fields, read_json
 
 PAPER = 'https://github.com/Osilly/dynamic_llava (LVIS-Instruct4V and ShareGPT4V subsets of 1,000)'
+# The score is the first of these that the answers tell; an answer file does not tell how the model reads the references.
+METRICS = {
+  'perplexity': 'perplexity of the reference answers, mean over samples (lower is better)',
+  'meteor': 'METEOR in %, mean over samples',
+  'meteor_without_synonyms': 'METEOR without synonyms in %, mean over samples',
+}
 
 
 class LongAnswers(Benchmark):
   """Base of the three; a label is the list of reference answers."""
 
-  metric = 'perplexity of the reference answers, mean over samples (lower is better)'
+  metric = METRICS['perplexity']
   headline = 'perplexity'
   shown = ('meteor', 'meteor_without_synonyms', 'reference_kept')
   question_file: ClassVar[str]
@@ -40,7 +46,7 @@ class LongAnswers(Benchmark):
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
-    return [Gold(str(q.id), q.reference, canonical(q.prompt)) for q in self.questions(folder)]
+    return [Gold(str(q.id), q.reference, canonical(q.prompt), unit=str(q.image)) for q in self.questions(folder)]
 
   def seen(self, row: Mapping[str, Any]) -> Any:
     return row
@@ -55,14 +61,21 @@ class LongAnswers(Benchmark):
     counts = {'n': 1, 'meteor' if words else 'meteor_without_synonyms': sum(scores) / len(scores)}
     meta = row.get('metadata', {})
     if 'perplexity' in meta:
-      counts['perplexity'] = sum(meta['perplexity']) / len(meta['perplexity'])
-      counts |= {k: sum(meta[k]) for k in ('reference_fed', 'reference_kept')}
+      values, fed, kept = (_numbers(row, name, len(references)) for name in ('perplexity', 'reference_fed', 'reference_kept'))
+      counts |= {'with_perplexity': 1, 'perplexity': sum(values) / len(values), 'reference_fed': sum(fed)}
+      counts['reference_kept'] = sum(kept) - meta.get('reference_evicted', 0)
     if 'kept' in meta:
-      counts |= {'fed': len(meta['kept']), 'kept': meta['kept'].count('1')}
+      if not isinstance(meta['kept'], str) or set(meta['kept']) - set('01'):
+        raise ValueError(f'answer {row["question_id"]}: metadata.kept is {meta["kept"]!r}, expected a 0 or 1 for each token fed')
+      counts |= {'with_kept': 1, 'fed': len(meta['kept']), 'kept': meta['kept'].count('1') - meta.get('evicted', 0)}
     return counts
 
   def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
     n = sums['n']
+    for name in ('perplexity', 'kept'):
+      having = sums.get(f'with_{name}', 0)
+      if having not in (0, n):
+        raise DataError(f'{self.name}: {having:.0f} of {n:.0f} answers have metadata.{name}, expected all or none')
     result = {'perplexity': sums['perplexity'] / n} if 'perplexity' in sums else {}
     result |= {k: 100 * sums[k] / n for k in ('meteor', 'meteor_without_synonyms') if k in sums}
     for fed, kept in (('fed', 'kept'), ('reference_fed', 'reference_kept')):
@@ -71,10 +84,21 @@ class LongAnswers(Benchmark):
     return result
 
   def headline_of(self, figures: Mapping[str, float]) -> str:
-    return next(k for k in ('perplexity', 'meteor', 'meteor_without_synonyms') if k in figures)
+    return next(k for k in METRICS if k in figures)
+
+  def metric_of(self, figures: Mapping[str, float]) -> str:
+    return METRICS[self.headline_of(figures)]
 
   def remarks(self) -> list[str]:
     return [*self.notes, *(f'METEOR: NLTK data missing: {m}' for m in meteor.missing_data())]
+
+
+def _numbers(row: Mapping[str, Any], name: str, rounds: int) -> list[float]:
+  """`metadata.NAME` of an answer, one number per round; ValueError if it is something else."""
+  values = row['metadata'].get(name)
+  if not isinstance(values, list) or len(values) != rounds or not all(isinstance(v, (int, float)) for v in values):
+    raise ValueError(f'answer {row["question_id"]}: metadata.{name} is {values!r}, expected a list of {rounds}, a number per round')
+  return values
 
 
 class LvisSingle(LongAnswers):
@@ -83,7 +107,7 @@ class LvisSingle(LongAnswers):
   name = 'lvis_single'
   folders = ('lvis_vqa',)
   question_file = 'lvis_vqa_single_round.json'
-  needed = (Needed((question_file,), PAPER), Needed(('images', '.'), PAPER, 'images'))
+  needed = (Needed((question_file,), PAPER, 'questions and labels'), Needed(('images', '.'), PAPER, 'images'))
 
 
 class LvisMulti(LongAnswers):
@@ -92,7 +116,7 @@ class LvisMulti(LongAnswers):
   name = 'lvis_multi'
   folders = ('lvis_vqa',)
   question_file = 'lvis_vqa_multi_round.json'
-  needed = (Needed((question_file,), PAPER), Needed(('images', '.'), PAPER, 'images'))
+  needed = (Needed((question_file,), PAPER, 'questions and labels'), Needed(('images', '.'), PAPER, 'images'))
 
 
 class ShareGpt4v(LongAnswers):
@@ -101,4 +125,4 @@ class ShareGpt4v(LongAnswers):
   name = 'sharegpt4v'
   folders = ('sharegpt4v_vqa',)
   question_file = 'sharegpt4v_vqa_single_round.json'
-  needed = (Needed((question_file,), PAPER), Needed(('images', '.'), PAPER, 'images'))
+  needed = (Needed((question_file,), PAPER, 'questions and labels'), Needed(('images', '.'), PAPER, 'images'))

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,10 @@ class MmBench(Benchmark):
   expected_questions = 4377
   max_new_tokens = 1024
   needed = (Needed((table,), DOWNLOAD + table, 'questions, images and labels'),)
-  notes = ('`circular` counts a question only if all its rotations are right, as CircularEval does, but reads letters only.',)
+  notes = (
+    '`circular` counts a question only if all its rotations are right, as CircularEval does, but reads letters only.',
+    '`accuracy` is over all rows of the table, rotations included.',
+  )
 
   def _rows(self, folder: Folder, path) -> list[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)  # images are base64 in a cell
@@ -89,7 +93,8 @@ class MmBench(Benchmark):
     golds = []
     for row in self._rows(folder, folder.need_labels(self.table)):
       label = None if is_empty(row.get('answer')) else row['answer']
-      golds.append(Gold(str(int(row['index'])), label, canonical(row['question']), int(row['index']) % CIRCLE))
+      index, image = int(row['index']), hashlib.sha256(row['image'].encode()).digest()
+      golds.append(Gold(str(index), label, canonical(row['question']), index % CIRCLE, unit=image))
     return golds
 
   of_whole_clusters = ('circles', 'all_right')

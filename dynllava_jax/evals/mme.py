@@ -31,7 +31,7 @@ def read_labels(path: pathlib.Path) -> Iterator[tuple[str, str, str, str]]:
   with image, question and label (and perhaps an answer) between tabs.
 
   Raises:
-    DataError: a missing category or a malformed line.
+    DataError: a category that is missing or has no labels, or a malformed line.
   """
   for category in CATEGORIES:
     folder, table = path / category, path / f'{category}.txt'
@@ -43,6 +43,10 @@ def read_labels(path: pathlib.Path) -> Iterator[tuple[str, str, str, str]]:
       rows = [(table, line[0].rpartition('.')[0] or line[0], *line[1:]) for line in _lines(table)]
     else:
       raise DataError(f'{path}: has no category {category!r}; expected the folder {folder} or the file {table}')
+    if not rows:
+      raise DataError(
+        f'{folder if folder.is_dir() else table}: has no labels; expected a text file per image, or a line per question'
+      )
     for file, stem, *cells in rows:
       if len(cells) < 2 or cells[1].lower() not in ('yes', 'no'):
         raise DataError(f'{file}: {cells} has no yes-or-no label; expected question and label between tabs')
@@ -80,6 +84,7 @@ class Mme(Lines):
   images = RELEASE
   expected_questions = 2374
   of_whole_clusters = ('images', 'both')
+  categories = CATEGORIES
   needed = (
     Needed((question_file,), LLAVA_EVAL),
     Needed(RELEASE + RESULTS, SITE, 'labels'),

@@ -47,6 +47,7 @@ class Pope(Lines):
   name = 'pope'
   metric = 'mean F1 of adversarial, popular and random, in %'
   headline = 'f1'
+  categories = CATEGORIES
   shown = tuple(f'{c}/f1_score' for c in CATEGORIES)
   hint = f'the labels must be those of {PINNED}; later ones have other questions'
   folders = ('pope',)
@@ -72,7 +73,7 @@ class Pope(Lines):
       id_, image, text, category = fields(row, ('question_id', 'image', 'text', 'category'), f'{path}, row {i}')
       key = category, image, canonical(text)
       shown.add(key)
-      golds.append(Gold(str(id_), (category, labels[key]) if key in labels else None, canonical(text)))
+      golds.append(Gold(str(id_), (category, labels[key]) if key in labels else None, canonical(text), unit=image))
     for category, image, text in (k for k in labels if k not in shown):
       problems.add('labels without a question', f'{category}: {image} {text!r}')
     return golds

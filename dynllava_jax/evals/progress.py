@@ -25,7 +25,7 @@ def progress(console: Console, name: str, total: int) -> Iterator[Callable[[int]
   if not console.is_terminal:
     yield _lines(console, name, total)
     return
-  columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+  columns = (TextColumn('{task.description}', markup=False), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
   with Progress(*columns, console=console, transient=True) as bar:
     task = bar.add_task(name, total=total)
     yield lambda count: bar.advance(task, count)

@@ -13,8 +13,8 @@ from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import compare, figures, forced, layout, runner, score, suite
-from dynllava_jax.evals.answers import join
-from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems, Question
+from dynllava_jax.evals.answers import Labels, join
+from dynllava_jax.evals.benchmark import Benchmark, Problems, Question
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import write_atomically
 from dynllava_jax.training.plot import save_figure
@@ -38,15 +38,15 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
     CheckpointError, ConfigError, DataError: what is wrong with checkpoint, config or data.
   """
   # 1. What is asked, and of which models. Nothing is computed before all of it is known to be there.
-  console = Console() if Console().is_terminal else Console(width=TABLE_WIDTH)
+  width = None if Console().is_terminal else TABLE_WIDTH
+  console = Console(width=width, markup=False)  # paths and messages may hold brackets
   console.quiet = jax.process_index() > 0
   benchmark = suite.get(cfg.benchmark).configured(cfg)
-  if data is None and benchmark.needed:
-    raise DataError(f'{benchmark.name}: --data=DIR is missing; `python eval.py --check_data --data=DIR` says what it must hold')
-  folder = Folder(data or pathlib.Path(), benchmark.folders, cfg.labels)
-  questions = benchmark.questions(folder)
-  questions = questions[: cfg.questions or None]
-  golds = scorable(cfg, benchmark, folder, questions, console)
+  folder = score.folder_of(cfg, benchmark, data)
+  questions = score.questions(benchmark, folder)[: cfg.questions or None]
+  labels = scorable(cfg, benchmark, folder, questions, console)
+  if cfg.questions == 0:
+    score.submission(benchmark, folder, [], '')  # of no answers: finds out whether all that it needs is there
   models = {name: layout.load_model(name, run, path) for name, run in cfg.runs.items()}
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_batch(cfg.batch_size, mesh)
@@ -59,17 +59,14 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
     return
 
   # 3. Scores, costs, submissions.
-  rows = compare.compare(cfg, benchmark, golds, models, results)
+  rows = compare.compare(cfg, benchmark, labels, models, results)
   for name, found in agreements.items():
     rows[name]['agreement'] = found
-  for name, result in results.items():
-    if cfg.questions == 0:  # servers want all questions answered
-      for file, content in benchmark.submission(folder, result.rows, name).items():
-        write_atomically(out / file, content)
-  title = f'{benchmark.name}: {benchmark.metric}, {len(questions)} questions'
+  metric = next((benchmark.metric_of(r['figures']) for r in rows.values() if 'figures' in r), benchmark.metric)
+  title = f'{benchmark.name}: {metric}, {len(questions)} questions'
   report = {
     'benchmark': benchmark.name,
-    'metric': benchmark.metric,
+    'metric': metric,
     'runs': rows,
     'reference': cfg.reference,
     'questions': len(questions),
@@ -84,10 +81,14 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   write_atomically(out / 'results.md', compare.markdown(benchmark, title, rows).encode())
   write_atomically(out / 'results.csv', compare.comma_separated(rows).encode())
   console.print(compare.console_table(benchmark, title, rows))
+  for name, result in results.items():
+    if cfg.questions == 0:  # servers want all questions answered
+      for file, content in score.submission(benchmark, folder, result.rows, name).items():
+        write_atomically(out / file, content)
 
   # 4. Pictures.
   if any('score' in row for row in rows.values()):
-    save_figure(compare.figure(title, benchmark.metric, rows), out / 'results.png')
+    save_figure(compare.figure(title, metric, rows), out / 'results.png')
   shown = 'dynamic' if 'dynamic' in results else list(results)[-1]
   pictured = figures.pictured(questions, results[shown].rows)
   if pictured:
@@ -125,8 +126,8 @@ def read_given_answers(
 
 def scorable(
   cfg: EvalConfig, benchmark: Benchmark, folder: Folder, questions: Sequence[Question], console: Console
-) -> list[Gold] | None:
-  """Labels of these questions, in their order; None, with a word on the console, where there are none.
+) -> Labels | None:
+  """Labels of these questions; None, with a word on the console, where there are none.
 
   Raises:
     DataError: the labels are not those of the questions.
@@ -136,15 +137,14 @@ def scorable(
     return None
   problems = Problems()
   try:
-    golds = score.labels(benchmark, folder, problems)
+    labels = score.labels(benchmark, folder, problems)
   except DataError as e:
     console.print(f'will not be scored: {e}')
     return None
   asked = [{'question_id': q.id, 'prompt': q.prompt, 'text': ''} for q in questions]
   if cfg.questions:
-    keys = {benchmark.key(row) for row in asked}
-    golds, problems = [g for g in golds if g.key in keys], Problems()
-  join(benchmark, golds, asked, problems)
+    labels, problems = labels.of(benchmark.key(row) for row in asked), Problems()
+  join(benchmark, labels, asked, problems)
   if problems:
     raise DataError(f'{benchmark.name}: questions and labels do not fit together:\n{problems}\n{benchmark.hint}')
-  return golds
+  return labels

@@ -19,6 +19,7 @@ from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import TOKENIZER_FILES, EvalConfig, to_dict
 from dynllava_jax.data.pipeline import to_mesh
 from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, Rows, load_weights
 from dynllava_jax.evals.progress import progress
 from dynllava_jax.evals.store import AnswerStore, folder_sha256, questions_sha256, source_sha256, versions
@@ -53,8 +54,9 @@ def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question]) -
     'model': to_dict(loaded.model),
     'stages': [to_dict(s) for s in loaded.stages],
     'decoding': 'greedy',
+    'seed': cfg.seed,
     'max_new_tokens': cfg.max_new_tokens,
-    'text_lengths': list(cfg.buckets),
+    'text_lengths': list(cfg.text_lengths),
     'dtype': cfg.dtype,
     'batch_size': cfg.batch_size,
     'mesh': to_dict(cfg.mesh),
@@ -72,7 +74,7 @@ def answer_all(
     CheckpointError, DataError: the checkpoint or a question cannot be used; finished answers stay on disk.
   """
   start = time.monotonic()
-  layout = Layout(loaded, questions, cfg.buckets)
+  layout = Layout(loaded, questions, cfg.text_lengths, cfg.seed)
   first_host = jax.process_index() == 0
   store = AnswerStore(out / 'answers', loaded.name, provenance(cfg, loaded, questions)) if first_host else None
   done = np.zeros(len(questions), bool)
@@ -97,11 +99,11 @@ def answer_all(
       console.print(f'{loaded.name}: {done.sum()} of {len(questions)} answers are there already')
     batches = layout.batches(np.flatnonzero(~done).tolist(), cfg.batch_size)
     with progress(console, loaded.name, int((~done).sum())) as advance, concurrent.futures.ThreadPoolExecutor(1) as reader:
-      ahead = reader.submit(layout.rows, batches[0], cfg.batch_size)
+      ahead = reader.submit(layout.rows, own_part(batches[0], cfg.batch_size, mesh))
       for n, chunk in enumerate(batches):
         batch = ahead.result()
         if n + 1 < len(batches):
-          ahead = reader.submit(layout.rows, batches[n + 1], cfg.batch_size)  # decoded while the device computes
+          ahead = reader.submit(layout.rows, own_part(batches[n + 1], cfg.batch_size, mesh))  # decoded while the device computes
         generated = generate(generator, batch, mesh)
         if store:
           store.add(answer_row(loaded, layout, i, generated, row) for row, i in enumerate(chunk))

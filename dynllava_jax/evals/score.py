@@ -1,8 +1,9 @@
 """Scores answer files: one JSON-ready result, with bootstrap intervals."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import numpy as np
 from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import suite
-from dynllava_jax.evals.answers import Joined, join, read_answers
-from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems
+from dynllava_jax.evals.answers import Joined, Labels, join, labels_of, read_answers
+from dynllava_jax.evals.benchmark import Benchmark, Problems, Question
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import write_atomically
 
@@ -21,18 +22,25 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Tallies:
-  """What every cluster of answers adds. `clusters`: K names; `columns`: C names; `counts`: float64[K, C]."""
+  """What every cluster of answers adds.
 
-  clusters: tuple[Hashable, ...]
+  `columns`: C names; `counts`: float64[K, C]; `units`: int[K], the unit that each cluster is drawn with, numbered from 0.
+  """
+
   columns: tuple[str, ...]
   counts: np.ndarray
+  units: np.ndarray
 
 
 def tally(benchmark: Benchmark, joined: Joined) -> Tallies:
   """Counts of a joined answer file, cluster by cluster."""
   groups: dict[Hashable, list] = {}
+  unit_of: dict[Hashable, Hashable] = {}
   for i, (gold, row) in enumerate(joined.pairs):
-    groups.setdefault((gold.key, i) if gold.cluster is None else gold.cluster, []).append((gold.label, row))
+    cluster = (gold.key, i) if gold.cluster is None else gold.cluster
+    groups.setdefault(cluster, []).append((gold.label, row))
+    unit_of.setdefault(cluster, cluster if gold.unit is None else gold.unit)
+  number = {unit: i for i, unit in enumerate(dict.fromkeys(unit_of.values()))}
   try:
     counted = [benchmark.tally([(label, benchmark.seen(row)) for label, row in group]) for group in groups.values()]
   except ValueError as e:
@@ -47,7 +55,7 @@ def tally(benchmark: Benchmark, joined: Joined) -> Tallies:
   for i, one in enumerate(counted):
     for column, value in one.items():
       counts[i, place[column]] = value
-  return Tallies(tuple(groups), columns, counts)
+  return Tallies(columns, counts, np.array([number[unit] for unit in unit_of.values()]))
 
 
 def figures(benchmark: Benchmark, tallies: Tallies, weights: np.ndarray | None = None) -> dict[str, float]:
@@ -74,14 +82,14 @@ def headline(benchmark: Benchmark, found: Mapping[str, float]) -> str:
 def bootstrap(benchmark: Benchmark, tallies: Tallies, reference: Tallies | None = None) -> list[float]:
   """95 % percentile interval of the headline score, or of its difference to `reference` on the same clusters.
 
-  Clusters are drawn with replacement; both runs are given the same draws (paired).
+  Units are drawn with replacement; both runs are given the same draws (paired).
   """
   rng = np.random.default_rng(0)
   name = headline(benchmark, figures(benchmark, tallies))
-  count = len(tallies.clusters)
+  count = tallies.units.max() + 1
   values = []
   for _ in range(RESAMPLES):
-    weights = np.bincount(rng.integers(count, size=count), minlength=count)
+    weights = np.bincount(rng.integers(count, size=count), minlength=count)[tallies.units]
     try:
       value = figures(benchmark, tallies, weights)[name]
       values.append(value - (figures(benchmark, reference, weights)[name] if reference else 0))
@@ -92,14 +100,34 @@ def bootstrap(benchmark: Benchmark, tallies: Tallies, reference: Tallies | None 
   return [float(v) for v in np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]
 
 
-def labels(benchmark: Benchmark, folder: Folder, problems: Problems) -> list[Gold]:
-  """The benchmark's labels; DataError if they are missing or laid out in another way."""
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+  """What malformed files raise becomes a DataError about `what`."""
   try:
-    return benchmark.golds(folder, problems)
+    yield
   except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
-    raise DataError(
-      f'{benchmark.name}: its labels are not laid out as expected ({type(e).__name__}: {e}); docs/evaluation.md names the files'
-    ) from e
+    raise DataError(f'{what} are not laid out as expected ({type(e).__name__}: {e}); docs/evaluation.md names the files') from e
+
+
+def questions(benchmark: Benchmark, folder: Folder) -> list[Question]:
+  """The benchmark's questions; DataError if they are missing, laid out in another way, or none."""
+  with readable(f'{benchmark.name}: its questions'):
+    found = benchmark.questions(folder)
+  if not found:
+    raise DataError(f'{benchmark.name}: there is no question in its files; get them again')
+  return found
+
+
+def labels(benchmark: Benchmark, folder: Folder, problems: Problems) -> Labels:
+  """The benchmark's labels; DataError if they are missing or laid out in another way."""
+  with readable(f'{benchmark.name}: its labels'):
+    return labels_of(benchmark.golds(folder, problems))
+
+
+def submission(benchmark: Benchmark, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
+  """`Benchmark.submission`; DataError if a file that it needs is missing or laid out in another way."""
+  with readable(f'{benchmark.name}: the files of its submission'):
+    return benchmark.submission(folder, rows, name)
 
 
 def join_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_partial: bool) -> tuple[Joined, Problems]:
@@ -109,9 +137,9 @@ def join_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_pa
     DataError: something does not fit and `allow_partial` is off, or nothing fits.
   """
   problems = Problems()
-  golds = labels(benchmark, folder, problems)
+  expected = labels(benchmark, folder, problems)
   rows = read_answers(benchmark, path, problems)
-  joined = join(benchmark, golds, rows, problems)
+  joined = join(benchmark, expected, rows, problems)
   if problems and not allow_partial:
     raise DataError(
       f'{path}: these answers and the labels of {benchmark.name} do not fit together ({len(joined.pairs)} of {joined.total} do):\n'
@@ -135,22 +163,36 @@ def score_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_p
     tallies = tally(benchmark, joined)
     found = figures(benchmark, tallies)
     name = headline(benchmark, found)
-    result |= {'score': found[name], 'headline': name, 'interval': bootstrap(benchmark, tallies)}
+    result |= {
+      'score': found[name],
+      'metric': benchmark.metric_of(found),
+      'headline': name,
+      'interval': bootstrap(benchmark, tallies),
+    }
     counts['figures'] = found
   return result | counts | {'problems': problems.counts(), 'answers': str(path), 'notes': benchmark.remarks()}
 
 
-def run(cfg: EvalConfig, path: pathlib.Path, data: pathlib.Path, allow_partial: bool, out: pathlib.Path | None) -> dict[str, Any]:
-  """`score_file` for a config; writes the submission files to `out` if that is given.
+def folder_of(cfg: EvalConfig, benchmark: Benchmark, data: pathlib.Path | None) -> Folder:
+  """Where the benchmark's files are; DataError if it has files and `data` is None."""
+  if data is None and benchmark.needed:
+    raise DataError(f'{benchmark.name}: --data=DIR is missing; `python eval.py --check_data --data=DIR` says what it must hold')
+  return Folder(data or pathlib.Path(), benchmark.folders, cfg.labels)
+
+
+def run(
+  cfg: EvalConfig, path: pathlib.Path, data: pathlib.Path | None, allow_partial: bool, out: pathlib.Path | None
+) -> dict[str, Any]:
+  """`score_file` for a config; writes the submission files to `out` if that is given. `data` as for `folder_of`.
 
   Raises:
     ConfigError: unknown benchmark, or a number of questions, which is for runs.
     DataError: see `score_file`.
   """
   benchmark = suite.get(cfg.benchmark).configured(cfg)
-  if cfg.questions and benchmark.folders:
+  if cfg.questions and benchmark.needed:
     raise ConfigError('config.questions: an answer file is scored against all labels; to score a part of them give --allow_partial')
-  folder = Folder(data, benchmark.folders, cfg.labels)
+  folder = folder_of(cfg, benchmark, data)
   result = score_file(benchmark, folder, path, allow_partial)
   if out is None:
     return result
@@ -162,7 +204,7 @@ def write_submission(
 ) -> list[str]:
   """Writes what the benchmark's server or official tool wants; the paths written."""
   joined, _ = join_file(benchmark, folder, path, allow_partial)
-  files = benchmark.submission(folder, [row for _, row in joined.pairs], name)
+  files = submission(benchmark, folder, [row for _, row in joined.pairs], name)
   for file, content in files.items():
     write_atomically(out / file, content)
   return [str(out / file) for file in files]

@@ -47,7 +47,7 @@ class Seed(Lines):
     for i, row in enumerate(rows, 1):
       where = f'{path}, question {i}'
       id_, kind, medium, answer = fields(row, ('question_id', 'question_type_id', 'data_type', 'answer'), where)
-      golds.append(Gold(number(id_), ([medium, names[kind]], answer), canonical(row.get('question', ''))))
+      golds.append(Gold(number(id_), ([medium, names[kind]], answer), canonical(row.get('question', '')), unit=row.get('data_id')))
     return golds
 
   def key(self, row: Mapping[str, Any]) -> Hashable:

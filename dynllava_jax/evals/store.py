@@ -1,7 +1,7 @@
 """Answers on disk while they are made: appended batch by batch, so that a killed run loses and doubles none.
 
     answers/RUN.jsonl             LLaVA's answer rows; `metadata.row` numbers the question
-    answers/RUN.provenance.json   what made them: config, checkpoint, versions
+    answers/RUN.provenance.json   what made them: config, checkpoint, versions, once more for every part of an interrupted run
 
 Rows are appended in the order in which they are made. A line that a kill cut off is dropped when the run is started again.
 Finished, the file is written once more in the order of the questions.
@@ -16,11 +16,15 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals.folders import read_lines
 from dynllava_jax.files import write_atomically
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'numpy', 'orbax-checkpoint', 'pillow', 'sentencepiece')
-MAY_DIFFER = ('versions', 'source_sha256', 'batch_size', 'mesh')  # between the parts of one run
+# Between the parts of one run; a checkpoint is known by its digest, this is its path.
+MAY_DIFFER = ('checkpoint', 'versions', 'source_sha256', 'batch_size', 'mesh')
+PARTS = 'later_parts'  # what differed when answers were added to those there, and how many there were
 
 
 class AnswerStore:
@@ -36,17 +40,24 @@ class AnswerStore:
     self.set_aside: pathlib.Path | None = None
     folder.mkdir(parents=True, exist_ok=True)
     comparable = json.loads(json.dumps({k: v for k, v in provenance.items() if k not in MAY_DIFFER}))
-    if self.path.exists() and comparable != self._stored():
+    self._provenance = self._stored()
+    same = {k: v for k, v in self._provenance.items() if k not in (*MAY_DIFFER, PARTS)} == comparable
+    if self.path.exists() and not same:
       self._set_aside(folder, run)
-    write_atomically(self._provenance_path, (json.dumps(provenance, indent=1) + '\n').encode())
+    self._part: dict[str, Any] | None = {k: provenance[k] for k in MAY_DIFFER if k in provenance}
+    if not self.path.exists():
+      self._provenance, self._part = dict(provenance), None
+      self._write_provenance()
     self.rows = self._read()
 
-  def _stored(self) -> dict[str, Any] | None:
+  def _stored(self) -> dict[str, Any]:
     try:
-      stored = json.loads(self._provenance_path.read_text())
+      return json.loads(self._provenance_path.read_text())
     except (OSError, ValueError):
-      return None
-    return {k: v for k, v in stored.items() if k not in MAY_DIFFER}
+      return {}
+
+  def _write_provenance(self) -> None:
+    write_atomically(self._provenance_path, (json.dumps(self._provenance, indent=1) + '\n').encode())
 
   def _set_aside(self, folder: pathlib.Path, run: str) -> None:
     number = 1
@@ -58,18 +69,29 @@ class AnswerStore:
       os.replace(self._provenance_path, folder / f'{run}.previous-{number}.provenance.json')
 
   def _read(self) -> dict[int, dict[str, Any]]:
-    """Whole rows; what follows the last line end is cut off."""
+    """Whole rows; what follows the last line end is cut off. DataError for a damaged one."""
     if not self.path.exists():
       return {}
     content = self.path.read_bytes()
     whole = content[: content.rfind(b'\n') + 1]
     if len(whole) < len(content):
       write_atomically(self.path, whole)
-    rows = [json.loads(line) for line in whole.decode().split('\n') if line]
+    rows = read_lines(self.path, self._damaged)
+    for i, row in enumerate(rows, 1):
+      if not isinstance(row.get('metadata'), dict) or 'row' not in row['metadata']:
+        self._damaged(f'{self.path}, answer {i}: lacks metadata.row')
     return {row['metadata']['row']: row for row in rows}
+
+  def _damaged(self, message: str) -> None:
+    raise DataError(f'{message}; delete the line, and its question is answered again')
 
   def add(self, rows: Iterable[dict[str, Any]]) -> None:
     """Appends rows; they are on disk when this returns."""
+    if self._part is not None:  # the first that this process adds to what another made
+      part = {'answers_before': len(self.rows)} | self._part
+      self._provenance[PARTS] = [*self._provenance.get(PARTS, ()), part]
+      self._write_provenance()
+      self._part = None
     rows = list(rows)
     with open(self.path, 'ab') as file:
       file.write(''.join(json.dumps(row) + '\n' for row in rows).encode())

@@ -50,7 +50,7 @@ class TextVqa(VqaAccuracy, Lines):
       image, question, answers = fields(row, ('image_id', 'question', 'answers'), f'{path}, row {i}')
       keys.append((str(image), question.lower()))
       labels[keys[-1]] = ([], answers)  # of two equal questions on one image the later labels count, as officially
-    return [Gold(key, labels[key]) for key in keys]
+    return [Gold(key, labels[key], unit=key[0]) for key in keys]
 
   def key(self, row: Mapping[str, Any]) -> Hashable:
     try:

@@ -27,10 +27,11 @@ class VqaAccuracy(Benchmark):
   """Scored by agreement with ten annotators; labels are (groups, answers)."""
 
   metric = 'VQA accuracy in %'
+  form = staticmethod(vqa_text.normalize)  # of an annotator's answer
 
   def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:
     ((groups, given), text), *_ = answers
-    return add_counts({'n': 1, 'correct': vqa_text.accuracy(text, given)}, groups)
+    return add_counts({'n': 1, 'correct': vqa_text.accuracy(text, given, self.form)}, groups)
 
   def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
     return rates(sums)
@@ -96,7 +97,10 @@ class Vqav2Val(VqaAccuracy):
     Needed((label_file,), 'https://visualqa.org/download.html', 'labels'),
     Needed(('val2014',), 'http://images.cocodataset.org/zips/val2014.zip', 'images'),
   )
-  notes = ('The 78.5 and 80.0 of the LLaVA table are test-dev; val2014 is in the training mixture of LLaVA-1.5.',)
+  notes = (
+    'The 78.5 and 80.0 of the LLaVA table are test-dev; val2014 is in the training mixture of LLaVA-1.5.',
+    'All answers are normalised alike; versions of vqaEval.py leave annotators who all agree, or their number words, as they are.',
+  )
 
   def questions(self, folder: Folder) -> list[Question]:
     path, images = folder.need(self.question_file), image_folder(folder, self.images)
@@ -116,12 +120,15 @@ class Vqav2Val(VqaAccuracy):
     for i, row in enumerate(read_json(path)['annotations'], 1):
       id_, answers = fields(row, ('question_id', 'answers'), f'{path}, annotation {i}')
       label = [row['answer_type']] if 'answer_type' in row else [], [a['answer'] for a in answers]
-      golds.append(Gold(str(id_), label, canonical(texts.get(id_, ''))))
+      golds.append(Gold(str(id_), label, canonical(texts.get(id_, '')), unit=row.get('image_id')))
     return golds
 
 
 class VizwizVal(VqaAccuracy):
-  """The validation questions of the VizWiz site with the suffixes of LLaVA."""
+  """The validation questions of the VizWiz site with the suffixes of LLaVA.
+
+  As VizWiz scores them: the answer is normalised, those of the annotators are not (vqaEval.py of its API).
+  """
 
   name = 'vizwiz_val'
   folders = ('vizwiz',)
@@ -131,6 +138,7 @@ class VizwizVal(VqaAccuracy):
     Needed(('val.json', 'Annotations/val.json'), 'https://vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip', 'labels'),
     Needed(('val',), 'https://vizwiz.cs.colorado.edu/VizWiz_final/images/val.zip', 'images'),
   )
+  form = staticmethod(str)  # as written
   notes = ('The 50.0 and 53.6 of the LLaVA table are on the test split.',)
 
   def _rows(self, folder: Folder) -> list[tuple]:

@@ -6,7 +6,7 @@ and only the first 32 periods do.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 ANNOTATORS = 10
 PERIODS_REMOVED = 32  # the original passes a regex flag of this value where a count belongs
@@ -49,15 +49,15 @@ def normalize(text: str) -> str:
   return ' '.join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-  """Score of every answer given: for each annotator, min(1, how many of the *others* gave it / 3), averaged.
+def soft_scores(answers: Sequence[str], form: Callable[[str], str] = normalize) -> dict[str, float]:
+  """Score of every answer in the `form` compared: for each annotator, min(1, how many of the *others* gave it / 3), averaged.
 
   Raises:
     ValueError: not exactly ten answers.
   """
   if len(answers) != ANNOTATORS:
     raise ValueError(f'expected {ANNOTATORS} annotators, found {len(answers)}')
-  given = [normalize(a) for a in answers]
+  given = [form(a) for a in answers]
   scores = {}
   for answer in set(given):
     shares = [min(1, (given.count(answer) - (own == answer)) / 3) for own in given]
@@ -65,6 +65,6 @@ def soft_scores(answers: Sequence[str]) -> dict[str, float]:
   return scores
 
 
-def accuracy(answer: str, answers: Sequence[str]) -> float:
-  """VQA accuracy of one answer in [0, 1]; ValueError unless there are ten annotators."""
-  return soft_scores(answers).get(normalize(answer), 0.0)
+def accuracy(answer: str, answers: Sequence[str], form: Callable[[str], str] = normalize) -> float:
+  """VQA accuracy of one answer in [0, 1], the annotators' put into `form`; ValueError unless there are ten."""
+  return soft_scores(answers, form).get(normalize(answer), 0.0)

@@ -55,8 +55,8 @@ class Display:
 
   PLAIN_EVERY = 20.0  # seconds between lines where there is no terminal
 
-  def __init__(self, title: str, steps: int, first_step: int):
-    self._console = Console()
+  def __init__(self, title: str, steps: int, first_step: int, quiet: bool = False):
+    self._console = Console(quiet=quiet)
     self._steps, self._title, self._last = steps, title, 0.0
     self._bar = Progress(
       TextColumn('[bold]{task.description}'),

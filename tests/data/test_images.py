@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -110,7 +111,18 @@ def test_more_than_8_bits_are_refused_by_name(bits):
   assert caught.value.reason == 'undecodable_image'
 
 
-@pytest.mark.parametrize('content', [b'', b'GIF89a', b'<svg></svg>', file('large_jpeg')[:-2000], file('gray_png')[:200]])
+def tiff_of_a_rational_offset():
+  """A fraction where Pillow's reader expects an integer."""
+  content = encoded(Image.new('RGB', (8, 8)), 'TIFF')
+  at = content.index(struct.pack('<H', 273))  # tag: where the pixels begin
+  return content[:at] + struct.pack('<HHII', 273, 5, 1, len(content)) + content[at + 12 :] + struct.pack('<II', 4, 1)
+
+
+@pytest.mark.parametrize(
+  'content',
+  [b'', b'GIF89a', b'<svg></svg>', file('large_jpeg')[:-2000], file('gray_png')[:200], tiff_of_a_rational_offset()],
+  ids=['empty', 'header', 'svg', 'jpeg', 'png', 'tiff'],
+)
 def test_broken_files_are_refused_by_name(content):
   with pytest.raises(DataError, match='photo.jpg: ') as caught:
     decode(content, 'photo.jpg')

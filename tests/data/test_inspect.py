@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import ROOT
 from PIL import Image
 
@@ -15,6 +17,13 @@ from dynllava_jax.data import inspect
 
 CONFIG = from_config_dict(TrainConfig, digits.get_config('base'))
 PATCHES = CONFIG.model.vision.num_patches
+
+
+@pytest.mark.parametrize('text', ['README.md', 'docs/data.md', 'dynllava_jax/data/inspect.py'])
+def test_the_documented_command_says_where_the_tokenizer_comes_from(text):
+  """`configs/llava.py` names none."""
+  (command,) = re.findall(r'^python -m dynllava_jax\.data\.inspect .*', (ROOT / text).read_text(), re.MULTILINE)
+  assert '--config=configs/llava.py:finetune' in command and '--config.init_from=checkpoints/llava-7b' in command
 
 
 def test_spans_cover_the_row_and_tell_supervised_from_prompt():
@@ -35,10 +44,11 @@ def test_spans_cover_the_row_and_tell_supervised_from_prompt():
 
 def test_command_line_saves_the_picture_under_any_name(tmp_path):
   command = [sys.executable, '-m', 'dynllava_jax.data.inspect', '--config=configs/digits.py:base', '--index=3']
-  done = subprocess.run([*command, f'--out={tmp_path}/new/picture'], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+  path = tmp_path / 'new[' / 'x]' / 'picture'
+  done = subprocess.run([*command, f'--out={path}'], cwd=ROOT, capture_output=True, text=True, env=os.environ)
   assert done.returncode == 0, done.stderr
-  pixels = np.asarray(Image.open(tmp_path / 'new' / 'picture'))
+  pixels = np.asarray(Image.open(path))
   np.testing.assert_array_equal(pixels, inspect.look(CONFIG, 3)[1].pixels)
-  assert 'sample ' in done.stdout and 'the picture as the model gets it' in done.stdout
+  assert 'sample ' in done.stdout and f'the picture as the model gets it: {path}' in done.stdout
   done = subprocess.run([*command[:-1], '--index=-1'], cwd=ROOT, capture_output=True, text=True, env=os.environ)
   assert done.returncode == 1 and done.stderr.startswith('error: --index: -1, the source has samples 0 to')

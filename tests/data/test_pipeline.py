@@ -52,8 +52,8 @@ def test_hosts_share_the_same_global_batches(hosts):
   shares = [take(3, step=1, size=2 * BATCH + 5, batch=BATCH, hosts=hosts, host=h) for h in range(hosts)]
   for step, batch in enumerate(whole):
     for host in range(hosts):
-      np.testing.assert_array_equal(batch.tokens[host::hosts], shares[host][step].tokens)
-      np.testing.assert_array_equal(batch.pixels[host::hosts], shares[host][step].pixels)
+      np.testing.assert_array_equal(np.split(batch.tokens, hosts)[host], shares[host][step].tokens)
+      np.testing.assert_array_equal(np.split(batch.pixels, hosts)[host], shares[host][step].pixels)
 
 
 def test_hosts_that_do_not_divide_the_batch_are_refused():

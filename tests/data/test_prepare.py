@@ -1,14 +1,17 @@
 """Preparing and checking: every fault is reported, nothing is lost, nothing comes twice."""
 
 import collections
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
+import time
 
 import llava_files
 import numpy as np
@@ -22,9 +25,11 @@ from dynllava_jax.data.images import decode
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.store import Store
 from dynllava_jax.data.tokenizer import read_files
+from dynllava_jax.data.workers import parallel_map
 
 TOKENIZER = GOLDEN / 'text' / 'tok_nonlegacy'
 DATA = DataConfig(conversation='vicuna_v1', text_length=120, buckets=(60, 80), on_bad_sample='error')
+SKIP = dataclasses.replace(DATA, on_bad_sample='skip')
 
 
 def scan(root, json_files, **changes):
@@ -90,8 +95,7 @@ def test_policy_error_writes_no_data_and_skip_leaves_the_bad_out(root, tmp_path)
   assert run(scan(root, {'mixed': path}), tmp_path / 'out') is False
   with pytest.raises(ConfigError, match='no finished data set'):
     Store(str(tmp_path / 'out'))
-  skip = DataConfig(conversation='vicuna_v1', text_length=120, on_bad_sample='skip')
-  assert run(scan(root, {'mixed': path}, data=skip), tmp_path / 'out')
+  assert run(scan(root, {'mixed': path}, data=SKIP), tmp_path / 'out')
   assert ids(Store(str(tmp_path / 'out'))) == ['s1', 's2']
 
 
@@ -100,6 +104,76 @@ def test_what_was_mended_is_looked_at_again(root, tmp_path):
   assert run(scan(root, {'one': path}), tmp_path / 'out') is False
   (root / 'pictures' / 'late.jpg').write_bytes((root / 'pictures' / '1.jpg').read_bytes())
   assert run(scan(root, {'one': path}), tmp_path / 'out')
+
+
+def killed(*_):
+  raise KeyboardInterrupt  # leaves what kill -9 leaves
+
+
+@pytest.mark.parametrize(
+  'phase, before', [('report', b'no picture'), ('write_shard', None), ('write_index', None), ('write_metadata', b'')]
+)
+def test_an_image_mended_after_a_kill_is_not_left_out(tmp_path, monkeypatch, phase, before):
+  llava_files.write_pictures(tmp_path)
+  late = tmp_path / 'pictures' / 'late.jpg'
+  if before is not None:
+    late.write_bytes(before)
+  samples = [llava_files.sample(i) | ({'image': 'pictures/late.jpg'} if i == 2 else {}) for i in range(5)]
+  what = scan(tmp_path, {'mix': llava_files.write_json(tmp_path / 'mix.json', samples)}, data=SKIP)
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare, phase, killed)
+    with pytest.raises(KeyboardInterrupt):
+      run(what, tmp_path / 'out')
+  late.write_bytes((tmp_path / 'pictures' / '1.jpg').read_bytes())
+  looked_at = []
+  monkeypatch.setattr(check, 'examine', lambda entry, **how: looked_at.append(entry.id) or records.examine(entry, **how))
+  assert run(what, tmp_path / 'out')
+  assert ids(Store(str(tmp_path / 'out'))) == [s['id'] for s in samples]
+  assert looked_at == ['s2']
+
+
+def test_an_image_lost_after_the_check_is_noticed_by_the_next_start(tmp_path, monkeypatch):
+  llava_files.write_pictures(tmp_path)
+  path = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(i) for i in range(5)])
+  what = scan(tmp_path, {'mix': path}, data=SKIP)
+
+  def lose_one(*args):
+    (tmp_path / 'pictures' / '2.jpg').unlink()
+    return check.report(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare, 'report', lose_one)
+    with pytest.raises(DataError, match='sample s2: image .*2.jpg cannot be read .*; start again') as caught:
+      run(what, tmp_path / 'out')
+  assert caught.value.reason == 'missing_image'
+  assert run(what, tmp_path / 'out')
+  assert ids(Store(str(tmp_path / 'out'))) == ['s0', 's1', 's3', 's4']
+
+
+def test_findings_without_their_settings_are_not_believed(root, tmp_path, monkeypatch):
+  """As they stay when the removal of the scan's files is interrupted."""
+  path = llava_files.write_json(
+    tmp_path / 'one.json', [llava_files.sample(1) | {'conversations': llava_files.turns('<image>\nWhat?')}]
+  )
+  monkeypatch.setattr(prepare, 'report', killed)
+  with pytest.raises(KeyboardInterrupt):
+    run(scan(root, {'one': path}), tmp_path / 'out')
+  monkeypatch.undo()
+  (tmp_path / 'out' / prepare.UNFINISHED / prepare.SETTINGS_FILE).unlink()
+  llava_files.write_json(path, [llava_files.sample(1)])
+  assert run(scan(root, {'one': path}), tmp_path / 'out')
+
+
+@pytest.mark.parametrize('name', ['set[/train]/7', 'set[train]/7', 'a:dog:b', 'half\ud83d'])
+def test_ids_and_paths_are_printed_as_they_are(root, tmp_path, capsys, monkeypatch, name):
+  monkeypatch.setenv('COLUMNS', '300')
+  bad = llava_files.sample(1) | {'id': name, 'conversations': llava_files.turns('<image>\nWhat?', '')}
+  path = llava_files.write_json(tmp_path / 'odd.json', [bad, llava_files.sample(2)])
+  source, out = 'odd[/b] $^$', tmp_path / 'out[' / 'x]'
+  assert run(scan(root, {source: path}), out, only_check=True) is False
+  printed = capsys.readouterr().out
+  assert name.replace('\ud83d', '?') in printed and source in printed and f'all ids in {out}' in printed
+  assert run(scan(root, {source: path}, data=SKIP), out) and f'{out}: 1 samples prepared' in capsys.readouterr().out
 
 
 def test_samples_come_back_as_they_were(root, prepared):
@@ -142,6 +216,9 @@ def test_two_files_are_two_weighted_sources(root, tmp_path):
   assert prepare.prepare(what, [1.0, 2.5], tmp_path / 'out', only_check=False, image_bytes=True, shard_samples=50)
   parts = Store(str(tmp_path / 'out')).parts
   assert [(p.start, p.stop, p.weight) for p in parts] == [(0, 100, 1.0), (100, 120, 2.5)]
+  turned = scan(root, {'other': other, 'mix': root / 'mix.json'})
+  with pytest.raises(ConfigError, match=r"was made with sources \['mix', 'other'\], now it is \['other', 'mix'\]"):
+    run(turned, tmp_path / 'out')
 
 
 def test_other_settings_are_refused(root, prepared):
@@ -185,6 +262,18 @@ def test_after_kill_9_it_goes_on_with_nothing_lost_and_nothing_twice(root, prepa
   assert not list(out.glob('*.tmp')) and len(list(out.glob('*.array_record-*'))) == 4
 
 
+def test_a_full_disk_is_one_message(root, tmp_path):
+  entries = [records.parse(llava_files.sample(i), 'mix', i) for i in range(100)]
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+  try:
+    with pytest.raises(OSError, match=r'shard: cannot be written \(.*\); once that is mended'):
+      prepare.write_shard((tmp_path / 'shard', entries, root))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert not (tmp_path / 'shard').exists()
+
+
 def read_ids(path):
   store = Store(path)
   return os.getpid(), [store[i].id for i in range(len(store))]
@@ -194,7 +283,7 @@ def test_shards_of_an_attempt_with_other_samples_are_written_again(root, prepare
   """Killed after two shards, `--check` in between, an image mended: finished shards must not be taken for the new ones."""
   missing = [llava_files.sample(i) | ({'image': 'pictures/mended.jpg'} if i == 3 else {}) for i in range(100)]
   path = llava_files.write_json(tmp_path / 'mix.json', missing)
-  what = scan(root, {'mix': path}, data=dataclasses.replace(DATA, on_bad_sample='skip'))
+  what = scan(root, {'mix': path}, data=SKIP)
   out = tmp_path / 'out'
   with pytest.MonkeyPatch.context() as patch:
     whole, count = prepare.write_shard, [0]
@@ -219,15 +308,13 @@ def test_nothing_usable_and_half_characters_are_one_message(root, tmp_path):
   broken['conversations'][1]['value'] += '\ud83d'
   path = llava_files.write_json(tmp_path / 'broken.json', [broken])
   with pytest.raises(DataError, match='no usable sample'):
-    run(scan(root, {'broken': path}, data=dataclasses.replace(DATA, on_bad_sample='skip')), tmp_path / 'out')
+    run(scan(root, {'broken': path}, data=SKIP), tmp_path / 'out')
   assert 'half of a surrogate pair' in (tmp_path / 'out' / check.REPORT_FILE).read_text()
 
 
 def test_two_processes_read_the_same_store(prepared):
-  from dynllava_jax.data.workers import pool
-
-  with pool(2) as executor:
-    (one, first), (two, second) = executor.map(read_ids, [str(prepared)] * 2)
+  with parallel_map(read_ids, [str(prepared)] * 2, 2) as results:
+    (one, first), (two, second) = results
   assert first == second == ids(Store(str(prepared)))
   assert one != os.getpid() and two != os.getpid()
 
@@ -245,6 +332,56 @@ def test_command_line_checks_in_parallel_and_fails_by_exit_status(root, tmp_path
   assert done.returncode == 1 and done.stderr.startswith(f'error: --images: {root / "nowhere"} is no folder')
 
 
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_ctrl_c_is_one_line_and_ends_the_workers(tmp_path):
+  """In a terminal: all processes of the group get the signal, while one of them is in the middle of a sample."""
+  os.mkfifo(tmp_path / 'fifo.jpg')  # who reads it waits
+  text = [llava_files.sample(i, image=False) for i in range(check.CHUNK)]
+  path = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(1) | {'image': 'fifo.jpg'}, *text])
+  command = [sys.executable, '-m', 'dynllava_jax.data.prepare', '--processes=2', f'--json={path}', f'--images={tmp_path}']
+  command += [f'--out={tmp_path / "out"}']
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
+  started = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=heed, **pipes)
+  try:
+    deadline, write_end = time.monotonic() + 300, None
+    while write_end is None and time.monotonic() < deadline:
+      try:
+        write_end = os.open(tmp_path / 'fifo.jpg', os.O_WRONLY | os.O_NONBLOCK)
+      except OSError:  # nobody reads yet
+        time.sleep(0.1)
+    os.killpg(started.pid, signal.SIGINT)
+    out, error = started.communicate(timeout=300)
+  finally:
+    started.kill()
+  assert started.returncode == 130 and error == '' and out.splitlines()[-1] == 'interrupted; the same command goes on'
+  deadline = time.monotonic() + 60
+  while (left := group(started.pid)) and time.monotonic() < deadline:  # multiprocessing's tracker ends a little later
+    time.sleep(0.1)
+  assert not left
+
+
+def group(leader):
+  """Processes of a group that are not merely waiting to be buried."""
+  out = []
+  for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    with contextlib.suppress(OSError):
+      state, _, number = path.read_text().rpartition(')')[2].split()[:3]
+      out += [path.parent.name] if int(number) == leader and state != 'Z' else []
+  return out
+
+
+def test_a_killed_worker_is_one_message():
+  with pytest.raises(ChildProcessError, match='a worker process was killed'), parallel_map(os._exit, [1, 1], 2) as results:
+    list(results)
+
+
+def test_a_sample_without_id_is_called_by_its_place():
+  entry = llava_files.sample(1)
+  assert records.parse(entry | {'id': None}, 'mix', 3).id == 'mix#3'
+  assert records.parse(entry | {'id': 7}, 'mix', 3).id == '7'
+
+
 def test_a_list_of_one_image_is_that_image():
   entry = llava_files.sample(1)
   assert records.parse(entry | {'image': [entry['image']]}, 'mix', 0) == records.parse(entry, 'mix', 0)
@@ -252,7 +389,9 @@ def test_a_list_of_one_image_is_that_image():
     records.parse(entry | {'image': [entry['image']] * 2}, 'mix', 0)
 
 
-@pytest.mark.parametrize('content', ['{"a": 1}', '[{"id": 1},', ''])
+@pytest.mark.parametrize(
+  'content', ['{"a": 1}', '[{"id": 1},', '', f'[{"9" * 5000}]'], ids=['object', 'cut', 'empty', 'huge number']
+)
 def test_files_that_are_no_list_are_named(root, tmp_path, content):
   path = tmp_path / 'broken.json'
   path.write_text(content)
@@ -266,9 +405,7 @@ def test_the_builder_of_tfds_writes_the_same(root, tmp_path):
   from dynllava_jax.data import tfds_builder
 
   assert tfds_builder.Llava.name == 'llava'
-  builder = tfds.builder(
-    'llava', data_dir=tmp_path, json=str(root / 'mix.json'), images=str(root), shard_samples=40, file_format='array_record'
-  )
+  builder = tfds.builder('llava', data_dir=tmp_path, json=str(root / 'mix.json'), images=str(root), shard_samples=40)
   builder.download_and_prepare()
   store = Store(str(builder.data_dir))
   assert len(store) == 100 and sorted(ids(store)) == sorted(s['id'] for s in json.loads((root / 'mix.json').read_text()))

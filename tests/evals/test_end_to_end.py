@@ -1,5 +1,6 @@
 """Every benchmark of the suite on a few rows, through the command line: questions, answers, submission, score."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,10 +12,14 @@ import openpyxl
 import pytest
 from absl import flags
 from conftest import ROOT
+from rich.console import Console
 
 import eval as eval_script
+from dynllava_jax import sharding
 from dynllava_jax.config import EvalConfig, EvalRun, Stage
-from dynllava_jax.evals import report, suite
+from dynllava_jax.data.digits import Questions
+from dynllava_jax.evals import forced, layout, report, suite
+from dynllava_jax.evals.benchmark import Problems
 from dynllava_jax.evals.folders import Folder
 
 pytest_plugins = ('tiny_suite',)
@@ -110,6 +115,41 @@ def test_comparison(tiny_checkpoint, eval_data, small_machine, tmp_path):
     assert (tmp_path / picture).read_bytes().startswith(b'\x89PNG')
 
 
+def test_seed_of_the_random_baseline(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  """Another seed draws other image tokens and is another run; with 0 a row's seed is the number of its question."""
+  assert [int(layout.row_seed(0, i)) for i in (0, 7)] == [0, 7]
+  assert len({int(layout.row_seed(s, i)) for s in range(5) for i in range(100)}) == 500
+  stages = (Stage(), Stage(start=1, selector='random', image_keep_rate=0.25))
+  cfg = EvalConfig(
+    runs={'own': EvalRun(stages=stages)}, benchmark='gqa', text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=3
+  )
+
+  def drawn(seed):
+    report.run(dataclasses.replace(cfg, seed=seed), str(tiny_checkpoint), tmp_path, eval_data)
+    rows = (tmp_path / 'answers/own.jsonl').read_text().splitlines()
+    return [json.loads(row)['metadata']['kept_image'] for row in rows]
+
+  assert drawn(0) != drawn(1)
+  assert (tmp_path / 'answers/own.previous-1.jsonl').exists()
+
+
+def test_given_answers_are_read_with_the_room_of_generation(tiny_checkpoint, eval_data, small_machine, tmp_path):
+  """A quarter of 8 tokens, however long the answers in the file are; what the full cache gave up is told."""
+  stages = (Stage(), Stage(start=1, selector='dynamic', image_keep_rate=0.25, text_keep_budget=0.25))
+  run = EvalRun(stages=stages)
+  cfg = EvalConfig(runs={'own': run}, benchmark='lvis_single', text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=8)
+  loaded = layout.load_model('own', run, str(tiny_checkpoint))
+  benchmark = suite.get('lvis_single')
+  questions = benchmark.questions(Folder(eval_data, benchmark.folders))[:2]
+  answers = [[list(range(300, 320))], [[5] * 30]]
+  mesh = sharding.make_mesh(cfg.mesh)
+  with sharding.on_mesh(mesh):
+    read = forced.read_answers(cfg, loaded, questions, answers, tmp_path, mesh, Console(quiet=True))
+  for row in forced.with_perplexity([{'metadata': {}}] * 2, read):
+    kept, evicted = row['metadata']['reference_kept'], row['metadata']['reference_evicted']
+    assert sum(kept) - evicted == 2 and evicted > 0
+
+
 HOST = """
 import pathlib, sys
 import jax
@@ -158,3 +198,31 @@ def test_submissions_in_the_official_forms(eval_data):
   sheet = openpyxl.load_workbook(io.BytesIO(submit('mmbench'))).active
   assert [c.value for c in sheet[1]] == ['index', 'question', 'A', 'B', 'C', 'D', 'prediction', 'answer', 'split']
   assert [c.value for c in sheet[2]][-3:] == ['=A\tb', 'A', 'dev'] and sheet['G2'].data_type == 's' and sheet.max_row == 4
+
+
+@pytest.mark.parametrize(
+  'name, images',
+  [('vqav2_val', 3), ('gqa', 3), ('textvqa', 1), ('pope', 3), ('mmbench', 3), ('seed', 3), ('lvis_single', 3), ('lvis_multi', 2)],
+)
+def test_intervals_draw_images(name, images, eval_data):
+  golds = suite.get(name).golds(Folder(eval_data, suite.get(name).folders), Problems())
+  units = {g.unit for g in golds}
+  assert None not in units and len(units) == images
+
+
+def test_digits_need_no_files(command, tmp_path, capsys):
+  """Their answers are scored and their questions checked without `--data`, as many as the config asks for."""
+  answers = tmp_path / 'a.jsonl'
+  samples = [Questions('test', 0, 5)[i] for i in range(5)]
+  rows = [{'question_id': s.id, 'text': s.conversations[1]['value']} for s in samples]
+  answers.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  command('--config=configs/digits.py:eval', '--config.questions=5', f'--answers={answers}')
+  scored = json.loads(capsys.readouterr().out)
+  assert scored['score'] == 100 and scored['answered'] == '5/5'
+  with pytest.raises(SystemExit) as end:
+    command('--config=configs/digits.py:eval', '--config.questions=5', '--check_data', f'--data={tmp_path}')
+  assert end.value.code == 0 and '1 of 1 benchmarks are complete' in capsys.readouterr().out
+  with pytest.raises(SystemExit, match='config.questions: is 0, .*; use configs/digits.py:eval'):
+    command('--config=configs/eval.py:digits', f'--answers={answers}')
+  with pytest.raises(SystemExit, match='pope: --data=DIR is missing'):
+    command('--config=configs/eval.py:pope', f'--answers={answers}')

@@ -1,5 +1,6 @@
 """What goes wrong with evaluations, one test each: the message names the place, and no number comes out."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,12 +8,15 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from rich.console import Console
 
-from dynllava_jax.config import EvalConfig, EvalRun
+from dynllava_jax.config import ConfigError, EvalConfig, EvalRun, Stage
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import check, report, score, suite
+from dynllava_jax.evals import check, compare, layout, report, runner, score, suite
+from dynllava_jax.evals.benchmark import Question
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.store import AnswerStore
 
@@ -48,6 +52,7 @@ def test_published_pope_answers_give_the_published_score():
   figures = result['figures']
   assert [round(figures[f'{c}/f1_score'], 2) for c in ('adversarial', 'popular', 'random')] == [84.46, 86.25, 87.14]
   assert round(result['score'], 2) == 85.95 and result['answered'] == '8910/8910'
+  assert [round(x, 2) for x in result['interval']] == [84.65, 87.23], 'drawn by image: questions alone would give half of it'
 
 
 def test_published_pope_answers_are_refused_with_later_labels():
@@ -166,6 +171,66 @@ def test_labels_of_other_questions_are_refused_before_anything_is_computed(tiny_
   assert not (tmp_path / 'out').exists()
 
 
+def scores_of_the_first(count, name, data, path):
+  """Figures of a run that is asked the first `count` questions only and answers all of them with yes."""
+  benchmark, folder = suite.get(name), folder_of(name, data)
+  questions = benchmark.questions(folder)[:count]
+  labels = report.scorable(dataclasses.replace(config(name), questions=count), benchmark, folder, questions, Console(quiet=True))
+  rows = [{'question_id': q.id, 'prompt': q.prompt, 'text': 'yes'} for q in questions]
+  _, scores = compare.scores_of(benchmark, labels, runner.RunResult(rows, path, 0, 0))
+  return benchmark, scores['figures']
+
+
+def test_first_questions_are_scored_as_a_part(eval_data, tmp_path):
+  """A cut through a pair of MME leaves its second category without whole pairs; one through SEED's doubled id loses no answer."""
+  mme, figures = scores_of_the_first(3, 'mme', eval_data, tmp_path)
+  assert figures == {'perception': 50, 'existence': 50}
+  assert mme.metric_of(figures).startswith('perception: sum over 10 categories of accuracy + accuracy+, of 2000 (without count, ')
+  seed, figures = scores_of_the_first(3, 'seed', eval_data, tmp_path)
+  assert figures['accuracy'] == 0 and seed.metric_of(figures) == seed.metric
+
+
+def test_score_of_a_part_names_the_missing_categories(eval_data, tmp_path):
+  answers = answers_for('pope', eval_data, tmp_path / 'a.jsonl', lambda rows: rows[:3])
+  assert scored('pope', eval_data, answers, partial=True)['metric'] == f'{suite.get("pope").metric} (without popular, random)'
+
+
+@pytest.mark.parametrize(
+  'name, file, content, message',
+  [
+    ('gqa', 'llava_gqa_testdev_balanced.jsonl', '{"question_id": 1, "image": null, "text": "Is it?"}', 'row 1: image is None'),
+    ('scienceqa', 'llava_test_CQM-A.json', '[{"id": "1", "conversations": [{"from": "human", "value": "Is it?"}]}]', 'IndexError'),
+    ('mmbench', 'mmbench_dev_20230712.tsv', 'index\tquestion\timage\tA\nx\tIs it?\tAAAA\tyes\n', "ValueError: .*'x'"),
+    ('vqav2_val', 'v2_OpenEnded_mscoco_val2014_questions.json', '{"annotations": []}', "KeyError: 'questions'"),
+    ('mmvet', 'llava-mm-vet.jsonl', '\n', 'mmvet: there is no question in its files'),
+  ],
+)
+def test_malformed_question_files_are_named(name, file, content, message, tmp_path):
+  (tmp_path / file).write_text(content)
+  with pytest.raises(DataError, match=message):
+    report.run(config(name), 'nowhere', tmp_path / 'out', tmp_path)
+
+
+def test_missing_submission_input_is_named_before_anything_is_computed(eval_data, tmp_path):
+  data = tmp_path / 'data'
+  shutil.copytree(eval_data / 'vqav2', data / 'vqav2')
+  (data / 'vqav2/llava_vqav2_mscoco_test2015.jsonl').unlink()
+  with pytest.raises(DataError, match='llava_vqav2_mscoco_test2015.jsonl: missing'):
+    report.run(config('vqav2'), 'nowhere', tmp_path / 'out', data)
+
+
+def test_results_are_there_if_a_submission_fails(tiny_checkpoint, eval_data, small_machine, tmp_path, monkeypatch):
+  def submission(self, folder, rows, name):
+    if rows:
+      raise OSError('no space left')
+    return {}
+
+  monkeypatch.setattr(type(suite.get('gqa')), 'submission', submission)
+  with pytest.raises(OSError, match='no space left'):
+    report.run(config('gqa'), str(tiny_checkpoint), tmp_path, eval_data)
+  assert (tmp_path / 'results.json').exists() and (tmp_path / 'results.md').exists() and (tmp_path / 'results.csv').exists()
+
+
 def rows_of(numbers):
   return [{'question_id': i, 'text': f'answer {i}', 'metadata': {'row': i}} for i in numbers]
 
@@ -180,6 +245,31 @@ def test_line_cut_off_by_a_kill_is_dropped_and_the_rest_kept(tmp_path):
   again.add(rows_of((1,)))
   assert [r['question_id'] for r in again.finish()] == [0, 1, 2]
   assert [json.loads(line)['question_id'] for line in (tmp_path / 'own.jsonl').read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+  'damage, message', [('not JSON', 'own.jsonl, line 2: not a JSON object'), ('{}', 'own.jsonl, answer 2: lacks metadata.row')]
+)
+def test_damaged_line_is_named(damage, message, tmp_path):
+  AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'a'}).add(rows_of((0,)))
+  with open(tmp_path / 'own.jsonl', 'a') as file:
+    file.write(f'{damage}\n')
+  with pytest.raises(DataError, match=f'{message}.*; delete the line'):
+    AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'a'})
+
+
+def test_provenance_tells_what_made_which_answers(tmp_path):
+  """The same checkpoint by another path goes on, as a part of its own; opening finished answers changes nothing."""
+  first = {'checkpoint': 'a', 'checkpoint_sha256': 'x', 'batch_size': 2}
+  AnswerStore(tmp_path, 'own', first).add(rows_of((0,)))
+  again = AnswerStore(tmp_path, 'own', first | {'checkpoint': './a', 'batch_size': 4})
+  assert again.set_aside is None and [r['question_id'] for r in again.finish()] == [0]
+  provenance = lambda: json.loads((tmp_path / 'own.provenance.json').read_text())
+  assert provenance() == first
+  for i in (1, 2):
+    again.add(rows_of((i,)))
+  assert provenance() == first | {'later_parts': [{'answers_before': 1, 'checkpoint': './a', 'batch_size': 4}]}
+  assert sorted(AnswerStore(tmp_path, 'own', first).rows) == [0, 1, 2]
 
 
 def test_answers_of_another_checkpoint_are_set_aside_not_mixed(tmp_path):
@@ -249,12 +339,33 @@ def test_command_killed_by_9_goes_on_when_started_again(tiny_checkpoint, eval_da
 
 
 def test_check_data_says_what_is_missing_and_where_to_get_it(eval_data, tmp_path, capsys):
-  data = tmp_path / 'data'
+  data = tmp_path / 'data [red]'
   shutil.copytree(eval_data / 'gqa', data / 'gqa')
   (data / 'gqa/data/images/1.png').unlink()
-  assert check.run(data, ['gqa', 'mme']) == 1
+  assert check.run(data, config('gqa')) == 1 and check.run(data, config('mme')) == 1
   out = ' '.join(capsys.readouterr().out.split())
-  assert '1 missing' in out and '3, expected 12,578' in out and 'llava_mme.jsonl' in out and '0 of 2 benchmarks' in out
+  assert '1 missing' in out and '3, expected 12,578' in out and 'llava_mme.jsonl' in out and '0 of 1 benchmarks' in out
+  assert '[red]' in out, 'brackets in a path are no markup'
+
+
+def test_check_data_looks_at_the_labels_of_the_config(eval_data, tmp_path):
+  data = tmp_path / 'data'
+  shutil.copytree(eval_data / 'pope', data / 'pope')
+  (data / 'pope/coco').rename(tmp_path / 'elsewhere')
+  states = lambda labels: {what: state for what, state, _ in check.inspect(suite.get('pope'), folder_of('pope', data, labels))}
+  assert 'missing' in states('').values() and states('nowhere')['labels: nowhere'] == 'missing'
+  found = states(str(tmp_path / 'elsewhere'))
+  assert found.pop('9 questions') == '9, expected 8,910' and found['9 labels'] == 'ok' and set(found.values()) == {'ok'}
+
+
+def test_mme_images_without_labels_are_no_labels(eval_data, tmp_path):
+  shutil.copytree(eval_data / 'MME', tmp_path / 'MME')
+  for file in (tmp_path / 'MME').rglob('*.txt'):
+    file.unlink()
+  (row,) = [r for r in check.inspect(suite.get('mme'), folder_of('mme', tmp_path)) if r[0] == 'labels']
+  assert row[1].startswith('unreadable: ') and 'existence: has no labels; expected a text file per image' in row[1]
+  with pytest.raises(DataError, match='existence: has no labels'):
+    report.run(config('mme'), 'nowhere', tmp_path / 'out', tmp_path)
 
 
 def test_scoring_needs_neither_jax_nor_a_checkpoint(eval_data, tmp_path):
@@ -279,3 +390,26 @@ def without_jax(data, answers):
     'runpy.run_path("eval.py", run_name="__main__")'
   )
   return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_unknown_selector_is_named_before_anything_is_computed(tiny_checkpoint, eval_data, tmp_path):
+  runs = {
+    'dense': EvalRun(stages=(Stage(),)),
+    'other': EvalRun(stages=(Stage(), Stage(start=1, selector='fastv', image_keep_rate=0.5))),
+  }
+  with pytest.raises(
+    ConfigError, match="config.runs.other: selector 'fastv' is unknown; expected one of all, dynamic, random, uniform"
+  ):
+    report.run(dataclasses.replace(config('gqa'), runs=runs), str(tiny_checkpoint), tmp_path, eval_data)
+  assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_made_square_as_in_training(tiny_checkpoint, eval_data):
+  """A checkpoint trained with `square` sees the middle of a wide picture, not the picture with bars above and below."""
+  loaded = layout.load_model('own', EvalRun(), str(tiny_checkpoint))
+  wide = np.zeros((28, 56, 3), np.uint8)
+  wide[:, 14:42] = 255
+  for aspect, whites in (('square', True), ('pad', False)):
+    info = dataclasses.replace(loaded.info, image_aspect=aspect)
+    rows = layout.Layout(dataclasses.replace(loaded, info=info), [Question('q', ('Is it?',), 'Is it?', wide)], (192,), 0)
+    assert (rows.rows([0]).pixels > 200).all() == whites

@@ -94,6 +94,26 @@ def test_paired_interval_is_narrower_than_that_of_two_independent_runs():
   assert score.bootstrap(benchmark, tallies[0], tallies[0]) == [0, 0]
 
 
+def test_questions_about_one_image_are_drawn_together():
+  """Forty images, every other one wrong in all its questions: ten questions each are no surer than one; paired or not."""
+  benchmark = suite.get('gqa')
+
+  def tallies(texts, questions):
+    rows = [(Gold((i, j), ('open', 'yes'), unit=i), {'text': t}) for i, t in enumerate(texts) for j in range(questions)]
+    return score.tally(benchmark, Joined(tuple(rows), len(rows), {}))
+
+  one, ten = (tallies(['yes', 'no'] * 20, n) for n in (1, 10))
+  assert score.bootstrap(benchmark, one) == pytest.approx(score.bootstrap(benchmark, ten))
+  assert score.bootstrap(benchmark, ten, tallies(['no'] * 40, 10)) == score.bootstrap(benchmark, ten)
+
+
+@pytest.mark.parametrize('name, score_of_2', [('vqav2_val', 100), ('vizwiz_val', 30)])
+def test_annotators_of_vizwiz_are_compared_as_they_write(name, score_of_2):
+  """Nine write `two` and one `2`: ten of a kind if normalised; as written only one of them says what `Two.` becomes."""
+  benchmark = suite.get(name)
+  assert benchmark.tally([(([], ['two'] * 9 + ['2']), 'Two.')])['correct'] == pytest.approx(score_of_2 / 100)
+
+
 def test_a_smaller_image_interpolates_positions():
   old, new = (VisionConfig(image_size=s, hidden_size=8, mlp_dim=8, num_layers=1, num_heads=1) for s in (112, 56))
   ramp = jnp.tile(jnp.repeat(jnp.arange(8.0), 8)[:, None], (1, 8))  # the row's number
@@ -132,6 +152,45 @@ def test_meteor_without_wordnet_goes_by_another_name(monkeypatch):
   assert figures['kept'] == 50
   monkeypatch.setattr(meteor, 'wordnet', lambda: meteor.Synonyms({}))
   assert benchmark.headline_of(benchmark.figures(benchmark.tally([(['a dog'], row)]))) == 'meteor'
+
+
+def long_answers(*metadata):
+  """Figures of answers to one-round questions."""
+  benchmark = suite.get('lvis_single')
+  rows = [(Gold(i, ['a dog']), {'question_id': i, 'text': 'a dog', 'metadata': m}) for i, m in enumerate(metadata)]
+  return score.figures(benchmark, score.tally(benchmark, Joined(tuple(rows), len(rows), {})))
+
+
+def test_long_answers_say_what_their_score_is(monkeypatch):
+  monkeypatch.setattr(meteor, 'wordnet', lambda: meteor.Synonyms({}))
+  benchmark, read = (
+    suite.get('lvis_single'),
+    {'perplexity': [9.0], 'reference_fed': [8], 'reference_kept': [6], 'reference_evicted': 2},
+  )
+  figures = long_answers(read, read)
+  assert figures['perplexity'] == 9 and figures['reference_kept'] == 50
+  assert benchmark.metric_of(figures).startswith('perplexity')
+  figures = long_answers({'kept': '1110', 'evicted': 1}, {'kept': '0011'})
+  assert figures['kept'] == 50 and benchmark.metric_of(figures) == 'METEOR in %, mean over samples'
+
+
+PERPLEXITY = {'perplexity': [9.0], 'reference_fed': [8], 'reference_kept': [8]}
+
+
+@pytest.mark.parametrize(
+  'metadata, message',
+  [
+    ([PERPLEXITY, {}, {}], '1 of 3 answers have metadata.perplexity, expected all or none'),
+    ([{}, {'kept': '1'}], '1 of 2 answers have metadata.kept, expected all or none'),
+    ([{'perplexity': [9.0]}], 'answer 0: metadata.reference_fed is None, expected a list of 1, a number per round'),
+    ([PERPLEXITY | {'perplexity': 9.0}], 'answer 0: metadata.perplexity is 9.0, expected a list of 1'),
+    ([PERPLEXITY | {'perplexity': []}], r'answer 0: metadata.perplexity is \[\], expected a list of 1'),
+    ([{'kept': [True]}], r'answer 0: metadata.kept is \[True\], expected a 0 or 1 for each token fed'),
+  ],
+)
+def test_metadata_that_cannot_be_averaged_is_refused(metadata, message):
+  with pytest.raises(DataError, match=message):
+    long_answers(*metadata)
 
 
 def test_configs_of_all_benchmarks_can_be_built():

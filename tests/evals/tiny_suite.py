@@ -102,10 +102,11 @@ def eval_data(tmp_path_factory):
   write(root / 'vqav2/llava_vqav2_mscoco_test2015.jsonl', [*word, word[0] | {'question_id': 99}])
   questions = [{'question_id': i, 'image_id': i, 'question': ask(i)} for i in three]
   write(root / 'vqav2/v2_OpenEnded_mscoco_val2014_questions.json', {'questions': questions})
-  labels = [{'question_id': i, 'answer_type': 'yes/no', 'answers': ten('yes')} for i in three]
+  labels = [{'question_id': i, 'image_id': i, 'answer_type': 'yes/no', 'answers': ten('yes')} for i in three]
   write(root / 'vqav2/v2_mscoco_val2014_annotations.json', {'annotations': labels})
   write(root / 'gqa/llava_gqa_testdev_balanced.jsonl', [q | {'question_id': f'2{q["question_id"]}'} for q in word])
-  gqa = {f'2{i}': {'question': ask(i), 'answer': 'yes', 'types': {'structural': 'verify' if i else 'query'}} for i in three}
+  kind = lambda i: {'structural': 'verify' if i else 'query'}
+  gqa = {f'2{i}': {'question': ask(i), 'answer': 'yes', 'imageId': str(i), 'types': kind(i)} for i in three}
   write(root / 'gqa/data/testdev_balanced_questions.json', gqa)
   write(root / 'vizwiz/llava_test.jsonl', [q | {'text': f'{ask(q["question_id"])}\n{UNANSWERABLE}\n{WORD}'} for q in word])
   write(root / 'vizwiz/val.json', [{'image': f'{i}.png', 'question': ask(i), 'answers': ten('no')} for i in three])
@@ -153,6 +154,7 @@ def eval_data(tmp_path_factory):
       'question_id': str(q['question_id']),
       'question_type_id': 1,
       'data_type': 'image',
+      'data_id': q['image'],
       'answer': 'A',
       'question': ask(q['question_id']),
     }

@@ -2,13 +2,20 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import re
 import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from PIL import Image
 
 from dynllava_jax import checkpoint, loop, sharding
 from dynllava_jax.config import (
@@ -23,12 +30,14 @@ from dynllava_jax.config import (
   Stage,
   TrainConfig,
   VisionConfig,
+  to_dict,
 )
 from dynllava_jax.evals import report
 from dynllava_jax.training import plot
 from dynllava_jax.training.metrics import MetricsLog, read_metrics
 from dynllava_jax.training.step import make_optimizer, schedule, temperature
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
 MODEL = ModelConfig(
   vision=VisionConfig(image_size=98, hidden_size=32, mlp_dim=32, num_layers=2, num_heads=2),
   llama=LlamaConfig(vocab_size=430, hidden_size=32, mlp_dim=48, num_layers=3, num_heads=2, num_kv_heads=2),
@@ -115,6 +124,83 @@ def test_interrupted_and_resumed_equals_uninterrupted(one_device, tmp_path, monk
   assert [line['step'] for line in read_metrics(workdir)] == [2, 4, 6, 8]
 
 
+def test_asked_to_stop_while_logging_it_ends_after_the_next_step(one_device, tmp_path, monkeypatch):
+  write = MetricsLog.write
+
+  def interrupted(self, step, values):
+    if step == 6:
+      signal.raise_signal(signal.SIGTERM)
+    write(self, step, values)
+
+  monkeypatch.setattr(MetricsLog, 'write', interrupted)
+  with pytest.raises(loop.Interrupted, match='stopped after step 7 of 8'):
+    loop.train(BASE, tmp_path)
+  assert checkpoint.all_steps(tmp_path / loop.CHECKPOINTS) == [7]
+
+
+HOST = """
+import json, pathlib, signal, sys
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_disable_most_optimizations', True)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from dynllava_jax import loop
+from dynllava_jax.config import TrainConfig, from_config_dict
+if sys.argv[2] == '1':  # the other host is not told
+  real = loop.make_train_step
+  def asked_to_stop(*args):
+    step_fn = real(*args)
+    def step(state, frozen, batch):
+      if int(state.step) == 2:
+        signal.raise_signal(signal.SIGTERM)
+      return step_fn(state, frozen, batch)
+    return step
+  loop.make_train_step = asked_to_stop
+cfg = from_config_dict(TrainConfig, json.loads(sys.argv[3]))
+for attempt in range(2):
+  try:
+    loop.train(cfg, pathlib.Path(sys.argv[4]))
+  except loop.Interrupted as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize(
+  'mesh',
+  [MeshConfig(data=2, fsdp=1, tensor=2), pytest.param(MeshConfig(data=1, fsdp=1, tensor=4), marks=pytest.mark.slow)],
+  ids=['rows of their own', 'the same rows'],
+)
+def test_two_hosts_train_as_one(mesh, dynamic_run, base_run, tmp_path):
+  """Two processes with two devices each; one is asked to stop in step 3, both do after step 4, where they log, and go on."""
+  cfg = dynamic(init_from=str(base_run / loop.CHECKPOINTS), mesh=mesh)
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{probe.getsockname()[1]}'
+  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  command = [sys.executable, '-c', HOST, address]
+  hosts = [
+    subprocess.Popen(
+      [*command, str(i), json.dumps(to_dict(cfg)), tmp_path],
+      cwd=ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  told = [host.communicate(timeout=600) for host in hosts]
+  assert [host.returncode for host in hosts] == [0, 0], told
+  for out, _ in told:
+    assert 'stopped after step 4 of 8' in out
+  assert 'goes on from step 4' in told[0][0] and 'step' not in told[1][0].replace('stopped after step 4', ''), (
+    'the first host speaks'
+  )
+  for name, tolerance in (('loss', 1e-3), ('grad_norm', 2e-3)):
+    split, whole = ([line[name] for line in read_metrics(w)] for w in (tmp_path, dynamic_run))
+    np.testing.assert_allclose(split, whole, rtol=tolerance)
+
+
 def test_finished_run_is_left_alone(base_run, capsys):
   before = (base_run / 'metrics.jsonl').read_text()
   loop.train(BASE, base_run)
@@ -163,8 +249,24 @@ def test_what_is_trained_is_float32_whatever_the_checkpoint_holds(base_run, tmp_
 def test_init_from_another_model_is_refused(base_run, tmp_path):
   llama = dataclasses.replace(MODEL.llama, mlp_dim=64)
   cfg = dynamic(init_from=str(base_run / loop.CHECKPOINTS))
-  with pytest.raises(ConfigError, match='has another llama'):
+  message = 'the model in .* has llama.mlp_dim 48, the config says 64; set --config.model.llama.mlp_dim=48'
+  with pytest.raises(ConfigError, match=message):
     loop.train(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, llama=llama)), tmp_path)
+
+
+def test_dense_training_from_a_dynamic_checkpoint_leaves_the_predictors_out(dynamic_run):
+  cfg = dataclasses.replace(BASE, init_from=str(dynamic_run / loop.CHECKPOINTS))
+  assert set(loop.pretrained(cfg, sharding.make_mesh(cfg.mesh))) == {'vision', 'projector', 'llama'}
+
+
+def test_settings_of_an_earlier_version_have_their_defaults(base_run, tmp_path):
+  settings = json.loads((base_run / loop.CONFIG_FILE).read_text())
+  del settings['sparsity']['dense_share']
+  (tmp_path / loop.CONFIG_FILE).write_text(json.dumps(settings))
+  loop.check_same_run(BASE, tmp_path)
+  (tmp_path / loop.CONFIG_FILE).write_text('{"model": ')
+  with pytest.raises(ConfigError, match='config.json: not the settings of a run'):
+    loop.check_same_run(BASE, tmp_path)
 
 
 def test_mesh_does_not_change_the_result(base_run, tmp_path):
@@ -200,7 +302,7 @@ def test_evaluation_of_the_trained_checkpoint(dynamic_run, tmp_path):
   uniform = (Stage(), Stage(start=1, selector='uniform', image_keep_rate=0.2))
   cfg = EvalConfig(
     runs={'dense': EvalRun(stages=(Stage(),)), 'dynamic': EvalRun(stages=DYNAMIC), 'uniform': EvalRun(stages=uniform)},
-    data=DataConfig(text_length=32),
+    text_lengths=(32,),
     questions=20,
     batch_size=8,
     max_new_tokens=12,
@@ -220,6 +322,16 @@ def test_evaluation_of_the_trained_checkpoint(dynamic_run, tmp_path):
   for name in runs:
     assert len((tmp_path / 'answers' / f'{name}.jsonl').read_text().splitlines()) == 20
   assert (tmp_path / 'tokens.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_python_of_the_readme_answers_a_question(dynamic_run, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  Image.new('RGB', (98, 98)).save('scene.png')
+  code = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[1]
+  exec(code.replace('runs/digits/dynamic/checkpoints', str(dynamic_run / loop.CHECKPOINTS)).replace('=71', '=4'), names := {})
+  assert capsys.readouterr().out.strip() == names['tokenizer'].decode(names['answers'].tokens[0].tolist())
+  cached = names['generator'](names['prompt'], names['batch'].pixels)
+  np.testing.assert_array_equal(cached.tokens, names['answers'].tokens)
 
 
 def test_training_picture(base_run, dynamic_run, tmp_path):
