@@ -26,7 +26,7 @@ from absl import app, flags
 
 from dynllava_jax import presets
 from dynllava_jax.checkpoint import CheckpointInfo
-from dynllava_jax.convert.export_configs import llava_hf_config
+from dynllava_jax.convert.export_configs import llava_hf_config, vocabulary
 from dynllava_jax.convert.layouts import to_llava_hf
 from dynllava_jax.convert.plan import slots_by_key
 from dynllava_jax.convert.shards import ShardWriter
@@ -56,7 +56,7 @@ def synthesise(directory: pathlib.Path) -> int:
     start = int(rng.integers(BLOCK))
     value = np.concatenate([block[start:], np.resize(block, max(0, size - BLOCK + start))])[:size]
     writer.write(key, value.reshape(shape))
-  (directory / 'config.json').write_text(json.dumps(llava_hf_config(info, {}, 'bfloat16')))
+  (directory / 'config.json').write_text(json.dumps(llava_hf_config(info, {}, 'bfloat16', vocabulary(info, {}, {}))))
   return sum(f.stat().st_size for f in set(writer.files.values()))
 
 

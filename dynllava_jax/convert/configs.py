@@ -70,8 +70,9 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
       tie_embeddings=bool(config.get('tie_word_embeddings') or text.get('tie_word_embeddings')),
     )
     model = dict(vision=to_dict(vision), llama=llama, projector='mlp2x_gelu' if hf else config.get('mm_projector_type', 'linear'))
+    whole = dict(image_aspect=_aspect(file, config), unused_vision_layers=True)
     if not sparse:
-      return CheckpointInfo(model=from_config_dict(ModelConfig, model, 'model'), unused_vision_layers=True)
+      return CheckpointInfo(model=from_config_dict(ModelConfig, model, 'model'), **whole)
     width = sparse['d_model']
     predictor = dict(
       d_model=width,
@@ -91,7 +92,7 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
     sparsity = from_config_dict(SparsityConfig, sparsity, 'sparse_config')
     model = from_config_dict(ModelConfig, model, 'model')
     stages = dynamic_stages(model, sparse['sparse_layer'], sparsity.image_keep_rate)
-    return CheckpointInfo(model=model, stages=stages, sparsity=sparsity, unused_vision_layers=True)
+    return CheckpointInfo(model=model, stages=stages, sparsity=sparsity, **whole)
   except KeyError as e:
     raise ConversionError(f'{file}: key {e} is missing') from None
   except (TypeError, ValueError) as e:  # ConfigError is a ValueError
@@ -101,6 +102,14 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
 def text_config(file: pathlib.Path, layout: Layout, config: dict[str, Any]) -> dict[str, Any]:
   """The entries that describe the language model."""
   return LLAMA_DEFAULTS | nested(file, config, 'text_config') if layout is Layout.LLAVA_HF else config
+
+
+def _aspect(file: pathlib.Path, config: dict[str, Any]) -> str:
+  """How pictures are made square; LLaVA leaves it to CLIP's processor, which cuts the middle out, unless the config says `pad`."""
+  stated = config.get('image_aspect_ratio', 'pad')  # of a bare LLaMA or Hugging Face's layout, whose model saw padded ones
+  if stated not in ('pad', 'square', None):
+    raise ConversionError(f'{file}: image_aspect_ratio is {stated!r}, expected pad or square')
+  return stated or 'square'
 
 
 def _own_rows(file: pathlib.Path, config: dict[str, Any], rows: int) -> int:

@@ -200,7 +200,6 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
   kinds = ('llava', 'llava_llama') if model.predictor is None else ('llava_llama', 'dynamic_llava_llama')
   config = (
     {
-      'image_aspect_ratio': 'pad',
       'mm_patch_merge_type': 'flat',
       'mm_use_im_patch_token': False,
       'mm_use_im_start_end': False,
@@ -210,6 +209,7 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
     }
     | {k: v for k, v in base.items() if k not in ('sparse_config', 'architectures')}
     | {
+      'image_aspect_ratio': info.image_aspect,
       'model_type': base['model_type'] if base.get('model_type') in kinds else 'llava_llama',  # Vicuna's is another
       'mm_hidden_size': model.vision.hidden_size,
       'mm_projector_type': model.projector,

@@ -222,6 +222,7 @@ def test_no_weights_and_no_config(source):
     (dict(mm_projector_type='resampler'), "projector 'resampler' is unknown"),
     (dict(sparse_layer=4), 'starts at layer 4, but the decoder has 4 layers'),
     (dict(image_aspect_ratio='anyres'), 'not supported: any-resolution images'),
+    (dict(image_aspect_ratio='wide'), "image_aspect_ratio is 'wide', expected pad or square"),
     (dict(hidden_size='80'), "config.json: model.llama.hidden_size: expected int, got '80'"),
     (dict(rms_norm_eps=0), 'rms_norm_eps is 0.0, expected a positive number'),
     (dict(rope_scaling=[2.0]), r'config.json: rope_scaling is \[2.0\], expected an object with named entries'),

@@ -395,3 +395,14 @@ def test_inspect_says_what_is_there(tmp_path):
 
 def test_inspect_a_projector_alone(projector):
   assert 'projector                     9,120 parameters, float32' in describe(projector.parent)
+
+
+@pytest.mark.parametrize(
+  'stated, aspect', [({'image_aspect_ratio': None}, 'square'), ({'image_aspect_ratio': 'square'}, 'square'), ({}, 'pad')]
+)
+def test_how_pictures_are_made_square_goes_along(stated, aspect, tmp_path):
+  config = {k: v for k, v in CONFIG.items() if k != 'image_aspect_ratio'} | stated
+  convert(Request(src=write(tmp_path / 'src', config, WEIGHTS), vision=CLIP), tmp_path / 'ours')
+  assert checkpoint.read_info(tmp_path / 'ours').image_aspect == aspect
+  export(tmp_path / 'ours', tmp_path / 'back', 'dynamic-llava')
+  assert json.loads((tmp_path / 'back' / 'config.json').read_text())['image_aspect_ratio'] == aspect
