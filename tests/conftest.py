@@ -24,6 +24,13 @@ if not flags.FLAGS.is_parsed():
   flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for absl flags
 
 
+LONGEST = ('test_training.py', 'test_parity.py', 'test_invariants.py', 'test_command_line.py')  # first, so that none is the last
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope='session')
 def tiny_params():
   """Random parameters of `presets.TINY` in checkpoint form."""

@@ -12,7 +12,8 @@ DIGITS = '--config=configs/digits.py'
 
 
 def run(*arguments, devices=8):
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+  flags = {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  env = os.environ | {'JAX_PLATFORMS': 'cpu'} | flags
   return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
