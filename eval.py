@@ -46,9 +46,7 @@ def main(_) -> None:
     from dynllava_jax.evals import report  # jax starts only after the flags are known to be right
 
     if MULTIHOST.value:
-      import jax
-
-      jax.distributed.initialize()
+      command_line.join_hosts()
     try:
       report.run(cfg, checkpoint, out, data)
     except KeyboardInterrupt:

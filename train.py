@@ -25,9 +25,7 @@ def main(_) -> None:
 
     cfg = command_line.parse(TrainConfig, CONFIG.value)
     if MULTIHOST.value:
-      import jax
-
-      jax.distributed.initialize()
+      command_line.join_hosts()
     try:
       loop.train(cfg, pathlib.Path(WORKDIR.value))
     except loop.Interrupted as e:

@@ -53,6 +53,16 @@ def readable_errors() -> Iterator[None]:
     sys.exit(f'error: {e}')
 
 
+def join_hosts() -> None:
+  """Makes this process one of several, one per host; ConfigError if the others cannot be found."""
+  import jax
+
+  try:
+    jax.distributed.initialize()
+  except (RuntimeError, ValueError) as e:
+    raise ConfigError(f'--multihost: {_one_line(e)}; leave it out on a single host') from None
+
+
 def run(main: Callable[[list[str]], None]) -> None:
   """`app.run` whose flag errors are one line and exit status 1."""
 

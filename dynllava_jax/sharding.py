@@ -60,7 +60,7 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
 def batch_hosts(mesh: Mesh) -> tuple[int, int]:
   """How many parts of a batch the processes hold between them, and which of them is this process's.
 
-  Processes that share a part, as `tensor` runs over them, must be fed the same rows.
+  Processes that share a part, as `tensor` runs over them, must be fed the same rows. A part need not be contiguous.
 
   Raises:
     ConfigError: processes share some of their rows but not all.

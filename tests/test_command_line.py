@@ -30,6 +30,7 @@ def run(*arguments, devices=8):
     ((f'{DIGITS}:base', '--config.mesh.fsdp=3', '--config.dtype=bfloat16'), 'does not fit 8 devices'),
     ((f'{DIGITS}:nothing',), "has no 'nothing'; expected one of base, dynamic, eval"),
     (('--config=configs/absent.py',), 'absent.py'),
+    ((f'{DIGITS}:base', '--multihost'), '--multihost: '),
     ((f'{DIGITS}:base', '--confg=3'), 'confg'),
   ],
 )

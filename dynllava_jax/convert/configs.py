@@ -70,7 +70,7 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
       tie_embeddings=bool(config.get('tie_word_embeddings') or text.get('tie_word_embeddings')),
     )
     model = dict(vision=to_dict(vision), llama=llama, projector='mlp2x_gelu' if hf else config.get('mm_projector_type', 'linear'))
-    whole = dict(image_aspect=_aspect(file, config), unused_vision_layers=True)
+    whole = dict(image_aspect=_aspect(file, layout, config), unused_vision_layers=True)
     if not sparse:
       return CheckpointInfo(model=from_config_dict(ModelConfig, model, 'model'), **whole)
     width = sparse['d_model']
@@ -104,9 +104,10 @@ def text_config(file: pathlib.Path, layout: Layout, config: dict[str, Any]) -> d
   return LLAMA_DEFAULTS | nested(file, config, 'text_config') if layout is Layout.LLAVA_HF else config
 
 
-def _aspect(file: pathlib.Path, config: dict[str, Any]) -> str:
+def _aspect(file: pathlib.Path, layout: Layout, config: dict[str, Any]) -> str:
   """How pictures are made square; LLaVA leaves it to CLIP's processor, which cuts the middle out, unless the config says `pad`."""
-  stated = config.get('image_aspect_ratio', 'pad')  # of a bare LLaMA or Hugging Face's layout, whose model saw padded ones
+  # Hugging Face's layout and a bare LLaMA have no such entry; LLaVA-1.5 saw padded pictures.
+  stated = config.get('image_aspect_ratio', 'pad' if layout in (Layout.LLAVA_HF, Layout.LLAMA) else None)
   if stated not in ('pad', 'square', None):
     raise ConversionError(f'{file}: image_aspect_ratio is {stated!r}, expected pad or square')
   return stated or 'square'

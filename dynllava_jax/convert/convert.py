@@ -242,7 +242,7 @@ def new_directory(dst: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
     try:
       for leftover in (*partial.iterdir(), old):
         if leftover.is_dir():
-          shutil.rmtree(leftover)
+          shutil.rmtree(leftover, ignore_errors=leftover == old)  # the process that set it aside may be removing it
         else:
           leftover.unlink(missing_ok=True)
       free = shutil.disk_usage(partial).free
@@ -255,10 +255,11 @@ def new_directory(dst: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
       if dst.exists():
         os.replace(dst, old)
       os.replace(partial, dst)
+      partial = dst  # the name is free for another process
     except KeyboardInterrupt:
       raise KeyboardInterrupt(f'{dst} is as it was' if dst.exists() or old.exists() else f'nothing is at {dst}') from None
     finally:
       if old.exists() and not dst.exists():  # what was to be replaced comes back
         os.replace(old, dst)
-      for leftover in (partial, old):
+      for leftover in {partial, old} - {dst}:
         shutil.rmtree(leftover, ignore_errors=True)

@@ -176,6 +176,7 @@ def llava_hf_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, voca
     | {
       'architectures': ['LlavaForConditionalGeneration'],
       'model_type': 'llava',
+      'image_aspect_ratio': info.image_aspect,  # not one of transformers' entries; read back here
       'image_seq_length': model.vision.num_patches,
       'tie_word_embeddings': model.llama.tie_embeddings,
       'torch_dtype': dtype,

@@ -84,7 +84,7 @@ def training_batches(
   Args:
     training: source and order.
     layout: how a sample becomes a row.
-    batch_size: global; each host gets `batch_size / hosts` rows of it, in order.
+    batch_size: global; each host gets `batch_size / hosts` successive rows of it.
     step: with the data and the seed in `training.order`, it determines the batch.
     hosts, host: how many processes share a batch, and which of them this is (`sharding.batch_hosts`).
 

@@ -121,6 +121,7 @@ def check_resumable(out: pathlib.Path, settings: dict) -> None:
   for path in (out / SETTINGS_FILE, out / UNFINISHED / SETTINGS_FILE):
     if path.exists():
       before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
+      before = {'sources': now['sources']} | before  # folders of earlier versions do not tell the order
       if found := first_difference(before, now):
         key, old, new = found
         raise ConfigError(f'--out: {out} was made with {key} {old!r}, now it is {new!r}; choose another or remove it')

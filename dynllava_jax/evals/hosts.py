@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from jax.sharding import Mesh
 
-from dynllava_jax.sharding import batch_hosts
+from dynllava_jax.sharding import batch_sharding
 
 T = TypeVar('T')
 
@@ -17,5 +17,10 @@ def share(items: Sequence[T], hosts: int, host: int) -> list[T]:
 
 
 def own_part(items: Sequence[T], size: int, mesh: Mesh) -> list[T]:
-  """This host's part of a batch of `size`, which is filled up with copies of its last item to one shape for all batches."""
-  return share([*items, *[items[-1]] * (size - len(items))], *batch_hosts(mesh))
+  """The items of a batch of `size` that this host's devices hold, in order; the batch is filled up with its last item.
+
+  Not a contiguous part: on a torus of TPUs the rows of several hosts may interleave.
+  """
+  filled = [*items, *[items[-1]] * (size - len(items))]
+  held = {rows.indices(size)[:2] for (rows,) in batch_sharding(mesh).addressable_devices_indices_map((size,)).values()}
+  return [item for start, stop in sorted(held) for item in filled[start:stop]]

@@ -398,11 +398,16 @@ def test_inspect_a_projector_alone(projector):
 
 
 @pytest.mark.parametrize(
-  'stated, aspect', [({'image_aspect_ratio': None}, 'square'), ({'image_aspect_ratio': 'square'}, 'square'), ({}, 'pad')]
+  'stated, aspect',
+  [({'image_aspect_ratio': 'pad'}, 'pad'), ({'image_aspect_ratio': None}, 'square'), ({}, 'square')],
+  ids=['pad', 'null', 'missing'],
 )
 def test_how_pictures_are_made_square_goes_along(stated, aspect, tmp_path):
+  """As LLaVA reads its config: the middle is cut out unless it says `pad`."""
   config = {k: v for k, v in CONFIG.items() if k != 'image_aspect_ratio'} | stated
   convert(Request(src=write(tmp_path / 'src', config, WEIGHTS), vision=CLIP), tmp_path / 'ours')
   assert checkpoint.read_info(tmp_path / 'ours').image_aspect == aspect
-  export(tmp_path / 'ours', tmp_path / 'back', 'dynamic-llava')
-  assert json.loads((tmp_path / 'back' / 'config.json').read_text())['image_aspect_ratio'] == aspect
+  for layout, options in (('dynamic-llava', {}), ('llava-hf', {'drop_predictors': True})):
+    back = tmp_path / layout
+    export(tmp_path / 'ours', back, layout, **options)
+    assert open_source(Request(src=back)).info.image_aspect == aspect

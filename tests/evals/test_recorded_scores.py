@@ -7,7 +7,7 @@ import pytest
 from conftest import GOLDEN
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import gqa, meteor, pope, scienceqa, scienceqa_prompts, score, suite, vqa_text
+from dynllava_jax.evals import gqa, hosts, meteor, pope, scienceqa, scienceqa_prompts, score, suite, vqa_text
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.hosts import share
 from dynllava_jax.evals.perplexity import mean_perplexity, perplexity
@@ -194,6 +194,19 @@ def test_shares_of_hosts(case):
     shares = [share(items, count, i) for i in range(count)]
     assert [s for s in shares if s] == case.get('chunks', [])
     assert [i for s in shares for i in s] == items
+
+
+def test_a_host_answers_the_rows_that_its_devices_hold(monkeypatch):
+  """Also where the rows of two hosts interleave, and where several of its devices hold the same."""
+
+  class Interleaved:
+    def addressable_devices_indices_map(self, shape):
+      assert shape == (8,)
+      return {0: (slice(4, 6),), 1: (slice(None, 2),), 2: (slice(4, 6),)}
+
+  monkeypatch.setattr(hosts, 'batch_sharding', lambda mesh: Interleaved())
+  assert hosts.own_part(list('abcdef'), 8, None) == ['a', 'b', 'e', 'f']
+  assert hosts.own_part(list('abc'), 8, None) == ['a', 'b', 'c', 'c']
 
 
 def test_perplexity():
