@@ -11,7 +11,7 @@ from conftest import CASES, GOLDEN
 from dynllava_jax import checkpoint
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.source import Request
-from dynllava_jax.convert.verify import Quantity, compare, load_case, verify
+from dynllava_jax.convert.verify import Quantity, Verifier, compare, load_case, verify
 
 pytest.importorskip('torch', reason='reading the recorded .bin checkpoint needs torch')
 
@@ -74,7 +74,8 @@ def test_a_wrong_weight_is_noticed(tmp_path):
   info, params = converted('public_b', tmp_path)
   layers = params['llama']['layers']
   layers['down'] = layers['down'].at[3].multiply(1.001)
-  failed = {q.name for q in verify(info, params, GOLDEN / 'public_b' / 'case.npz') if not q.ok}
+  verifier = Verifier(info, params, load_case(GOLDEN / 'public_b' / 'case.npz'))
+  failed = {q.name for group in (verifier.vision, verifier.prefill) for q in group() if not q.ok}
   assert 'prefill_b1/logits' in failed and 'vision/projected' not in failed
 
 
