@@ -70,20 +70,13 @@ def test_eval_names_a_missing_checkpoint(tmp_path):
   assert result.returncode == 1 and 'no checkpoint here' in result.stderr and 'Traceback' not in result.stderr
 
 
-def test_convert_verifies_a_recorded_case(tmp_path):
-  """The whole command on the safetensors case: report, comparison, and a checkpoint that its path alone loads."""
+def test_convert_reports_what_it_did(tmp_path):
+  """The whole command on the safetensors case; `convert/test_parity.py` runs it with --verify."""
   source = GOLDEN / 'public_b'
-  result = run(
-    'convert_weights.py',
-    f'--src={source / "checkpoint"}',
-    f'--dst={tmp_path / "out"}',
-    f'--verify={source / "case.npz"}',
-    devices=1,
-  )
+  result = run('convert_weights.py', f'--src={source / "checkpoint"}', f'--dst={tmp_path / "out"}', devices=1)
   assert result.returncode == 0, result.stderr
   lines = result.stdout.strip().splitlines()
-  assert lines[-1] == 'verify: 94 of 94 passed'
-  assert lines[0] == 'layout: Dynamic-LLaVA (the authors)'
+  assert lines[0] == 'layout: Dynamic-LLaVA (the authors)' and lines[-1].startswith('read back and found equal')
   mapped = {t['source']: t for t in json.loads((tmp_path / 'out' / 'conversion.json').read_text())['tensors']}
   assert mapped['model.norm.weight']['target'] == 'llama/norm/scale' and mapped['model.norm.weight']['shape'] == [80]
   again = run('convert_weights.py', f'--src={source / "checkpoint"}', f'--dst={tmp_path / "out"}')

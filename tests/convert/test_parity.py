@@ -4,11 +4,15 @@
 authors' cases do not have: grouped-query attention, a sparse stage from layer 1, another rope theta.
 """
 
+import contextlib
+import io
+
 import numpy as np
 import pytest
 from conftest import CASES, GOLDEN
 
 from dynllava_jax import checkpoint
+from dynllava_jax.convert import report
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.source import Request
 from dynllava_jax.convert.verify import Quantity, Verifier, compare, load_case, verify
@@ -41,9 +45,31 @@ def converted(case, out):
 
 
 @pytest.fixture(scope='module', params=[*CASES, pytest.param('independent_gqa', marks=pytest.mark.slow)])
-def quantities(request, tmp_path_factory) -> list[Quantity]:
-  info, params = converted(request.param, tmp_path_factory.mktemp('converted'))
-  return verify(info, params, GOLDEN / request.param / 'case.npz')
+def verified(request, tmp_path_factory) -> tuple[list[Quantity], bool, list[str]]:
+  """What `convert_weights.py --verify` compares, whether it finds all well, and the lines it prints."""
+  found, printed = [], io.StringIO()
+
+  def remembered(*arguments):
+    found.extend(verify(*arguments))
+    return found
+
+  source, out = Request(src=GOLDEN / request.param / 'checkpoint'), tmp_path_factory.mktemp('converted') / 'out'
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    patch.setattr(report, 'verify', remembered)
+    well = report.run_conversion(source, out, 'keep', False, True, str(GOLDEN / request.param / 'case.npz'))
+  return found, well, printed.getvalue().splitlines()
+
+
+@pytest.fixture(scope='module')
+def quantities(verified) -> list[Quantity]:
+  return verified[0]
+
+
+def test_the_command_prints_every_comparison(verified):
+  found, well, lines = verified
+  assert well and lines[0] == 'layout: Dynamic-LLaVA (the authors)'
+  assert lines[-1] == f'verify: {len(found)} of {len(found)} passed'
+  assert lines[-1 - len(found) : -1] == [str(q) for q in found]
 
 
 @pytest.mark.parametrize('group', GROUPS)
