@@ -47,7 +47,8 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
 
   Raises:
     ConfigError: something in the config cannot be run here.
-    Interrupted: SIGINT or SIGTERM; the last finished step is saved, and starting again goes on from it.
+    Interrupted: SIGINT or SIGTERM; the last finished step is saved, and starting again goes on from it. With several hosts
+      that is the next step that is logged.
     FloatingPointError: the loss is not a number.
   """
   # 1. Mesh and data.

@@ -39,7 +39,7 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
   devices = jax.device_count()
   free = [k for k, v in sizes.items() if v == -1]
   fixed = math.prod(v for v in sizes.values() if v != -1)
-  if len(free) > 1 or min(v for v in (*sizes.values(), 1) if v != -1) < 1 or devices % fixed or (not free and fixed != devices):
+  if len(free) > 1 or any(v < 1 for v in sizes.values() if v != -1) or devices % fixed or (not free and fixed != devices):
     raise ConfigError(
       f'config.mesh: {sizes} does not fit {devices} devices; the sizes must multiply to {devices}, and one of them may be -1'
     )

@@ -288,9 +288,10 @@ def test_batch_must_divide_over_the_mesh(tmp_path):
     loop.train(dataclasses.replace(BASE, batch_size=12), tmp_path)
 
 
-def test_mesh_must_fit_the_devices():
+@pytest.mark.parametrize('sizes', [dict(data=3), dict(fsdp=-2, tensor=-4), dict(tensor=0)], ids=str)
+def test_mesh_must_fit_the_devices(sizes):
   with pytest.raises(ConfigError, match='does not fit 8 devices'):
-    sharding.make_mesh(MeshConfig(data=3))
+    sharding.make_mesh(MeshConfig(**sizes))
 
 
 def test_loss_that_is_not_a_number_stops_the_run(tmp_path):
