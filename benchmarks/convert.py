@@ -26,6 +26,7 @@ from absl import app, flags
 
 from dynllava_jax import presets
 from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import ModelConfig
 from dynllava_jax.convert.export_configs import llava_hf_config, vocabulary
 from dynllava_jax.convert.layouts import to_llava_hf
 from dynllava_jax.convert.plan import slots_by_key
@@ -38,12 +39,15 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = 2**25  # numbers
 HASHED = 2**28  # bytes
+RESIZED = 64  # rows that transformers adds for <image> and <pad>
 
 
-def synthesise(directory: pathlib.Path) -> int:
-  """Writes the random checkpoint; returns its bytes."""
-  model = dataclasses.replace(SIZES[SIZE.value], predictor=None)
-  info = CheckpointInfo(model=model, unused_vision_layers=True)
+def synthesise(directory: pathlib.Path, model: ModelConfig) -> int:
+  """Writes a random checkpoint of a model, its vocabulary resized for the image token; returns its bytes."""
+  image_token = model.llama.vocab_size
+  llama = dataclasses.replace(model.llama, vocab_size=image_token + RESIZED)
+  info = CheckpointInfo(model=dataclasses.replace(model, llama=llama, predictor=None), unused_vision_layers=True)
+  vocab = vocabulary(info, {'image_token_index': image_token}, {})
   dtype = np.dtype(ml_dtypes.bfloat16)
   rng = np.random.default_rng(0)
   block = (rng.standard_normal(BLOCK, np.float32) * 0.02).astype(dtype)
@@ -56,7 +60,7 @@ def synthesise(directory: pathlib.Path) -> int:
     start = int(rng.integers(BLOCK))
     value = np.concatenate([block[start:], np.resize(block, max(0, size - BLOCK + start))])[:size]
     writer.write(key, value.reshape(shape))
-  (directory / 'config.json').write_text(json.dumps(llava_hf_config(info, {}, 'bfloat16', vocabulary(info, {}, {}))))
+  (directory / 'config.json').write_text(json.dumps(llava_hf_config(info, {}, 'bfloat16', vocab)))
   return sum(f.stat().st_size for f in set(writer.files.values()))
 
 
@@ -108,7 +112,7 @@ def main(_) -> None:
     'sha256_gb_per_second_and_core': round(sha256_rate(), 2),
   }
   try:
-    results['bytes'] = synthesise(source)
+    results['bytes'] = synthesise(source, SIZES[SIZE.value])
     runs: dict[str, dict] = {}
 
     def measure(name: str, cold: pathlib.Path, *arguments: str) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 import threading
@@ -15,7 +14,7 @@ import tensorstore as ts
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert import export_configs
-from dynllava_jax.convert.convert import DTYPES, check_destination, new_directory, with_progress
+from dynllava_jax.convert.convert import DTYPES, check_destination, fingerprint, new_directory, with_progress
 from dynllava_jax.convert.export_configs import Vocabulary
 from dynllava_jax.convert.layouts import Layout, canonical, to_llava_hf
 from dynllava_jax.convert.plan import Path, slots_by_key
@@ -116,14 +115,14 @@ def export(
       f: ShardWriter(partial / f, [(o.key, o.shape, o.dtype) for o in plan if o.folder == f]) for f in {o.folder for o in plan}
     }
 
-    def write(out: Out) -> str:
+    def write(out: Out) -> bytes:
       value = np.ascontiguousarray(out.read().astype(out.dtype, copy=False))
       writers[out.folder].write(out.key, value)
-      return hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()
+      return fingerprint(value)
 
-    digests = with_progress('exporting', write, plan, [o.nbytes for o in plan])
+    written = with_progress('exporting', write, plan, [o.nbytes for o in plan])
     if readback:
-      _check(partial, plan, digests)
+      _check(partial, plan, written)
     for name, content in files.items():
       checkpoint.write_atomically(partial / name, content)
   return plan
@@ -229,16 +228,15 @@ def _files(
   return own | {'config.json': (json.dumps(config, indent=1) + '\n').encode()}
 
 
-def _check(directory: pathlib.Path, plan: list[Out], digests: list[str]) -> None:
+def _check(directory: pathlib.Path, plan: list[Out], written: list[bytes]) -> None:
   """Reads every tensor again through the reader of PyTorch checkpoints."""
   stored = {(f, t.key): t for f in {o.folder for o in plan} for t in directory_tensors(directory / f)}
 
-  def check(item: tuple[Out, str]) -> None:
-    out, digest = item
-    value = stored[out.folder, out.key].read()
-    if hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest() != digest:
+  def check(item: tuple[Out, bytes]) -> None:
+    out, expected = item
+    if fingerprint(stored[out.folder, out.key].load()) != expected:
       raise ConversionError(
         f'{stored[out.folder, out.key].origin}: {out.key} read back is not what was written; is the disk failing?'
       )
 
-  with_progress('reading back', check, list(zip(plan, digests)), [o.nbytes for o in plan])
+  with_progress('reading back', check, list(zip(plan, written)), [o.nbytes for o in plan])

@@ -1,8 +1,11 @@
 """Reading PyTorch weight files: what they hold without loading it, and one tensor at a time."""
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
+import struct
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -155,29 +158,39 @@ def file_tensors(path: pathlib.Path) -> list[Tensor]:
 
 
 def _safetensors(path: pathlib.Path) -> list[Tensor]:
-  def reader(key: str) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-      with _opened(path) as f:  # opened for each tensor: what was read of a mapped file would stay in memory
-        return f.get_tensor(key)
+  """The tensors of a file that the library has checked, read without it.
 
-    return read
-
+  The library maps the file: what was read would stay in memory, the interpreter lock is held while the disk is waited for, and a
+  disk error would end the process.
+  """
+  try:
+    with safe_open(path, 'numpy'):  # checks the header, and that the file is as long as it says
+      pass
+    with path.open('rb') as f:
+      (size,) = struct.unpack('<Q', f.read(8))
+      header = json.loads(f.read(size))
+  except (SafetensorError, OSError) as e:
+    raise ConversionError(f'{path}: unreadable, truncated or not safetensors ({e})') from None
+  header.pop('__metadata__', None)
   found = []
-  with _opened(path) as f:
-    for key in f.keys():
-      part = f.get_slice(key)
-      if part.get_dtype() not in SAFETENSORS_DTYPES:
-        raise ConversionError(f'{path}: {key} is stored as {part.get_dtype()}; quantised checkpoints are not supported')
-      dtype = np.dtype(SAFETENSORS_DTYPES[part.get_dtype()])
-      found.append(Tensor(key, tuple(part.get_shape()), dtype, str(path), reader(key)))
+  for key, entry in sorted(header.items()):
+    if entry['dtype'] not in SAFETENSORS_DTYPES:
+      raise ConversionError(f'{path}: {key} is stored as {entry["dtype"]}; quantised checkpoints are not supported')
+    dtype, shape = np.dtype(SAFETENSORS_DTYPES[entry['dtype']]), tuple(entry['shape'])
+    begin, end = entry['data_offsets']
+    read = functools.partial(_stored, path, 8 + size + begin, end - begin, shape, dtype)
+    found.append(Tensor(key, shape, dtype, str(path), read))
   return found
 
 
-def _opened(path: pathlib.Path):
-  try:
-    return safe_open(path, 'numpy')
-  except (SafetensorError, OSError) as e:
-    raise ConversionError(f'{path}: unreadable, truncated or not safetensors ({e})') from None
+def _stored(path: pathlib.Path, offset: int, nbytes: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  with path.open('rb', buffering=0) as f:
+    content = np.fromfile(f, np.uint8, nbytes, offset=offset)
+    if hasattr(os, 'posix_fadvise'):  # not on macOS
+      os.posix_fadvise(f.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)  # read once; leaves memory for what is written
+  if content.size != nbytes:
+    raise OSError(f'ends after {content.size} of {nbytes} bytes; has the file changed?')
+  return content.view(dtype).reshape(shape)
 
 
 class _Pickle:

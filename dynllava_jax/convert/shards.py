@@ -69,7 +69,7 @@ class ShardWriter:
       self._places[key] += 8 + len(text)
 
   def write(self, key: str, value: np.ndarray) -> None:
-    """Puts one tensor in its place."""
+    """Puts one tensor in its place; returns when it is on disk."""
     shape, dtype = self._specs[key]
     assert value.shape == shape and value.dtype == dtype, (key, value.shape, value.dtype, shape, dtype)
     data = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
@@ -78,3 +78,4 @@ class ShardWriter:
       while data:
         written = os.pwrite(f.fileno(), data, place)
         place, data = place + written, data[written:]
+      os.fsync(f.fileno())

@@ -8,6 +8,7 @@ slot, and their files. The checksum of a slot in memory is then that of its file
 """
 
 import json
+import os
 import pathlib
 
 import jax.numpy as jnp
@@ -40,8 +41,10 @@ class StepWriter:
     (self._folder(path) / '0').unlink()
 
   def write(self, path: Path, index: tuple[int, ...], value: np.ndarray) -> None:
-    """Puts one slot on disk."""
-    value.tofile(self.step_dir / self.file(path, index))
+    """Puts one slot on disk; returns when it is there."""
+    with (self.step_dir / self.file(path, index)).open('wb', buffering=0) as f:
+      value.tofile(f)
+      os.fsync(f.fileno())
 
   def file(self, path: Path, index: tuple[int, ...]) -> str:
     """The slot's file, below the step directory."""
