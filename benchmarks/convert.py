@@ -2,13 +2,14 @@
 
     python benchmarks/convert.py --size=7b --scratch=DIRECTORY
 
-Writes a random LLaVA-1.5 in the layout of llava-hf/llava-1.5-7b-hf (bfloat16, shards of 5 GB), copies its files,
-converts it with and without reading back, converts it back with --export, and removes everything again. Before each
-measurement the source is dropped from the page cache, after it all is flushed to the disk (`sync`), and both count for copy and
-conversion alike. Peak memory is the process's largest resident set, mapped files included. Needs 2.1 times the checkpoint's size of
-disk space. Results go to benchmarks/results/convert_SIZE.json.
+Writes a random LLaVA-1.5 in the layout of llava-hf/llava-1.5-7b-hf (bfloat16, shards of 5 GB), converts it without and with
+reading back, converts it back with --export, three times each, and removes everything again. Each conversion follows a plain copy
+of the same files. Before each measurement they are dropped from the page cache, after it all is flushed to the disk (`sync`), and
+both count for copy and conversion alike. Peak memory is the process's largest resident set. Needs 2.1 times the checkpoint's size
+of disk space. Results go to benchmarks/results/convert_SIZE.json.
 """
 
+import collections
 import dataclasses
 import datetime
 import hashlib
@@ -16,6 +17,7 @@ import json
 import os
 import pathlib
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -38,6 +40,7 @@ SCRATCH = flags.DEFINE_string('scratch', None, 'Directory on the disk to measure
 RESULTS = pathlib.Path(__file__).parent / 'results'
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = 2**25  # numbers
+ROUNDS = 3
 HASHED = 2**28  # bytes
 RESIZED = 64  # rows that transformers adds for <image> and <pad>
 
@@ -83,7 +86,7 @@ def timed(source: pathlib.Path, run) -> tuple[float, object]:
 
 
 def sha256_rate() -> float:
-  """GB per second that one core hashes: a limit, since every byte is hashed once, and once more when it is read back."""
+  """GB per second that one core hashes with SHA-256: a limit, since every byte is hashed once."""
   data = bytes(HASHED)
   start = time.monotonic()
   hashlib.sha256(data)
@@ -97,6 +100,11 @@ def command(*arguments: str) -> tuple[float, float]:
   if os.waitstatus_to_exitcode(status):
     raise SystemExit('the conversion failed')
   return usage.ru_maxrss * 1024 / 1e9, usage.ru_utime + usage.ru_stime  # Linux counts memory in KiB
+
+
+def _summary(runs: list[dict[str, float]]) -> dict[str, list[float]]:
+  columns = {k: [r[k] for r in runs] for k in runs[0]}
+  return {k: [round(f(v), 2) for f in (statistics.median, min, max)] for k, v in columns.items()}
 
 
 def main(_) -> None:
@@ -113,28 +121,31 @@ def main(_) -> None:
   }
   try:
     results['bytes'] = synthesise(source, SIZES[SIZE.value])
-    runs: dict[str, dict] = {}
+    rounds: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
 
-    def measure(name: str, cold: pathlib.Path, *arguments: str) -> None:
-      seconds, (peak, cpu) = timed(cold, lambda: command(*arguments))
+    def measure(name: str, read: pathlib.Path, written: pathlib.Path, *arguments: str) -> None:
+      shutil.rmtree(written, ignore_errors=True)
+      copy_seconds, _ = timed(read, lambda: shutil.copytree(read, copy))  # beside each: the machine's speed wanders
+      shutil.rmtree(copy)
+      seconds, (peak, cpu) = timed(read, lambda: command(f'--src={read}', f'--dst={written}', *arguments))
       figures = {
+        'ratio': seconds / copy_seconds,
         'seconds': seconds,
         'copy_seconds': copy_seconds,
-        'ratio': seconds / copy_seconds,
         'cpu_seconds': cpu,
         'peak_rss_gb': peak,
       }
-      runs[name] = {k: round(v, 2) for k, v in figures.items()}
-      print(name, runs[name], flush=True)
+      rounds[name].append(figures)
+      print(name, {k: round(v, 2) for k, v in figures.items()}, flush=True)
 
-    for name, flag in (('convert', '--nono_readback'), ('convert_no_readback', '--no_readback')):
-      shutil.rmtree(ours, ignore_errors=True)
-      copy_seconds, _ = timed(source, lambda: shutil.copytree(source, copy))  # beside each: the disk's speed wanders
-      shutil.rmtree(copy)
-      measure(name, source, f'--src={source}', f'--dst={ours}', flag)
+    for _ in range(ROUNDS):
+      measure('convert_no_readback', source, ours, '--no_readback')
+      measure('convert', source, ours)
     shutil.rmtree(source)
-    measure('export_llava_hf', ours, f'--src={ours}', f'--dst={back}', '--export=llava-hf')
-    results['runs'] = runs
+    for _ in range(ROUNDS):
+      measure('export_llava_hf', ours, back, '--export=llava-hf')
+    results['rounds'] = ROUNDS
+    results['median_min_max'] = {name: _summary(runs) for name, runs in rounds.items()}
     results['load_at_end'] = os.getloadavg()[0]
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
