@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -17,13 +16,13 @@ import ml_dtypes
 import numpy as np
 import xxhash
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dynllava_jax import checkpoint
 from dynllava_jax.convert.plan import Assignment, assign
 from dynllava_jax.convert.readers import ConversionError, has_weights
 from dynllava_jax.convert.source import Request, Source, open_source
 from dynllava_jax.convert.writer import StepWriter
+from dynllava_jax.progress import progress
 
 REPORT_FILE = 'conversion.json'
 OF_A_RUN = ('checkpoints', 'metrics.jsonl')  # one of these tells the workdir of a training run
@@ -31,7 +30,6 @@ DTYPES = {'keep': None, 'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml
 AT_ONCE = 6  # tensors on their way: some are read and written while others are hashed; each takes about three times its size
 READ_BYTES = 2**20
 SPARE_BYTES = 64 * 2**20  # room for metadata and descriptions
-LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 STEP = 0
 T = TypeVar('T')
 R = TypeVar('R')
@@ -135,7 +133,7 @@ def with_progress(label: str, function: Callable[[T], R], items: list[T], sizes:
   """Maps a function over items, a few at once, showing bytes and rate; the first error ends it."""
   pool = concurrent.futures.ThreadPoolExecutor(AT_ONCE)
   try:
-    with _progress(label, sum(sizes)) as advance:
+    with progress(Console(stderr=True), label, sum(sizes), in_bytes=True) as advance:
       results = []
       for result, size in zip(pool.map(function, items), sizes):
         results.append(result)
@@ -143,35 +141,6 @@ def with_progress(label: str, function: Callable[[T], R], items: list[T], sizes:
       return results
   finally:
     pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-  """Yields a function that is told how many more bytes are done: a bar on a terminal, a line now and then in a log."""
-  console = Console(stderr=True)
-  if not console.is_terminal:
-    yield _lines(console, label, total)
-    return
-  columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-  with Progress(*columns, console=console) as progress:
-    task = progress.add_task(label, total=total)
-    yield lambda size: progress.advance(task, size)
-
-
-def _lines(console: Console, label: str, total: int) -> Callable[[int], None]:
-  start = last = time.monotonic()
-  done = 0
-
-  def advance(size: int) -> None:
-    nonlocal last, done
-    done += size
-    now = time.monotonic()
-    if now - last >= LINE_EVERY:
-      rate = done / (now - start)
-      console.print(f'{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {(total - done) / rate / 60:.0f} min left')
-      last = now
-
-  return advance
 
 
 def check_destination(dst: pathlib.Path, overwrite: bool, *sources: pathlib.Path | None) -> None:

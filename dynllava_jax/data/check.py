@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dynllava_jax.config import DataConfig
 from dynllava_jax.data import conversation
 from dynllava_jax.data.index import CODES, Index, fit
-from dynllava_jax.data.progress import follow
 from dynllava_jax.data.records import Finding, Record, entry_name, examine, parse, read_json
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.data.workers import parallel_map
+from dynllava_jax.progress import progress
 
 REPORT_FILE, HISTOGRAM_FILE = 'report.json', 'lengths.png'
 CHUNK = 500  # records per piece of work
@@ -78,9 +79,12 @@ def examine_all(scan: Scan, entries: Sequence[Record | Finding], folder: pathlib
     jobs.append((scan, entries[start : start + CHUNK], folder / f'scan-{number:06d}.json'))
   todo = [job for job in jobs if not job[2].exists() or any(f.reason in OF_FILES for f in _read_part(job[2]))]
   done = len(entries) - sum(len(job[1]) for job in todo)
-  with parallel_map(_examine_chunk, todo, scan.processes) as sizes:
-    for _ in follow(sizes, 'checking samples', len(entries), lambda n: n, done):
-      pass
+  with (
+    parallel_map(_examine_chunk, todo, scan.processes) as sizes,
+    progress(Console(), 'checking samples', len(entries), done=done) as advance,
+  ):
+    for size in sizes:
+      advance(size)
   return [finding for job in jobs for finding in _read_part(job[2])]
 
 

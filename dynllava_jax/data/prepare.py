@@ -37,13 +37,13 @@ from dynllava_jax.data.check import (
 )
 from dynllava_jax.data.conversation import check_template, template
 from dynllava_jax.data.index import Index, index_key, index_path, write_index
-from dynllava_jax.data.progress import follow
 from dynllava_jax.data.records import Finding, Record, read_image
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.store import INFO_FILE, NAME, SOURCES_FILE, SPLIT, features, to_example
 from dynllava_jax.data.tokenizer import load_tokenizer, read_files
 from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.files import write_atomically
+from dynllava_jax.progress import progress
 
 UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on
 SETTINGS_FILE = 'prepared.json'
@@ -159,9 +159,12 @@ def write_store(
   write(plan_file, plan)
   todo = [job for job in jobs if not job[0].exists()]
   done = len(good) - sum(len(job[1]) for job in todo)
-  with parallel_map(write_shard, todo, scan.processes) as sizes:
-    for _ in follow(sizes, 'writing samples', len(good), lambda n: n, done):
-      pass
+  with (
+    parallel_map(write_shard, todo, scan.processes) as sizes,
+    progress(Console(), 'writing samples', len(good), done=done) as advance,
+  ):
+    for size in sizes:
+      advance(size)
   counts = [sum(r.source == name for r, _ in good) for name in scan.json]
   sources = [{'name': n, 'weight': w, 'samples': c} for n, w, c in zip(scan.json, weights, counts)]
   write(out / SOURCES_FILE, sources)

@@ -24,10 +24,10 @@ from dynllava_jax.evals.benchmark import Question
 from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, load_weights, pad_rows
 from dynllava_jax.evals.perplexity import perplexity
-from dynllava_jax.evals.progress import progress
 from dynllava_jax.evals.runner import on_host, provenance
 from dynllava_jax.evals.store import AnswerStore
 from dynllava_jax.generate import Forced, Generator
+from dynllava_jax.progress import progress
 
 LENGTHS = 32  # answers are padded to a multiple of this
 

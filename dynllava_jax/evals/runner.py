@@ -21,9 +21,9 @@ from dynllava_jax.data.pipeline import to_mesh
 from dynllava_jax.evals.benchmark import Question
 from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, Rows, load_weights
-from dynllava_jax.evals.progress import progress
 from dynllava_jax.evals.store import AnswerStore, folder_sha256, questions_sha256, source_sha256, versions
 from dynllava_jax.generate import Generated, Generator, Turn
+from dynllava_jax.progress import progress
 
 PICTURED = 100  # so many first questions keep the list of their image tokens, for pictures
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from conftest import GOLDEN, ROOT
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
-from dynllava_jax import checkpoint, command_line, sharding
+from dynllava_jax import checkpoint, command_line, progress, sharding
 from dynllava_jax.config import MeshConfig
 from dynllava_jax.convert import convert as converting
 from dynllava_jax.convert.convert import check_destination, convert, new_directory
@@ -224,11 +225,28 @@ def test_source_that_fails_while_it_is_read(source, out, hook, message):
   assert not out.exists()
 
 
+def test_source_truncated_while_it_is_read(source, out):
+  file = source / 'model.safetensors'
+  message = r'model.safetensors: \S+ cannot be read \(ends after \d+ of \d+ bytes; has the file changed\?\)'
+  with pytest.raises(ConversionError, match=message):
+    convert(Request(src=source), out, on_open=lambda _: os.truncate(file, file.stat().st_size // 2))
+  assert not out.exists()
+
+
+def test_checkpoint_that_the_benchmark_makes(tmp_path, out):
+  script = 'import pathlib, sys, convert; convert.synthesise(pathlib.Path(sys.argv[1]), convert.SIZES["tiny"])'
+  paths = os.pathsep.join((str(ROOT), str(ROOT / 'benchmarks')))
+  subprocess.run([sys.executable, '-c', script, tmp_path / 'made'], env=os.environ | {'PYTHONPATH': paths}, check=True)
+  source, mapped = convert(Request(src=tmp_path / 'made'), out)
+  assert source.layout == 'LlavaForConditionalGeneration (Hugging Face)' and len(mapped) == len(source.tensors)
+
+
 def test_progress_without_a_terminal(source, out, monkeypatch, capsys):
-  monkeypatch.setattr(converting, 'LINE_EVERY', 0.0)
+  monkeypatch.setattr(progress, 'LINE_EVERY', 0.0)
   run_conversion(Request(src=source), out, 'keep', False, False, None)
   captured = capsys.readouterr()
-  assert captured.err.startswith('converting: 0.00 of 0.00 GB, 0 min left\n')
+  assert re.match(r'converting: 0.00 of 0.00 GB, \d.\d\d GB/s, 0 min left\n', captured.err)
+  assert re.search(r'\nconverting: (\d.\d\d) of \1 GB, \d.\d\d GB/s\n$', captured.err)
   assert captured.out.startswith('layout: Dynamic-LLaVA (the authors)\nconverted 124 tensors')
 
 
