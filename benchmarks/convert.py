@@ -2,11 +2,11 @@
 
     python benchmarks/convert.py --size=7b --scratch=DIRECTORY
 
-Writes a random LLaVA-1.5 in the layout of llava-hf/llava-1.5-7b-hf (bfloat16, shards of 5 GB), converts it without and with
-reading back, converts it back with --export, three times each, and removes everything again. Each conversion follows a plain copy
-of the same files. Before each measurement they are dropped from the page cache, after it all is flushed to the disk (`sync`), and
-both count for copy and conversion alike. Peak memory is the process's largest resident set. Needs 2.1 times the checkpoint's size
-of disk space. Results go to benchmarks/results/convert_SIZE.json.
+Writes a random LLaVA-1.5 in the layout of llava-hf/llava-1.5-7b-hf (bfloat16, shards of 5 GB), converts it, converts it back with
+--export, three times each, and removes everything again. Each conversion follows a plain copy of the same files. Before each
+measurement they are dropped from the page cache, after it all is flushed to the disk (`sync`), and both count for copy and
+conversion alike. Peak memory is the process's largest resident set. Needs 2.1 times the checkpoint's size of disk space. Results go
+to benchmarks/results/convert_SIZE.json.
 """
 
 import collections
@@ -139,7 +139,6 @@ def main(_) -> None:
       print(name, {k: round(v, 2) for k, v in figures.items()}, flush=True)
 
     for _ in range(ROUNDS):
-      measure('convert_no_readback', source, ours, '--no_readback')
       measure('convert', source, ours)
     shutil.rmtree(source)
     for _ in range(ROUNDS):

@@ -14,7 +14,7 @@ import tensorstore as ts
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert import export_configs
-from dynllava_jax.convert.convert import DTYPES, check_destination, fingerprint, new_directory, with_progress
+from dynllava_jax.convert.convert import DTYPES, check_destination, new_directory, with_progress
 from dynllava_jax.convert.export_configs import Vocabulary
 from dynllava_jax.convert.layouts import Layout, canonical, to_llava_hf
 from dynllava_jax.convert.plan import Path, slots_by_key
@@ -114,18 +114,26 @@ def export(
     writers = {
       f: ShardWriter(partial / f, [(o.key, o.shape, o.dtype) for o in plan if o.folder == f]) for f in {o.folder for o in plan}
     }
+    stored = {
+      (f, t.key): t for f in writers for t in directory_tensors(partial / f)
+    }  # as the reader of PyTorch checkpoints finds it
 
-    def write(out: Out) -> bytes:
+    def write(out: Out) -> None:
       value = np.ascontiguousarray(out.read().astype(out.dtype, copy=False))
       writers[out.folder].write(out.key, value)
-      return fingerprint(value)
+      if readback and not _same_bits(stored[out.folder, out.key].load(), value):
+        raise ConversionError(
+          f'{stored[out.folder, out.key].origin}: {out.key} read back is not what was written; is the disk failing?'
+        )
 
-    written = with_progress('exporting', write, plan, [o.nbytes for o in plan])
-    if readback:
-      _check(partial, plan, written)
+    with_progress('exporting', write, plan, [o.nbytes for o in plan])
     for name, content in files.items():
       checkpoint.write_atomically(partial / name, content)
   return plan
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+  return a.dtype == b.dtype and np.array_equal(a.view(f'u{a.itemsize}'), b.view(f'u{b.itemsize}'))
 
 
 def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) -> CheckpointInfo:
@@ -226,17 +234,3 @@ def _files(
     images = own.pop('preprocessor_config.json', tower['preprocessor_config.json'])
     own |= {f'{TOWER_FOLDER}/preprocessor_config.json': images, f'{TOWER_FOLDER}/config.json': tower['config.json']}
   return own | {'config.json': (json.dumps(config, indent=1) + '\n').encode()}
-
-
-def _check(directory: pathlib.Path, plan: list[Out], written: list[bytes]) -> None:
-  """Reads every tensor again through the reader of PyTorch checkpoints."""
-  stored = {(f, t.key): t for f in {o.folder for o in plan} for t in directory_tensors(directory / f)}
-
-  def check(item: tuple[Out, bytes]) -> None:
-    out, expected = item
-    if fingerprint(stored[out.folder, out.key].load()) != expected:
-      raise ConversionError(
-        f'{stored[out.folder, out.key].origin}: {out.key} read back is not what was written; is the disk failing?'
-      )
-
-  with_progress('reading back', check, list(zip(plan, written)), [o.nbytes for o in plan])

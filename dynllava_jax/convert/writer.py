@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from dynllava_jax.convert.plan import Leaf, Path
 
 PARAMS = 'params'
+READ_BYTES = 2**20
 
 
 class StepWriter:
@@ -45,6 +46,16 @@ class StepWriter:
     with (self.step_dir / self.file(path, index)).open('wb', buffering=0) as f:
       value.tofile(f)
       os.fsync(f.fileno())
+
+  def holds(self, path: Path, index: tuple[int, ...], value: np.ndarray) -> bool:
+    """Whether a slot, read again, is this to the last bit."""
+    expected, done, block = value.reshape(-1).view(np.uint8), 0, np.empty(READ_BYTES, np.uint8)
+    with (self.step_dir / self.file(path, index)).open('rb', buffering=0) as f:
+      while count := f.readinto(block):
+        if not np.array_equal(block[:count], expected[done : done + count]):
+          return False
+        done += count
+    return done == expected.size
 
   def file(self, path: Path, index: tuple[int, ...]) -> str:
     """The slot's file, below the step directory."""

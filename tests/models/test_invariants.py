@@ -142,6 +142,27 @@ def test_masked_full_length_forward_equals_gathered_forward(params):
     np.testing.assert_allclose(gathered[row, :real], out.logits[row, places], atol=1e-4)
 
 
+def test_masked_forward_equals_gated_decoding(dynamic, params, together):
+  """Training masks over an answer give the logits of decoding it with the gate."""
+  prompt, pixels = batch()
+  stepped, _ = step_by_step(dynamic, prompt, pixels, together.tokens)
+  _, kept_image = dynamic.start(prompt, pixels)
+  whole = np.pad(np.asarray(prompt.tokens), [(0, 0), (0, NEW)])
+  for row, length in enumerate(np.asarray(prompt.length)):
+    whole[row, length : length + NEW - 1] = together.tokens[row, :-1]
+  answered = dataclasses.replace(prompt, tokens=jnp.asarray(whole), length=prompt.length + NEW - 1)
+  kept = np.zeros((len(ROWS), P), bool)
+  np.put_along_axis(kept, np.asarray(kept_image[1]), True, 1)
+  forced = np.where(kept, 100.0, -100.0)  # noise so large that it decides; none for the text, so the larger logit does
+  noise = (jnp.stack([forced, -forced], -1), jnp.zeros((*whole.shape, 2)))
+  model, variables = DynLlava(CFG, DYNAMIC), {'params': cut_params(params, DYNAMIC)}
+  image = model.apply(variables, normalize(pixels, CFG.vision), method='encode_images')
+  out = model.apply(variables, answered, image, prompt.length, NEW - 1, noise, jnp.float32(1.0), method='train_forward')
+  for row, start in enumerate(np.asarray(prompt.length)):
+    np.testing.assert_array_equal(out.text_mask[row, start : start + NEW - 1], together.kept[row, :-1])
+    np.testing.assert_allclose(out.logits[row, start - 1 : start + NEW - 1], stepped[row], atol=1e-4)
+
+
 def test_rows_trained_dense_use_no_mask(params):
   prompt, pixels = batch(ROWS[:2])
   drop = jnp.broadcast_to(jnp.array([-100.0, 100.0]), (2, TEXT + P, 2))  # noise that drops whatever it may
