@@ -31,7 +31,7 @@ DROP_PREDICTORS = flags.DEFINE_bool('drop_predictors', False, 'Export the dense 
 INSPECT = flags.DEFINE_string('inspect', None, 'Describe the checkpoint in this directory, PyTorch or ours, and do nothing else.')
 DTYPE = flags.DEFINE_enum('dtype', 'keep', ['keep', 'float32', 'bfloat16'], 'What to store; keep is what the source has.')
 OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace what is at --dst, once the new checkpoint is whole.')
-NO_READBACK = flags.DEFINE_bool('no_readback', False, 'Do not read everything again after writing to compare checksums.')
+NO_READBACK = flags.DEFINE_bool('no_readback', False, 'Do not read again and compare what was written.')
 VERIFY = flags.DEFINE_string('verify', None, 'Recorded case (.npz) to recompute with the converted weights.')
 
 ONLY_CONVERSION = (BASE, PROJECTOR, ADD_PREDICTORS, SEED, VERIFY)

@@ -58,13 +58,13 @@ def _lines(console: Console, title: str, total: int, done: int, in_bytes: bool) 
     clock = time.monotonic()
     if now < total and clock - last < LINE_EVERY:
       return
-    rate = (now - done) / max(clock - start, 1e-9)
+    rate = max(now - done, 1e-9) / max(clock - start, 1e-9)
     if in_bytes:
       amounts = f'{now / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s'
     else:
       amounts = f'{now:,} of {total:,}, {rate:,.1f}/s'
     left = f', {(total - now) / rate / 60:.0f} min left' if now < total else ''
-    console.print(f'{title}: {amounts}{left}', highlight=False, markup=False)
+    console.print(f'{title}: {amounts}{left}', highlight=False, markup=False, emoji=False, soft_wrap=True)
     last = clock
 
   return advance

@@ -114,17 +114,13 @@ def export(
     writers = {
       f: ShardWriter(partial / f, [(o.key, o.shape, o.dtype) for o in plan if o.folder == f]) for f in {o.folder for o in plan}
     }
-    stored = {
-      (f, t.key): t for f in writers for t in directory_tensors(partial / f)
-    }  # as the reader of PyTorch checkpoints finds it
+    again = {(f, t.key): t for f in writers for t in directory_tensors(partial / f)} if readback else {}
 
     def write(out: Out) -> None:
       value = np.ascontiguousarray(out.read().astype(out.dtype, copy=False))
       writers[out.folder].write(out.key, value)
-      if readback and not _same_bits(stored[out.folder, out.key].load(), value):
-        raise ConversionError(
-          f'{stored[out.folder, out.key].origin}: {out.key} read back is not what was written; is the disk failing?'
-        )
+      if readback and not _same_bits((tensor := again[out.folder, out.key]).load(), value):
+        raise ConversionError(f'{tensor.origin}: {out.key} read back is not what was written; is the disk failing?')
 
     with_progress('exporting', write, plan, [o.nbytes for o in plan])
     for name, content in files.items():

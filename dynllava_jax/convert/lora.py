@@ -90,7 +90,9 @@ def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, file: pathlib.Pa
     raise ConversionError(f'{file}: {b.key} {b.shape} times {a.key} {a.shape} does not fit {weight.key} {weight.shape}')
 
   def read() -> np.ndarray:
-    change = b.load().astype(np.float32) @ a.load().astype(np.float32)
-    return (weight.load().astype(np.float32) + np.float32(scale) * change).astype(weight.dtype)
+    merged = b.load().astype(np.float32) @ a.load().astype(np.float32)
+    merged *= np.float32(scale)
+    merged += weight.load()  # in place: several large ones are on their way at a time
+    return merged.astype(weight.dtype, copy=False)
 
   return Tensor(weight.key, weight.shape, weight.dtype, f'{weight.origin} + {file}', read)

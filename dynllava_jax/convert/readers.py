@@ -174,6 +174,8 @@ def _safetensors(path: pathlib.Path) -> list[Tensor]:
   header.pop('__metadata__', None)
   found = []
   for key, entry in sorted(header.items()):
+    if not isinstance(entry, dict):  # the library takes a list of the values too
+      raise ConversionError(f'{path}: the header describes {key} by a {type(entry).__name__}, expected named entries')
     if entry['dtype'] not in SAFETENSORS_DTYPES:
       raise ConversionError(f'{path}: {key} is stored as {entry["dtype"]}; quantised checkpoints are not supported')
     dtype, shape = np.dtype(SAFETENSORS_DTYPES[entry['dtype']]), tuple(entry['shape'])
@@ -184,12 +186,17 @@ def _safetensors(path: pathlib.Path) -> list[Tensor]:
 
 
 def _stored(path: pathlib.Path, offset: int, nbytes: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  content = np.empty(nbytes, np.uint8)
   with path.open('rb', buffering=0) as f:
-    content = np.fromfile(f, np.uint8, nbytes, offset=offset)
-    if hasattr(os, 'posix_fadvise'):  # not on macOS
+    f.seek(offset)
+    left = content.data
+    while left:  # not numpy's `fromfile`, which takes a disk error for the end of the file
+      count = f.readinto(left)
+      if not count:
+        raise OSError(f'the file ends {left.nbytes:,} bytes too early; has it changed?')
+      left = left[count:]
+    if nbytes and hasattr(os, 'posix_fadvise'):  # not on macOS
       os.posix_fadvise(f.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)  # read once; leaves memory for what is written
-  if content.size != nbytes:
-    raise OSError(f'ends after {content.size} of {nbytes} bytes; has the file changed?')
   return content.view(dtype).reshape(shape)
 
 

@@ -3,6 +3,7 @@
 import collections
 import pathlib
 import resource
+import sys
 import time
 
 from dynllava_jax import checkpoint
@@ -58,6 +59,7 @@ def run_export(src: pathlib.Path, dst: pathlib.Path, layout: str, *, readback: b
 
 
 def _effort(seconds: float, readback: bool) -> str:
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes; Linux counts in KiB
+  unit = 1 if sys.platform == 'darwin' else 1024  # bytes
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   checked = 'read back and found equal' if readback else 'not read back'
   return f'{checked}; {seconds:.1f} s, at most {peak / 1e9:.2f} GB of memory'

@@ -6,7 +6,6 @@ tensor, and the tensors (https://huggingface.co/docs/safetensors), so each can b
 
 import json
 import math
-import os
 import pathlib
 import struct
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from dynllava_jax.convert.readers import SAFETENSORS_DTYPES
+from dynllava_jax.files import write_array
 
 MAX_SHARD_BYTES = 5 * 10**9
 NAMES = {np.dtype(d): name for name, d in SAFETENSORS_DTYPES.items()}
@@ -72,10 +72,5 @@ class ShardWriter:
     """Puts one tensor in its place; returns when it is on disk."""
     shape, dtype = self._specs[key]
     assert value.shape == shape and value.dtype == dtype, (key, value.shape, value.dtype, shape, dtype)
-    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-    place = self._places[key]
     with self.files[key].open('r+b', buffering=0) as f:
-      while data:
-        written = os.pwrite(f.fileno(), data, place)
-        place, data = place + written, data[written:]
-      os.fsync(f.fileno())
+      write_array(f, np.ascontiguousarray(value), self._places[key])

@@ -8,7 +8,6 @@ slot, and their files. The checksum of a slot in memory is then that of its file
 """
 
 import json
-import os
 import pathlib
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax.convert.plan import Leaf, Path
+from dynllava_jax.files import write_array
 
 PARAMS = 'params'
 READ_BYTES = 2**20
@@ -44,8 +44,7 @@ class StepWriter:
   def write(self, path: Path, index: tuple[int, ...], value: np.ndarray) -> None:
     """Puts one slot on disk; returns when it is there."""
     with (self.step_dir / self.file(path, index)).open('wb', buffering=0) as f:
-      value.tofile(f)
-      os.fsync(f.fileno())
+      write_array(f, value)
 
   def holds(self, path: Path, index: tuple[int, ...], value: np.ndarray) -> bool:
     """Whether a slot, read again, is this to the last bit."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -263,3 +264,12 @@ def test_checkpoint_whose_arrays_do_not_match_its_description(source, tmp_path):
   file.write_text(json.dumps(content))
   with pytest.raises(CheckpointError, match=r'! llama/layers/down: stored \(4, 112, 80\), expected \(4, 128, 80\)'):
     checkpoint.load_params(tmp_path / 'out')
+
+
+def test_safetensors_header_of_lists(tmp_path):
+  """The library takes it; what it means is not in the format."""
+  header = json.dumps({'w': ['U8', [8], [0, 8]]}).encode()
+  file = tmp_path / 'model.safetensors'
+  file.write_bytes(struct.pack('<Q', len(header)) + header + bytes(8))
+  with pytest.raises(ConversionError, match='model.safetensors: the header describes w by a list, expected named entries'):
+    file_tensors(file)

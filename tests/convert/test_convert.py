@@ -227,10 +227,30 @@ def test_source_that_fails_while_it_is_read(source, out, hook, message):
 
 def test_source_truncated_while_it_is_read(source, out):
   file = source / 'model.safetensors'
-  message = r'model.safetensors: \S+ cannot be read \(ends after \d+ of \d+ bytes; has the file changed\?\)'
+  message = r'model.safetensors: \S+ cannot be read \(the file ends [\d,]+ bytes too early; has it changed\?\)'
   with pytest.raises(ConversionError, match=message):
     convert(Request(src=source), out, on_open=lambda _: os.truncate(file, file.stat().st_size // 2))
   assert not out.exists()
+
+
+def test_disk_that_takes_little_at_a_time_and_then_nothing(source, out, monkeypatch):
+  """The last bytes of an array count: none is lost, and an error says what the system said."""
+  real, room = os.pwrite, [10**9]
+
+  def pwrite(file, data, offset):
+    if not room[0]:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    written = real(file, data[: min(1000, room[0])], offset)
+    room[0] -= written
+    return written
+
+  monkeypatch.setattr(os, 'pwrite', pwrite)
+  convert(Request(src=source), out, readback=False)
+  checkpoint.check_integrity(out / '0', 'params')
+  room[0] = 100
+  with pytest.raises(ConversionError, match=r'out: cannot be written \(.*No space left on device\)'):
+    convert(Request(src=source), out, overwrite=True, readback=False)
+  checkpoint.check_integrity(out / '0', 'params')
 
 
 def test_checkpoint_that_the_benchmark_makes(tmp_path, out):

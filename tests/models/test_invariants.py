@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +74,12 @@ def step_by_step(generator, prompt, pixels, tokens):
   return np.stack(logits, 1), turn
 
 
+def in_one_program(stages, params, function):
+  """`function` of the model, compiled as a whole: its operations one by one take several times as long."""
+  model = DynLlava(CFG, stages)
+  return jax.jit(lambda p: nn.apply(function, model)({'params': p}))(cut_params(params, stages))
+
+
 def test_rows_mix_and_drop(together):
   """The cases below say something only if some tokens are dropped and some kept."""
   assert 0.2 < together.kept[:, :-1].mean() < 0.8
@@ -125,16 +132,19 @@ def test_prefill_plus_steps_equals_one_forward(params):
 def test_masked_full_length_forward_equals_gathered_forward(params):
   """Training masks that say what the selector says give the logits of the shortened sequence."""
   prompt, pixels = batch(ROWS[:2])
-  model = DynLlava(CFG, DYNAMIC)
-  variables = {'params': cut_params(params, DYNAMIC)}
-  image = model.apply(variables, normalize(pixels, CFG.vision), method='encode_images')
-  hidden, traces, _ = model.apply(variables, prompt, image, CacheSpec(max_new_tokens=1), method='prefill')
-  gathered = model.apply(variables, hidden, method='logits')
+
+  def prefill(model):
+    image = model.encode_images(normalize(pixels, CFG.vision))
+    hidden, traces, _ = model.prefill(prompt, image, CacheSpec(max_new_tokens=1))
+    return image, traces, model.logits(hidden)
+
+  image, traces, gathered = in_one_program(DYNAMIC, params, prefill)
   kept = np.zeros((2, P), bool)
   np.put_along_axis(kept, np.asarray(traces[1].kept_image), True, 1)
   forced = np.where(kept, 100.0, -100.0)  # noise so large that it decides
   noise = (jnp.stack([forced, -forced], -1), jnp.zeros((2, TEXT + P, 2)))
-  out = model.apply(variables, prompt, image, prompt.length, 50, noise, jnp.float32(1.0), method='train_forward')
+  masked = lambda model: model.train_forward(prompt, image, prompt.length, 50, noise, jnp.float32(1.0))
+  out = in_one_program(DYNAMIC, params, masked)
   np.testing.assert_array_equal(out.image_mask, kept)
   for row in range(2):
     real = int(traces[1].length[row])
@@ -155,9 +165,12 @@ def test_masked_forward_equals_gated_decoding(dynamic, params, together):
   np.put_along_axis(kept, np.asarray(kept_image[1]), True, 1)
   forced = np.where(kept, 100.0, -100.0)  # noise so large that it decides; none for the text, so the larger logit does
   noise = (jnp.stack([forced, -forced], -1), jnp.zeros((*whole.shape, 2)))
-  model, variables = DynLlava(CFG, DYNAMIC), {'params': cut_params(params, DYNAMIC)}
-  image = model.apply(variables, normalize(pixels, CFG.vision), method='encode_images')
-  out = model.apply(variables, answered, image, prompt.length, NEW - 1, noise, jnp.float32(1.0), method='train_forward')
+
+  def masked(model):
+    image = model.encode_images(normalize(pixels, CFG.vision))
+    return model.train_forward(answered, image, prompt.length, NEW - 1, noise, jnp.float32(1.0))
+
+  out = in_one_program(DYNAMIC, params, masked)
   for row, start in enumerate(np.asarray(prompt.length)):
     np.testing.assert_array_equal(out.text_mask[row, start : start + NEW - 1], together.kept[row, :-1])
     np.testing.assert_allclose(out.logits[row, start - 1 : start + NEW - 1], stepped[row], atol=1e-4)
@@ -168,9 +181,11 @@ def test_rows_trained_dense_use_no_mask(params):
   drop = jnp.broadcast_to(jnp.array([-100.0, 100.0]), (2, TEXT + P, 2))  # noise that drops whatever it may
 
   def logits(stages, *extra):
-    model, variables = DynLlava(CFG, stages), {'params': cut_params(params, stages)}
-    image = model.apply(variables, normalize(pixels, CFG.vision), method='encode_images')
-    return model.apply(variables, prompt, image, prompt.length, 50, *extra, method='train_forward').logits
+    def forward(model):
+      image = model.encode_images(normalize(pixels, CFG.vision))
+      return model.train_forward(prompt, image, prompt.length, 50, *extra).logits
+
+    return in_one_program(stages, params, forward)
 
   sparse = logits(DYNAMIC, (drop[:, :P], drop), jnp.float32(1.0), jnp.array([True, False]))
   whole = logits((Stage(),), None, None)
