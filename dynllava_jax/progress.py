@@ -50,13 +50,13 @@ def progress(console: Console, title: str, total: int, *, done: int = 0, in_byte
 
 def _lines(console: Console, title: str, total: int, done: int, in_bytes: bool) -> Callable[[int], None]:
   start = last = time.monotonic()
-  now = done
+  now, shown = done, False
 
   def advance(more: int) -> None:
-    nonlocal last, now
+    nonlocal last, now, shown
     now += more
     clock = time.monotonic()
-    if now < total and clock - last < LINE_EVERY:
+    if clock - last < LINE_EVERY and not (shown and now >= total):  # what is short needs no line
       return
     rate = max(now - done, 1e-9) / max(clock - start, 1e-9)
     if in_bytes:
@@ -65,6 +65,6 @@ def _lines(console: Console, title: str, total: int, done: int, in_bytes: bool) 
       amounts = f'{now:,} of {total:,}, {rate:,.1f}/s'
     left = f', {(total - now) / rate / 60:.0f} min left' if now < total else ''
     console.print(f'{title}: {amounts}{left}', highlight=False, markup=False, emoji=False, soft_wrap=True)
-    last = clock
+    last, shown = clock, True
 
   return advance
