@@ -1,4 +1,4 @@
-"""Files written so that an interruption leaves the old one or the new one, never half of one."""
+"""Writing files: small ones replaced whole or not at all, large arrays in place and surely on the disk."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-  """Writes to a temporary name in the same folder, then renames."""
+  """Writes to a temporary name in the same folder, then renames: an interruption leaves the old file or the new one."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   temporary.write_bytes(content)
