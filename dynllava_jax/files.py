@@ -1,10 +1,20 @@
-"""Writing files: small ones replaced whole or not at all, large arrays in place and surely on the disk."""
+"""Reading and writing files: small ones replaced whole or not at all, large arrays past the page cache.
 
+What is read or written once gains nothing from the cache: copying it there costs several times the rest, and what is read back to
+be compared would come from memory instead of the disk.
+"""
+
+import contextlib
+import errno
 import os
 import pathlib
-from typing import BinaryIO
+from collections.abc import Iterator
 
 import numpy as np
+
+DIRECT = getattr(os, 'O_DIRECT', 0)  # macOS has none
+SECTOR = 4096  # bytes; place and size of what goes past the cache, in file and memory, are multiples of a disk's sector
+BLOCK = 2**22  # bytes written or compared at a time
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -15,14 +25,75 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
   os.replace(temporary, path)
 
 
-def write_array(file: BinaryIO, value: np.ndarray, offset: int = 0) -> None:
-  """Writes all bytes of a contiguous array into an unbuffered file; returns when the disk has them.
+def write_array(path: pathlib.Path, value: np.ndarray, offset: int = 0) -> None:
+  """Writes all bytes of a contiguous array into a file, new or not; returns when the disk has them.
 
   Raises:
     OSError: says why; numpy's `tofile` may lose the end of an array on a full disk without a word.
   """
-  data = value.reshape(-1).view(np.uint8).data
-  while data:
-    written = os.pwrite(file.fileno(), data, offset)
-    offset, data = offset + written, data[written:]
-  os.fsync(file.fileno())
+  data = value.reshape(-1).view(np.uint8)
+  place, end = offset, offset + data.size
+  block = _aligned(min(BLOCK, data.size))
+  with _opened(path, os.O_WRONLY | os.O_CREAT) as cached, _opened(path, os.O_WRONLY | DIRECT) as direct:
+    while place < end:
+      to_sector, left = -place % SECTOR, end - place
+      if to_sector or left < SECTOR:  # part of a sector, at either end
+        handle, count = cached, min(to_sector or left, left)
+      else:
+        handle, count = direct, min(BLOCK, left - left % SECTOR)
+      block[:count] = data[place - offset :][:count]
+      place += os.pwrite(handle, block[:count].data, place)
+    os.fsync(cached)
+
+
+def read_array(path: pathlib.Path, offset: int, nbytes: int) -> np.ndarray:
+  """A part of a file, uint8[nbytes].
+
+  Raises:
+    OSError: says why, also if the file ends before that.
+  """
+  before = offset % SECTOR
+  wanted = before + nbytes
+  memory = _aligned(wanted + -wanted % SECTOR)
+  done = 0
+  with _opened(path, os.O_RDONLY | DIRECT) as handle:
+    while done < wanted:
+      count = os.preadv(handle, [memory[done:].data], offset - before + done)
+      if not count:
+        raise OSError(f'the file ends {wanted - done:,} bytes too early; has it changed?')
+      done += count
+  return memory[before:wanted]
+
+
+def is_array(path: pathlib.Path, value: np.ndarray) -> bool:
+  """Whether a file holds the bytes of a contiguous array and nothing else."""
+  expected, done = value.reshape(-1).view(np.uint8), 0
+  block = _aligned(min(BLOCK, expected.size + -expected.size % SECTOR))
+  with _opened(path, os.O_RDONLY | DIRECT) as handle:
+    if os.fstat(handle).st_size != expected.size:
+      return False
+    while done < expected.size:
+      count = os.preadv(handle, [block.data], done)
+      if not count or not np.array_equal(block[:count], expected[done : done + count]):
+        return False
+      done += count
+  return True
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path, flags: int) -> Iterator[int]:
+  try:
+    handle = os.open(path, flags, 0o666)
+  except OSError as e:
+    if not (e.errno == errno.EINVAL and flags & DIRECT):
+      raise
+    handle = os.open(path, flags & ~DIRECT, 0o666)  # a file system that has nothing but its cache
+  try:
+    yield handle
+  finally:
+    os.close(handle)
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+  memory = np.empty(nbytes + SECTOR, np.uint8)
+  return memory[-memory.ctypes.data % SECTOR :][:nbytes]

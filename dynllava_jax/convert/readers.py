@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import struct
 import threading
@@ -13,6 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from dynllava_jax.files import read_array
 
 SAFETENSORS_DTYPES = {
   'F64': np.float64,
@@ -186,18 +187,7 @@ def _safetensors(path: pathlib.Path) -> list[Tensor]:
 
 
 def _stored(path: pathlib.Path, offset: int, nbytes: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  content = np.empty(nbytes, np.uint8)
-  with path.open('rb', buffering=0) as f:
-    f.seek(offset)
-    left = content.data
-    while left:  # not numpy's `fromfile`, which takes a disk error for the end of the file
-      count = f.readinto(left)
-      if not count:
-        raise OSError(f'the file ends {left.nbytes:,} bytes too early; has it changed?')
-      left = left[count:]
-    if nbytes and hasattr(os, 'posix_fadvise'):  # not on macOS
-      os.posix_fadvise(f.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)  # read once; leaves memory for what is written
-  return content.view(dtype).reshape(shape)
+  return read_array(path, offset, nbytes).view(dtype).reshape(shape)
 
 
 class _Pickle:

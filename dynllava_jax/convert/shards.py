@@ -72,5 +72,4 @@ class ShardWriter:
     """Puts one tensor in its place; returns when it is on disk."""
     shape, dtype = self._specs[key]
     assert value.shape == shape and value.dtype == dtype, (key, value.shape, value.dtype, shape, dtype)
-    with self.files[key].open('r+b', buffering=0) as f:
-      write_array(f, np.ascontiguousarray(value), self._places[key])
+    write_array(self.files[key], np.ascontiguousarray(value), self._places[key])

@@ -16,10 +16,9 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax.convert.plan import Leaf, Path
-from dynllava_jax.files import write_array
+from dynllava_jax.files import is_array, write_array
 
 PARAMS = 'params'
-READ_BYTES = 2**20
 
 
 class StepWriter:
@@ -43,18 +42,11 @@ class StepWriter:
 
   def write(self, path: Path, index: tuple[int, ...], value: np.ndarray) -> None:
     """Puts one slot on disk; returns when it is there."""
-    with (self.step_dir / self.file(path, index)).open('wb', buffering=0) as f:
-      write_array(f, value)
+    write_array(self.step_dir / self.file(path, index), value)
 
   def holds(self, path: Path, index: tuple[int, ...], value: np.ndarray) -> bool:
-    """Whether a slot, read again, is this to the last bit."""
-    expected, done, block = value.reshape(-1).view(np.uint8), 0, np.empty(READ_BYTES, np.uint8)
-    with (self.step_dir / self.file(path, index)).open('rb', buffering=0) as f:
-      while count := f.readinto(block):
-        if not np.array_equal(block[:count], expected[done : done + count]):
-          return False
-        done += count
-    return done == expected.size
+    """Whether a slot, read again from the disk, is this to the last bit."""
+    return is_array(self.step_dir / self.file(path, index), value)
 
   def file(self, path: Path, index: tuple[int, ...]) -> str:
     """The slot's file, below the step directory."""
