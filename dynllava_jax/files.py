@@ -6,15 +6,17 @@ be compared would come from memory instead of the disk.
 
 import contextlib
 import errno
+import fcntl
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 DIRECT = getattr(os, 'O_DIRECT', 0)  # macOS has none
 SECTOR = 4096  # bytes; place and size of what goes past the cache, in file and memory, are multiples of a disk's sector
 BLOCK = 2**22  # bytes written or compared at a time
+AT_MOST = 2**30  # bytes read at a time; macOS refuses 2**31
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -26,7 +28,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_array(path: pathlib.Path, value: np.ndarray, offset: int = 0) -> None:
-  """Writes all bytes of a contiguous array into a file, new or not; returns when the disk has them.
+  """Writes all bytes of a contiguous array into a file that exists; returns when the disk has them.
 
   Raises:
     OSError: says why; numpy's `tofile` may lose the end of an array on a full disk without a word.
@@ -34,7 +36,7 @@ def write_array(path: pathlib.Path, value: np.ndarray, offset: int = 0) -> None:
   data = value.reshape(-1).view(np.uint8)
   place, end = offset, offset + data.size
   block = _aligned(min(BLOCK, data.size))
-  with _opened(path, os.O_WRONLY | os.O_CREAT) as cached, _opened(path, os.O_WRONLY | DIRECT) as direct:
+  with _opened(path, os.O_WRONLY) as cached, _opened(path, os.O_WRONLY | DIRECT) as direct:
     while place < end:
       to_sector, left = -place % SECTOR, end - place
       if to_sector or left < SECTOR:  # part of a sector, at either end
@@ -42,7 +44,7 @@ def write_array(path: pathlib.Path, value: np.ndarray, offset: int = 0) -> None:
       else:
         handle, count = direct, min(BLOCK, left - left % SECTOR)
       block[:count] = data[place - offset :][:count]
-      place += os.pwrite(handle, block[:count].data, place)
+      place += _past_cache(os.pwrite, handle, block[:count].data, place)
     os.fsync(cached)
 
 
@@ -58,9 +60,9 @@ def read_array(path: pathlib.Path, offset: int, nbytes: int) -> np.ndarray:
   done = 0
   with _opened(path, os.O_RDONLY | DIRECT) as handle:
     while done < wanted:
-      count = os.preadv(handle, [memory[done:].data], offset - before + done)
+      count = _past_cache(os.preadv, handle, [memory[done:][:AT_MOST].data], offset - before + done)
       if not count:
-        raise OSError(f'the file ends {wanted - done:,} bytes too early; has it changed?')
+        raise OSError(f'the file ends {offset + nbytes - os.fstat(handle).st_size:,} bytes too early; has it changed?')
       done += count
   return memory[before:wanted]
 
@@ -73,7 +75,7 @@ def is_array(path: pathlib.Path, value: np.ndarray) -> bool:
     if os.fstat(handle).st_size != expected.size:
       return False
     while done < expected.size:
-      count = os.preadv(handle, [block.data], done)
+      count = _past_cache(os.preadv, handle, [block.data], done)
       if not count or not np.array_equal(block[:count], expected[done : done + count]):
         return False
       done += count
@@ -83,15 +85,27 @@ def is_array(path: pathlib.Path, value: np.ndarray) -> bool:
 @contextlib.contextmanager
 def _opened(path: pathlib.Path, flags: int) -> Iterator[int]:
   try:
-    handle = os.open(path, flags, 0o666)
+    handle = os.open(path, flags)
   except OSError as e:
     if not (e.errno == errno.EINVAL and flags & DIRECT):
       raise
-    handle = os.open(path, flags & ~DIRECT, 0o666)  # a file system that has nothing but its cache
+    handle = os.open(path, flags & ~DIRECT)  # a file system that has nothing but its cache
   try:
     yield handle
   finally:
     os.close(handle)
+
+
+def _past_cache(call: Callable[..., int], handle: int, *arguments) -> int:
+  """A read or write by a handle that is given the cache for good if it cannot do without, as with larger sectors."""
+  try:
+    return call(handle, *arguments)
+  except OSError as e:
+    flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+    if not (e.errno == errno.EINVAL and flags & DIRECT):
+      raise
+    fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~DIRECT)
+    return call(handle, *arguments)
 
 
 def _aligned(nbytes: int) -> np.ndarray:

@@ -41,8 +41,10 @@ class StepWriter:
     (self._folder(path) / '0').unlink()
 
   def write(self, path: Path, index: tuple[int, ...], value: np.ndarray) -> None:
-    """Puts one slot on disk; returns when it is there."""
-    write_array(self.step_dir / self.file(path, index), value)
+    """Puts one slot on disk, in a new file; returns when it is there."""
+    file = self.step_dir / self.file(path, index)
+    file.touch(exist_ok=False)
+    write_array(file, value)
 
   def holds(self, path: Path, index: tuple[int, ...], value: np.ndarray) -> bool:
     """Whether a slot, read again from the disk, is this to the last bit."""

@@ -29,7 +29,6 @@ from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.report import run_conversion
 from dynllava_jax.convert.source import Request
 from dynllava_jax.convert.verify import load_case
-from dynllava_jax.files import SECTOR
 
 
 @pytest.fixture
@@ -242,9 +241,8 @@ def test_disk_that_takes_little_at_a_time_and_then_nothing(source, out, monkeypa
   def pwrite(file, data, offset):
     if not room[0]:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    least = SECTOR if len(data) >= SECTOR else 1000  # the system cuts what goes past its cache at sectors only
-    written = real(file, data[:least], offset)
-    room[0] = max(0, room[0] - written)
+    written = real(file, data[: min(1000, room[0])], offset)
+    room[0] -= written
     return written
 
   monkeypatch.setattr(os, 'pwrite', pwrite)
