@@ -153,10 +153,10 @@ def generate(topology: str, model: ModelConfig, stages: tuple[Stage, ...], batch
 FROZEN = ('vision', 'projector')
 PROGRAMS = {
   # 2,048 positions are LLaVA's limit; the paper's global batch is 64.
-  'train_7b_v5p': lambda: train('v5p:4x4x4', (1, 64, 1), presets.DYNAMIC_LLAVA_7B, 64, 1472, FROZEN),
-  'train_13b_v5p': lambda: train('v5p:4x4x4', (1, 64, 1), presets.DYNAMIC_LLAVA_13B, 64, 1472, FROZEN),
+  'train_7b_v5p': lambda: train('v5p:4x4x4', (4, 16, 1), presets.DYNAMIC_LLAVA_7B, 64, 1472, FROZEN),
+  'train_13b_v5p': lambda: train('v5p:4x4x4', (4, 16, 1), presets.DYNAMIC_LLAVA_13B, 64, 1472, FROZEN),
   'train_7b_v5e': lambda: train('v5e:16x16', (1, 64, 4), presets.DYNAMIC_LLAVA_7B, 64, 1472, FROZEN),
-  'finetune_7b_v5p': lambda: train('v5p:4x4x4', (1, 64, 1), presets.LLAVA_1_5_7B, 128, 1472, ('vision',)),
+  'finetune_7b_v5p': lambda: train('v5p:4x4x4', (4, 16, 1), presets.LLAVA_1_5_7B, 128, 1472, ('vision',)),
 }
 for name, stages in (('dense', DENSE), ('dynamic', DYNAMIC)):
   for part in ('prefill', 'decode'):

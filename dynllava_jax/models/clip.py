@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax.config import VisionConfig
-from dynllava_jax.models.layers import Dense, Dtype, LayerNorm, partitioned, scan_layers
+from dynllava_jax.models.layers import Dense, Dtype, LayerNorm, batch_split, partitioned, scan_layers
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ class VisionBlock(nn.Module):
     x = x + jnp.einsum('btnh,nhd->btd', y, out.astype(dtype)) + out_bias.astype(dtype)
     y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm2')(x)
     y = quick_gelu(Dense(cfg.mlp_dim, dtype, ('embed', 'mlp'), name='fc1')(y))
-    return x + Dense(cfg.hidden_size, dtype, ('mlp', 'embed'), name='fc2')(y), None
+    return batch_split(x + Dense(cfg.hidden_size, dtype, ('mlp', 'embed'), name='fc2')(y)), None
 
 
 class VisionTower(nn.Module):
@@ -80,7 +80,7 @@ class VisionTower(nn.Module):
     positions = self.param('position_embedding', partitioned(grid_embedding, None, 'embed'), (cfg.num_patches + 1, cfg.hidden_size))
     first = jnp.broadcast_to(class_token.astype(dtype), (batch, 1, cfg.hidden_size))
     x = jnp.concatenate([first, patches @ kernel.astype(dtype)], 1) + positions.astype(dtype)
-    x = LayerNorm(cfg.layer_norm_eps, dtype, name='pre_layernorm')(x)
+    x = batch_split(LayerNorm(cfg.layer_norm_eps, dtype, name='pre_layernorm')(x))
     if cfg.layers_run:
       x, _ = scan_layers(VisionBlock, cfg.layers_run, ())(cfg, dtype, name='layers')(x)
     return x[:, 1:]

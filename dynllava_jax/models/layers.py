@@ -14,6 +14,14 @@ def partitioned(init: Callable, *names: str | None) -> Callable:
   return nn.with_logical_partitioning(init, names)
 
 
+def batch_split(x: jax.Array) -> jax.Array:
+  """float[B, ...] -> the same, its rows on the mesh's devices as those of a batch.
+
+  XLA would rather follow the split of the weights: every device would then compute all rows, from a part of the width each.
+  """
+  return nn.with_logical_constraint(x, ('batch',) + (None,) * (x.ndim - 1))
+
+
 class Dense(nn.Module):
   """y = x W + b with W: [in, out]. `axes` names W's two axes."""
 

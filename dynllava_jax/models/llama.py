@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax.config import LlamaConfig, Stage
-from dynllava_jax.models.layers import Dtype, partitioned, scan_layers
+from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
 from dynllava_jax.ops.attention import cached_attention, causal_attention, policy_attention
 from dynllava_jax.ops.rope import apply_rope, rope_angles
 
@@ -100,8 +100,7 @@ class Block(nn.Module):
       gate = y @ self._weight('gate', (width, cfg.mlp_dim), ('embed', 'mlp'))
       up = y @ self._weight('up', (width, cfg.mlp_dim), ('embed', 'mlp'))
       x = x + (jax.nn.silu(gate) * up) @ self._weight('down', (cfg.mlp_dim, width), ('mlp', 'embed'))
-    x = nn.with_logical_constraint(x, ('batch', None, None))
-    return x, (k, v)
+    return batch_split(x), (k, v)
 
 
 class Llama(nn.Module):
@@ -127,7 +126,7 @@ class Llama(nn.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int32[B, T] -> float[B, T, D]."""
-    return self.embedding.astype(self.dtype)[tokens]
+    return batch_split(self.embedding.astype(self.dtype)[tokens])
 
   def run_stage(
     self,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax.config import PredictorConfig
-from dynllava_jax.models.layers import Dense, Dtype, LayerNorm, gelu, partitioned, scan_layers
+from dynllava_jax.models.layers import Dense, Dtype, LayerNorm, batch_split, gelu, partitioned, scan_layers
 
 EPS = 1e-5
 
@@ -45,7 +45,7 @@ class PredictorBlock(nn.Module):
     y = jax.nn.dot_product_attention(q, k, v)
     x = x + Dense(cfg.d_model, dtype, name='proj')(y.reshape(x.shape))
     y = gelu(Dense(cfg.mlp_dim, dtype, ('embed', 'mlp'), name='fc1')(LayerNorm(EPS, dtype, name='norm2')(x)))
-    return x + Dense(cfg.d_model, dtype, ('mlp', 'embed'), name='fc2')(y), None
+    return batch_split(x + Dense(cfg.d_model, dtype, ('mlp', 'embed'), name='fc2')(y)), None
 
 
 class ImagePredictor(nn.Module):
@@ -59,7 +59,7 @@ class ImagePredictor(nn.Module):
     """float[B, P, D] -> float[B, P, 2]."""
     cfg, dtype = self.cfg, self.dtype
     x = LayerNorm(EPS, dtype, name='norm')(x)
-    x = gelu(Dense(cfg.d_model, dtype, ('embed', None), name='down')(x))
+    x = gelu(batch_split(Dense(cfg.d_model, dtype, ('embed', None), name='down')(x)))
     x, _ = scan_layers(PredictorBlock, cfg.num_layers, ())(cfg, dtype, name='blocks')(x)
     local, shared = jnp.split(x, 2, axis=-1)
     x = jnp.concatenate([local, jnp.broadcast_to(shared.mean(1, keepdims=True), shared.shape)], -1)
@@ -76,5 +76,5 @@ class TextPredictor(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """float[..., D] -> float[..., 2]."""
     x = LayerNorm(EPS, self.dtype, name='norm')(x)
-    x = gelu(Dense(self.cfg.d_model, self.dtype, ('embed', None), name='down')(x))
+    x = gelu(batch_split(Dense(self.cfg.d_model, self.dtype, ('embed', None), name='down')(x)))
     return Head(self.cfg.d_model, self.dtype, name='head')(x)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from dynllava_jax.config import ModelConfig
-from dynllava_jax.models.layers import Dense, Dtype, gelu
+from dynllava_jax.models.layers import Dense, Dtype, batch_split, gelu
 
 
 class Projector(nn.Module):
@@ -17,5 +17,5 @@ class Projector(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """float[B, P, vision width] -> float[B, P, D]."""
     for i in range(self.cfg.projector_depth):
-      x = Dense(self.cfg.llama.hidden_size, self.dtype, ('mlp', 'embed'), name=f'linear_{i}')(gelu(x) if i else x)
+      x = batch_split(Dense(self.cfg.llama.hidden_size, self.dtype, ('mlp', 'embed'), name=f'linear_{i}')(gelu(x) if i else x))
     return x

@@ -32,10 +32,11 @@ from dynllava_jax.config import (
   VisionConfig,
   to_dict,
 )
+from dynllava_jax.data.batches import Batch
 from dynllava_jax.evals import report
 from dynllava_jax.training import plot
 from dynllava_jax.training.metrics import MetricsLog, read_metrics
-from dynllava_jax.training.step import make_optimizer, schedule, temperature
+from dynllava_jax.training.step import State, cut_abstract, make_optimizer, make_train_step, schedule, split_frozen, temperature
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MODEL = ModelConfig(
@@ -281,6 +282,22 @@ def test_mesh_does_not_change_the_result(base_run, tmp_path):
   for name, tolerance in (('loss', 1e-3), ('grad_norm', 2e-3)):
     split, whole = ([line[name] for line in read_metrics(w)] for w in (tmp_path, base_run))
     np.testing.assert_allclose(split, whole, rtol=tolerance)
+
+
+def test_every_device_computes_its_own_rows_only():
+  """On eight devices each does an eighth of the work, whatever the split of the weights would suggest."""
+  cfg = dynamic(mesh=MeshConfig(fsdp=8))
+  mesh, optimizer = sharding.make_mesh(cfg.mesh), make_optimizer(cfg.optimizer, cfg.steps)
+  size = cfg.data.text_length + cfg.model.vision.num_patches
+  shape = lambda dims, dtype: jax.ShapeDtypeStruct((cfg.batch_size, *dims), dtype)
+  row, token, image = shape((), jnp.int32), shape((size,), jnp.int32), cfg.model.vision.image_size
+  batch = Batch(shape((image, image, 3), jnp.uint8), token, token, row, row, row, shape((), jnp.uint32))
+  with sharding.on_mesh(mesh):
+    trained, frozen = (sharding.unboxed(t) for t in split_frozen(cut_abstract(cfg), cfg.frozen))
+    state = State(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained))
+    step = make_train_step(cfg, optimizer, mesh).lower(state, frozen, batch)
+  of_all, of_one = step.cost_analysis()['flops'], step.compile().cost_analysis()['flops']  # loop bodies count once
+  assert of_all / 8 < of_one < 1.08 * of_all / 8
 
 
 def test_batch_must_divide_over_the_mesh(tmp_path):
