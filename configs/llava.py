@@ -8,8 +8,10 @@ pretrain: 558,128 captions, projector only, batch 256, learning rate 1e-3 (LLaVA
 finetune: 665,298 conversations, projector and language model, batch 128, 2e-5 (scripts/v1_5/finetune.sh).
 dynamic: the 624,610 of them with an image, language model 5e-6 and predictors 2e-4, batch 64 (the authors' training script).
 
-One epoch each; `steps` counts its whole batches. Hardware: meant for v5p-128 (64 chips of 16 hosts, parameters sharded over all
-of them; --multihost on each host); not run on any accelerator yet, so there is no expected score here.
+One epoch each; `steps` counts its whole batches. Hardware: meant for v5p-128 (64 chips of 16 hosts; --multihost on each host) with
+--config.mesh.data=4, so that weights are split 16 ways: the TPU compiler gathers over all 64 chips by sums of zeros, which costs a
+sixth of the step and twice the traffic. Elsewhere all devices share the weights, which takes the least memory. Not run on any
+accelerator yet, so there is no expected score here.
 """
 
 from ml_collections import ConfigDict

@@ -25,7 +25,7 @@ from dynllava_jax.convert.tables import llava_rules
 from dynllava_jax.losses import training_losses
 from dynllava_jax.models.dynllava import DynLlava, Prompt, answer_mask, cut_params, join_params
 from dynllava_jax.ops import layout
-from dynllava_jax.ops.attention import policy_softmax
+from dynllava_jax.ops.attention import policy_attention
 
 LOGITS, LOSS, GRADIENT, EXACT = 1e-4, 1e-5, 5e-4, 0.0
 GRADIENTS = ('train/grad_total/', 'train/grad_ce/')  # of the whole loss, of cross entropy alone
@@ -306,11 +306,15 @@ class Verifier:
         yield Quantity(f'{at}{what} ({len(errors)} of {rows * steps} rows)', error, LOGITS)
 
   def softmax(self) -> Iterator[Quantity]:
-    """The policy softmax alone."""
-    out = policy_softmax(
-      jnp.asarray(self.case['unit_softmax/scores']), jnp.asarray(self.case['unit_softmax/policy'])[:, None, :, 0]
-    )
-    yield compare('unit_softmax/out', out, self.case['unit_softmax/out'], 1e-6)
+    """The policy softmax alone: one-hot keys make queries the scores, one-hot values make the output the weights."""
+    scores = self.case['unit_softmax/scores']  # [B, N, T, S], -inf where attention masks anyway
+    batch, heads, size, _ = scores.shape
+    head_dim = 4 ** size.bit_length()  # its root, by which queries are scaled, is exact
+    one_hot = jnp.broadcast_to(jnp.eye(size, head_dim)[:, None], (batch, size, heads, head_dim))
+    queries = np.where(np.isfinite(scores), scores, 0).transpose(0, 2, 1, 3) * head_dim**0.5
+    q = jnp.pad(queries, [(0, 0)] * 3 + [(0, head_dim - size)])
+    out = policy_attention(q, one_hot, one_hot, jnp.asarray(self.case['unit_softmax/policy'])[..., 0])
+    yield compare('unit_softmax/out', out[..., :size].transpose(0, 2, 1, 3), self.case['unit_softmax/out'], 1e-6)
 
   def train(self) -> Iterator[Quantity]:
     """The training forward with the recorded noise: masks, logits, losses, gradients."""

@@ -12,6 +12,12 @@ POLICY_EPS = 1e-6  # as in the authors' `softmax_with_policy`
 CAUSAL_BLOCKS = 4
 
 
+def causal_blocks(length: int) -> list[tuple[int, int]]:
+  """First and last + 1 query of each block."""
+  size = -(-length // CAUSAL_BLOCKS)
+  return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Each query sees itself and what stands before it; right padding therefore needs no mask.
 
@@ -21,53 +27,40 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   Returns:
     float[B, T, N, H].
   """
-  length = q.shape[1]
-  size = -(-length // CAUSAL_BLOCKS)
   blocks = []
-  for start in range(0, length, size):
-    end = min(start + size, length)
+  for start, end in causal_blocks(q.shape[1]):
     visible = jnp.arange(end) <= jnp.arange(start, end)[:, None]
     blocks.append(jax.nn.dot_product_attention(q[:, start:end], k[:, :end], v[:, :end], mask=visible[None, None]))
   return jnp.concatenate(blocks, 1)
 
 
-def policy_softmax(scores: jax.Array, policy: jax.Array) -> jax.Array:
-  """Softmax in which key s takes part with weight `policy[s]`, and each query always sees itself.
-
-  The authors' training softmax (golden record `unit_softmax`): the row maximum is over all visible keys,
-  dropped ones included; `eps / S` is added to every key, masked ones too.
-
-  Args:
-    scores: float[..., T, S] with T == S, -inf where a key is not visible.
-    policy: float[..., S], 1 = keep, 0 = drop; broadcastable against the leading axes of `scores`.
-
-  Returns:
-    float32[..., T, S].
-  """
-  scores = scores.astype(jnp.float32)
-  size = scores.shape[-1]
-  policy = policy.astype(jnp.float32)[..., None, :]
-  weight_of_key = policy + (1 - policy) * jnp.eye(size)
-  weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * weight_of_key
-  return (weights + POLICY_EPS / size) / (weights.sum(-1, keepdims=True) + POLICY_EPS)
-
-
 def policy_attention(q: jax.Array, k: jax.Array, v: jax.Array, policy: jax.Array) -> jax.Array:
-  """Causal attention whose keys are weighted by `policy` (see `policy_softmax`).
+  """Causal attention in which key s takes part with weight `policy[s]`, and each query always sees itself.
+
+  The authors' training softmax (golden record `unit_softmax`): the row maximum is over all visible keys, dropped ones
+  included; `eps / S` is added to every key, those that are not visible too.
 
   Args:
-    q: float[B, T, N, H]; k, v: float[B, T, K, H]; policy: float[B, T].
+    q: float[B, T, N, H]; k, v: float[B, T, K, H]; policy: float[B, T], 1 = keep, 0 = drop.
 
   Returns:
     float[B, T, N, H].
   """
   batch, length, heads, head_dim = q.shape
   grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
-  scores = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-  scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -jnp.inf)
-  weights = policy_softmax(scores, policy[:, None, None, :])
-  out = jnp.einsum('bkgts,bskh->btkgh', weights.astype(v.dtype), v)
-  return out.reshape(batch, length, heads, head_dim)
+  policy = policy.astype(jnp.float32)[:, None, None, None]
+  # What eps gives to every key is one vector for all queries. So no score is computed for keys that are not visible.
+  leaked = POLICY_EPS / length * v.astype(jnp.float32).sum(1)[:, None, :, None]
+  blocks = []
+  for start, end in causal_blocks(length):
+    query, key = jnp.arange(start, end)[:, None], jnp.arange(end)
+    scores = jnp.einsum('btkgh,bskh->bkgts', grouped[:, start:end], k[:, :end], preferred_element_type=jnp.float32)
+    scores = jnp.where(key <= query, scores * head_dim**-0.5, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * jnp.where(key == query, 1.0, policy[..., :end])
+    total = weights.sum(-1).transpose(0, 3, 1, 2)[..., None] + POLICY_EPS
+    out = jnp.einsum('bkgts,bskh->btkgh', weights.astype(v.dtype), v[:, :end], preferred_element_type=jnp.float32)
+    blocks.append(((out + leaked) / total).astype(v.dtype))
+  return jnp.concatenate(blocks, 1).reshape(batch, length, heads, head_dim)
 
 
 def cached_attention(
