@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynllava_jax.ops.attention import cached_attention, causal_attention, policy_attention
+from dynllava_jax.ops.attention import SMALLEST_BLOCK, cached_attention, causal_attention, policy_attention
 from dynllava_jax.ops.rope import apply_rope, rope_angles
 
 
@@ -18,6 +18,23 @@ def qkv(request):
 
 def test_keeping_everything_is_causal_attention(qkv):
   np.testing.assert_allclose(policy_attention(*qkv, jnp.ones((2, 9))), causal_attention(*qkv), atol=3e-6)
+
+
+def test_blocks_of_queries_change_nothing():
+  """Against the formula of the authors' softmax over all keys at once, in float64, on two whole blocks and a part of one."""
+  keys = jax.random.split(jax.random.key(2), 4)
+  length = 2 * SMALLEST_BLOCK + 44
+  q, k, v = (jax.random.normal(key, (1, length, 2, 8)) for key in keys[:3])
+  policy = jax.random.bernoulli(keys[3], 0.3, (1, length)).astype(jnp.float32)
+  x, y, z = (np.asarray(a[0], np.float64).transpose(1, 0, 2) for a in (q, k, v))
+  scores = np.where(np.tri(length, dtype=bool), x @ y.transpose(0, 2, 1) / 8**0.5, -np.inf)
+
+  def expected(kept, eps):
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * np.where(np.eye(length), 1.0, kept)
+    return ((weights + eps / length) / (weights.sum(-1, keepdims=True) + eps) @ z).transpose(1, 0, 2)
+
+  np.testing.assert_allclose(policy_attention(q, k, v, policy)[0], expected(np.asarray(policy), 1e-6), atol=3e-6)
+  np.testing.assert_allclose(causal_attention(q, k, v)[0], expected(1.0, 0.0), atol=3e-6)
 
 
 def test_dropped_key_is_visible_to_itself_only(qkv):
