@@ -68,7 +68,7 @@ def read_array(path: pathlib.Path, offset: int, nbytes: int) -> np.ndarray:
 
 
 def is_array(path: pathlib.Path, value: np.ndarray) -> bool:
-  """Whether a file holds the bytes of a contiguous array and nothing else."""
+  """Whether a file holds the bytes of a contiguous array and nothing else; OSError if it cannot be read."""
   expected, done = value.reshape(-1).view(np.uint8), 0
   block = _aligned(min(BLOCK, expected.size + -expected.size % SECTOR))
   with _opened(path, os.O_RDONLY | DIRECT) as handle:
