@@ -21,7 +21,7 @@ MULTIHOST = flags.DEFINE_bool('multihost', False, 'One of several processes, one
 
 def main(_) -> None:
   with command_line.readable_errors():
-    from dynllava_jax import loop  # jax starts only after the flags are known to be right
+    from dynllava_jax.training import loop  # jax starts only after the flags are known to be right
 
     cfg = command_line.parse(TrainConfig, CONFIG.value)
     if MULTIHOST.value:

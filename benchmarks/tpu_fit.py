@@ -41,7 +41,8 @@ from dynllava_jax.checkpoint import write_atomically
 from dynllava_jax.config import DENSE, ModelConfig, OptimizerConfig, Stage, TrainConfig
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.generate import Generator
-from dynllava_jax.models.dynllava import Prompt, abstract_params, cut_params
+from dynllava_jax.models.dynllava import Prompt
+from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.training.step import State, cut_abstract, make_optimizer, make_train_step, split_frozen
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'tpu_fit.json'

@@ -11,7 +11,7 @@ bfloat16 (batch_size=16); more of them with `--config.mesh...`.
 
 from ml_collections import ConfigDict
 
-from dynllava_jax.evals import suite
+from dynllava_jax.evals.benchmarks import suite
 
 SPARSE_LAYER = 2
 

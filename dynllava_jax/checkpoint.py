@@ -26,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax.config import DENSE, TOKENIZER_FILES, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict
 from dynllava_jax.files import write_atomically
-from dynllava_jax.models.dynllava import abstract_params
+from dynllava_jax.models.params import abstract_params
 from dynllava_jax.sharding import shardings, unboxed
 
 FORMAT = 1

@@ -16,7 +16,8 @@ import numpy as np
 
 from dynllava_jax.cache import Cache, CacheSpec
 from dynllava_jax.config import ModelConfig, Stage
-from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt, cut_params
+from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
+from dynllava_jax.models.params import cut_params
 from dynllava_jax.ops.images import normalize
 
 PAD = 0  # token after the end of a row

@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 
 from dynllava_jax import presets, sharding
-from dynllava_jax.models.dynllava import init_params
+from dynllava_jax.models.params import init_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'

@@ -13,12 +13,11 @@ ORDER = [
   ('config', 'presets', 'files', 'progress'),
   ('sharding', 'ops'),
   ('cache',),
-  ('selectors',),
+  ('methods',),
   ('models',),
   ('losses', 'generate', 'checkpoint'),
   ('data',),
   ('training', 'evals', 'convert'),
-  ('loop',),
   ('command_line',),
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
@@ -80,7 +79,7 @@ def test_training_evaluation_and_safetensors_conversion_do_not_load_torch(tmp_pa
     '  def find_spec(self, name, *_):\n'
     '    if name.split(".")[0] == "torch": raise ImportError("torch was asked for")\n'
     'sys.meta_path.insert(0, NoTorch())\n'
-    'import dynllava_jax.loop, dynllava_jax.evals.report, dynllava_jax.convert.convert as c\n'
+    'import dynllava_jax.training.loop, dynllava_jax.evals.report, dynllava_jax.convert.convert as c\n'
     'from dynllava_jax.convert.source import Request\n'
     f'c.convert(Request(src=pathlib.Path("tests/golden/public_b/checkpoint")), pathlib.Path({str(tmp_path)!r}))'
   )

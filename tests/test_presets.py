@@ -11,7 +11,8 @@ from dynllava_jax import presets, sharding
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import DENSE, MeshConfig, Stage
 from dynllava_jax.evals import costs
-from dynllava_jax.models.dynllava import DynLlava, Prompt, abstract_params, count_parameters, cut_params
+from dynllava_jax.models.dynllava import DynLlava, Prompt
+from dynllava_jax.models.params import abstract_params, count_parameters, cut_params
 
 DYNAMIC = (Stage(), Stage(start=2, selector='dynamic', image_keep_rate=0.2, text_keep_budget=0.5))
 FASTV = (Stage(), Stage(start=3, selector='uniform', image_keep_rate=0.25))  # same token counts as FastV K=3, R=75 %

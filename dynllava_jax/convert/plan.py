@@ -15,7 +15,7 @@ import numpy as np
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert.readers import FLOATS, ConversionError, Tensor
 from dynllava_jax.convert.tables import Rule, llava_rules, vision_rules
-from dynllava_jax.models.dynllava import abstract_params
+from dynllava_jax.models.params import abstract_params
 from dynllava_jax.sharding import unboxed
 
 EXAMPLES = 12  # lines of an error list

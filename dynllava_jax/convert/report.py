@@ -9,8 +9,10 @@ import time
 from dynllava_jax import checkpoint
 from dynllava_jax.convert.convert import REPORT_FILE, convert
 from dynllava_jax.convert.export import export
+from dynllava_jax.convert.records.base import load_case
+from dynllava_jax.convert.records.dynamic_llava import check_case
 from dynllava_jax.convert.source import Request, Source
-from dynllava_jax.convert.verify import check_case, load_case, verify
+from dynllava_jax.convert.verify import verify
 
 
 def run_conversion(request: Request, dst: pathlib.Path, dtype: str, overwrite: bool, readback: bool, case: str | None) -> bool:

@@ -25,7 +25,7 @@ from dynllava_jax.convert.readers import (
   read_json,
 )
 from dynllava_jax.convert.tables import predictor_rules, projector_rules
-from dynllava_jax.models.dynllava import init_predictors, init_projector
+from dynllava_jax.models.params import init_predictors, init_projector
 
 CARRIED = (
   'config.json',

@@ -32,7 +32,7 @@ def look(cfg: TrainConfig, index: int) -> tuple[Sample, Batch, Tokenizer]:
     ConfigError: no such sample.
     DataError: the sample cannot be used.
   """
-  from dynllava_jax.loop import inherited_tokenizer  # brings the whole trainer
+  from dynllava_jax.training.loop import inherited_tokenizer  # brings the whole trainer
 
   files = inherited_tokenizer(cfg.init_from) if cfg.init_from else new_tokenizer(cfg.data, cfg.model.llama.vocab_size)
   source = training_source(cfg.data, cfg.seed)

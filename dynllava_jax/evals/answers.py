@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems, canonical
+from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Problems, canonical
 from dynllava_jax.evals.folders import fields, read_lines
 
 

@@ -9,8 +9,9 @@ from rich.text import Text
 
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import score, suite
-from dynllava_jax.evals.benchmark import Benchmark, Problems
+from dynllava_jax.evals import score
+from dynllava_jax.evals.benchmarks import suite
+from dynllava_jax.evals.benchmarks.base import Benchmark, Problems
 from dynllava_jax.evals.folders import Folder
 
 WIDTH = 150  # where there is no terminal to ask

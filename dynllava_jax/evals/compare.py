@@ -17,7 +17,7 @@ from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import costs, score
 from dynllava_jax.evals.answers import Labels, join
-from dynllava_jax.evals.benchmark import Benchmark, Problems
+from dynllava_jax.evals.benchmarks.base import Benchmark, Problems
 from dynllava_jax.evals.layout import Loaded
 from dynllava_jax.evals.runner import RunResult
 

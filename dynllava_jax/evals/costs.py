@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from dynllava_jax import cache as kv
-from dynllava_jax import selectors
+from dynllava_jax import methods
 from dynllava_jax.config import ModelConfig, Stage
 
 
@@ -58,7 +58,7 @@ def sample_flops(
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   for stage, end in zip(stages, ends):
     layers = end - stage.start
-    if selectors.get(stage.selector).text_margin:
+    if methods.get(stage.selector).text_margin:
       gated, budget_share = True, stage.text_keep_budget
       total += predictor_flops(model, num_image, len(kept))
     budget = kv.generated_budget(gated, budget_share, spec)
@@ -80,7 +80,7 @@ def cache_bytes(
   ends = [s.start for s in stages[1:]] + [llama.num_layers]
   sizes, gate, budget_share = [], False, 1.0
   for stage, end in zip(stages, ends):
-    if selectors.get(stage.selector).text_margin:
+    if methods.get(stage.selector).text_margin:
       gate, budget_share = True, stage.text_keep_budget
     budget = kv.generated_budget(gate, budget_share, spec)
     slots = kv.capacity(text_length + stage.kept_image_tokens(num_image), budget, gate, spec)

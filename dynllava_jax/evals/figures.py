@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from dynllava_jax.data.images import preprocess
 from dynllava_jax.data.tokenizer import Tokenizer
-from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.layout import Loaded, load_image
 
 matplotlib.use('Agg')

@@ -20,10 +20,10 @@ from dynllava_jax import sharding
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.pipeline import to_mesh
 from dynllava_jax.data.tokenizer import EOS, Tokenizer
-from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals.benchmarks.base import Question
+from dynllava_jax.evals.benchmarks.perplexity import perplexity
 from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, load_weights, pad_rows
-from dynllava_jax.evals.perplexity import perplexity
 from dynllava_jax.evals.runner import on_host, provenance
 from dynllava_jax.evals.store import AnswerStore
 from dynllava_jax.generate import Forced, Generator

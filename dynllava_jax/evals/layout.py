@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dynllava_jax import checkpoint, selectors
+from dynllava_jax import checkpoint, methods
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
 from dynllava_jax.config import IMAGE_ID, ConfigError, EvalRun, ModelConfig, Stage, check_stages
 from dynllava_jax.data import conversation, images
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.resize import resize_tower
 from dynllava_jax.models.dynllava import Prompt
 
@@ -49,7 +49,7 @@ def load_model(name: str, run: EvalRun, default: str) -> Loaded:
     stages = run.stages or info.stages
     check_stages(stages, model)
     for stage in stages:
-      selectors.get(stage.selector)
+      methods.get(stage.selector)
   except ConfigError as e:
     raise ConfigError(f'config.runs.{name}: {e}') from None
   files = checkpoint.read_tokenizer(path)

@@ -12,9 +12,10 @@ from rich.console import Console
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import compare, figures, forced, layout, runner, score, suite
+from dynllava_jax.evals import compare, figures, forced, layout, runner, score
 from dynllava_jax.evals.answers import Labels, join
-from dynllava_jax.evals.benchmark import Benchmark, Problems, Question
+from dynllava_jax.evals.benchmarks import suite
+from dynllava_jax.evals.benchmarks.base import Benchmark, Problems, Question
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import write_atomically
 from dynllava_jax.training.plot import save_figure

@@ -18,7 +18,7 @@ from rich.console import Console
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import TOKENIZER_FILES, EvalConfig, to_dict
 from dynllava_jax.data.pipeline import to_mesh
-from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, Rows, load_weights
 from dynllava_jax.evals.store import AnswerStore, folder_sha256, questions_sha256, source_sha256, versions

@@ -10,9 +10,9 @@ import numpy as np
 
 from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import suite
 from dynllava_jax.evals.answers import Joined, Labels, join, labels_of, read_answers
-from dynllava_jax.evals.benchmark import Benchmark, Problems, Question
+from dynllava_jax.evals.benchmarks import suite
+from dynllava_jax.evals.benchmarks.base import Benchmark, Problems, Question
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import write_atomically
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.folders import read_lines
 from dynllava_jax.files import write_atomically
 

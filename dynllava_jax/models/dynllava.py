@@ -6,23 +6,21 @@ text bucket and the stage list. Axes: B batch, S sequence, T new tokens, P image
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dynllava_jax import cache as kv
-from dynllava_jax import selectors
+from dynllava_jax import methods
 from dynllava_jax.config import DENSE, ModelConfig, Stage, check_stages
-from dynllava_jax.models.clip import VisionBlock, VisionTower
-from dynllava_jax.models.layers import Dtype, LayerNorm, scan_layers
-from dynllava_jax.models.llama import Llama, cut_layers, join_layers
+from dynllava_jax.models.clip import VisionTower
+from dynllava_jax.models.layers import Dtype
+from dynllava_jax.models.llama import Llama
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.selection import gumbel_keep
-from dynllava_jax.sharding import unboxed
 
 
 @jax.tree_util.register_dataclass
@@ -175,7 +173,7 @@ class DynLlava(nn.Module):
     positions = cache.position[:, None] + jnp.arange(length)
     new = []
     for i, (stage, old) in enumerate(zip(self.stages, cache.stages)):
-      text_margin = selectors.get(stage.selector).text_margin
+      text_margin = methods.get(stage.selector).text_margin
       if judge and text_margin:
         margin = text_margin(x[:, 0], self.text_predictor)
         keep = keep & (margin > 0)
@@ -256,7 +254,7 @@ class DynLlava(nn.Module):
 
   def gate(self, index: int) -> tuple[bool, float]:
     """Whether stage `index` holds only kept generated tokens, and its share of room for them."""
-    judging = [s for s in self.stages[: index + 1] if selectors.get(s.selector).text_margin]
+    judging = [s for s in self.stages[: index + 1] if methods.get(s.selector).text_margin]
     return (True, judging[-1].text_keep_budget) if judging else (False, 1.0)
 
   def _start(self, x: jax.Array, length: jax.Array) -> '_State':
@@ -274,7 +272,7 @@ class DynLlava(nn.Module):
     With `answer_start` (no cache) earlier generated tokens are judged too, and `text_slots` is the room
     for text; in a prefill everything but image tokens stays.
     """
-    selector = selectors.get(stage.selector)
+    selector = methods.get(stage.selector)
     if stage.selector == 'all':
       return state
     num_image = self.cfg.vision.num_patches
@@ -282,7 +280,7 @@ class DynLlava(nn.Module):
     budget = stage.kept_image_tokens(num_image)
     has_predictors = self.cfg.predictor is not None
     chosen = selector.select(
-      selectors.SelectorInputs(
+      methods.SelectorInputs(
         image_hidden=layout.take_image_rows(state.x, prompt.image_start, reached),
         seed=prompt.seed,
         image_predictor=self.image_predictor if has_predictors else None,
@@ -328,79 +326,3 @@ def answer_mask(positions: jax.Array, length: jax.Array, answer_start: jax.Array
   long_enough = (length - answer_start) >= min_answer_len
   inside = (positions >= answer_start[:, None]) & (positions < length[:, None])
   return inside & long_enough[:, None]
-
-
-def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
-  """Random parameters in checkpoint form, with logical axis metadata (`flax.linen.meta.unbox` removes it)."""
-
-  def everything(model: DynLlava, pixels, prompt):
-    image = model.encode_images(pixels)
-    if cfg.predictor is not None:
-      model.predict_image(image)
-      model.predict_text(image)
-    return model.logits(model.prefill(prompt, image, kv.CacheSpec(max_new_tokens=1))[0])
-
-  pixels = jnp.zeros((1, cfg.vision.image_size, cfg.vision.image_size, 3))
-  size = cfg.vision.num_patches + 1
-  prompt = Prompt(jnp.zeros((1, size), jnp.int32), jnp.full(1, size), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.uint32))
-  params = DynLlava(cfg).init(key, pixels, prompt, method=everything)['params']
-  if cfg.predictor is not None and cfg.predictor.instruct:
-    params['instruct_predictor'] = params['text_predictor']  # of the same shape; nothing runs it
-  return params | {'llama': {k.replace('stage_0', 'layers'): v for k, v in params['llama'].items()}}
-
-
-def init_predictors(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
-  """Random `image_predictor` and `text_predictor` for a model that has none yet, without axis names."""
-  image_key, text_key = jax.random.split(key)
-  x = jnp.zeros((1, cfg.vision.num_patches, cfg.llama.hidden_size))
-  return unboxed(
-    {
-      'image_predictor': ImagePredictor(cfg.predictor, jnp.float32).init(image_key, x)['params'],
-      'text_predictor': TextPredictor(cfg.predictor, jnp.float32).init(text_key, x)['params'],
-    }
-  )
-
-
-def init_projector(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
-  """A random `projector`, without axis names."""
-  x = jnp.zeros((1, cfg.vision.num_patches, cfg.vision.hidden_size))
-  return unboxed({'projector': Projector(cfg, jnp.float32).init(key, x)['params']})
-
-
-class VisionTail(nn.Module):
-  """The parameters of a full CLIP tower that LLaVA never runs; checkpoints carry them for the way back."""
-
-  cfg: ModelConfig
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """float[B, T, vision width] -> float[B, T, vision width]."""
-    vision = self.cfg.vision
-    unused = vision.num_layers - vision.layers_run
-    if unused:
-      x, _ = scan_layers(VisionBlock, unused, ())(vision, jnp.float32, name='layers')(x)
-    return LayerNorm(vision.layer_norm_eps, jnp.float32, name='post_layernorm')(x)
-
-
-def abstract_params(cfg: ModelConfig, with_tail: bool = False) -> dict[str, Any]:
-  """Shapes of `init_params` without allocating, boxed; `with_tail` adds the unused top of the CLIP tower."""
-  params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-  if with_tail:
-    x = jax.ShapeDtypeStruct((1, 1, cfg.vision.hidden_size), jnp.float32)
-    params['vision_tail'] = jax.eval_shape(VisionTail(cfg).init, jax.random.key(0), x)['params']
-  return params
-
-
-def cut_params(params: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
-  """Checkpoint form to the form that `DynLlava(cfg, stages)` takes. Call it outside jit."""
-  return params | {'llama': cut_layers(params['llama'], stages)}
-
-
-def join_params(params: dict[str, Any]) -> dict[str, Any]:
-  """The inverse of `cut_params`."""
-  return params | {'llama': join_layers(params['llama'])}
-
-
-def count_parameters(params: Any) -> int:
-  """Numbers in a tree of arrays or shapes."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -6,13 +6,10 @@ A stage is one `nn.scan` over its layers. Parameters of stage i live under `stag
 """
 
 import dataclasses
-import itertools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dynllava_jax.config import LlamaConfig, Stage
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
@@ -157,25 +154,3 @@ class Llama(nn.Module):
     x = self.norm(x)
     head = self.embedding.T if self.cfg.tie_embeddings else self.head
     return jnp.einsum('...d,dv->...v', x, head.astype(self.dtype), preferred_element_type=jnp.float32)
-
-
-def cut_layers(llama: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
-  """Checkpoint form (`layers`, stacked [num_layers, ...]) to run form (`stage_0`, `stage_1`, ...).
-
-  Call it outside jit: inside, the slices would be copies held next to the original.
-  """
-  rest = {k: v for k, v in llama.items() if k != 'layers'}
-  starts = [s.start for s in stages] + [None]
-  cuts = itertools.pairwise(starts)
-  return rest | {f'stage_{i}': jax.tree.map(lambda x: x[a:b], llama['layers']) for i, (a, b) in enumerate(cuts)}
-
-
-def join_layers(llama: dict[str, Any]) -> dict[str, Any]:
-  """The inverse of `cut_layers`, for any stage list."""
-  names = sorted((k for k in llama if k.startswith('stage_')), key=lambda k: int(k.removeprefix('stage_')))
-
-  def join(*parts):
-    return parts[0] if len(parts) == 1 else np.concatenate(parts) if isinstance(parts[0], np.ndarray) else jnp.concatenate(parts)
-
-  rest = {k: v for k, v in llama.items() if k not in names}
-  return rest | {'layers': jax.tree.map(join, *(llama[n] for n in names))}

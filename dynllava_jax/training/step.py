@@ -12,7 +12,8 @@ from dynllava_jax import sharding
 from dynllava_jax.config import IGNORE, OptimizerConfig, SparsityConfig, TrainConfig
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.losses import training_losses
-from dynllava_jax.models.dynllava import DynLlava, Prompt, abstract_params, cut_params
+from dynllava_jax.models.dynllava import DynLlava, Prompt
+from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.ops.images import normalize
 
 PREDICTORS = ('image_predictor', 'text_predictor')

@@ -14,8 +14,8 @@ from dynllava_jax.checkpoint import CheckpointError
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.plan import assign
 from dynllava_jax.convert.readers import ConversionError, file_tensors
+from dynllava_jax.convert.records.base import load_case
 from dynllava_jax.convert.source import Request, open_source
-from dynllava_jax.convert.verify import load_case
 
 
 @pytest.fixture

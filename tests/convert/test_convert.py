@@ -26,9 +26,9 @@ from dynllava_jax.config import MeshConfig
 from dynllava_jax.convert import convert as converting
 from dynllava_jax.convert.convert import check_destination, convert, new_directory
 from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.records.base import load_case
 from dynllava_jax.convert.report import run_conversion
 from dynllava_jax.convert.source import Request
-from dynllava_jax.convert.verify import load_case
 
 
 @pytest.fixture

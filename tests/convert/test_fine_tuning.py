@@ -10,13 +10,14 @@ import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file
 
-from dynllava_jax import checkpoint, loop
+from dynllava_jax import checkpoint
 from dynllava_jax.config import DataConfig, OptimizerConfig, TrainConfig
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.export import StepReader, export
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.source import Request
 from dynllava_jax.data.sources import new_tokenizer
+from dynllava_jax.training import loop
 
 CASE = GOLDEN / 'public_b'
 DATA = DataConfig(text_length=104)

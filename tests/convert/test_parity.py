@@ -14,8 +14,10 @@ from conftest import CASES, GOLDEN
 from dynllava_jax import checkpoint
 from dynllava_jax.convert import report
 from dynllava_jax.convert.convert import convert
+from dynllava_jax.convert.records.base import Quantity, compare, load_case
+from dynllava_jax.convert.records.dynamic_llava import Verifier
 from dynllava_jax.convert.source import Request
-from dynllava_jax.convert.verify import Quantity, Verifier, compare, load_case, verify
+from dynllava_jax.convert.verify import verify
 
 pytest.importorskip('torch', reason='reading the recorded .bin checkpoint needs torch')
 

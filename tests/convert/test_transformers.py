@@ -16,11 +16,12 @@ from dynllava_jax.config import DENSE, DataConfig
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.export import export
 from dynllava_jax.convert.readers import directory_tensors
+from dynllava_jax.convert.records.base import prompt_from_ids
 from dynllava_jax.convert.source import Request, open_source
-from dynllava_jax.convert.verify import prompt_from_ids
 from dynllava_jax.data.sources import new_tokenizer
 from dynllava_jax.data.tokenizer import load_tokenizer
-from dynllava_jax.models.dynllava import DynLlava, cut_params
+from dynllava_jax.models.dynllava import DynLlava
+from dynllava_jax.models.params import cut_params
 
 torch = pytest.importorskip('torch', reason='the oracle, transformers, needs torch')
 transformers = pytest.importorskip('transformers')

@@ -12,7 +12,7 @@ from dynllava_jax.data import digits
 from dynllava_jax.data.batches import make_row
 from dynllava_jax.data.conversation import TEMPLATES
 from dynllava_jax.data.tokenizer import MODEL_FILE, load_tokenizer
-from dynllava_jax.evals.digits import score
+from dynllava_jax.evals.benchmarks.digits import score
 
 
 def scan_identities(split):

@@ -18,8 +18,9 @@ import eval as eval_script
 from dynllava_jax import sharding
 from dynllava_jax.config import EvalConfig, EvalRun, Stage
 from dynllava_jax.data.digits import Questions
-from dynllava_jax.evals import forced, layout, report, suite
-from dynllava_jax.evals.benchmark import Problems
+from dynllava_jax.evals import forced, layout, report
+from dynllava_jax.evals.benchmarks import suite
+from dynllava_jax.evals.benchmarks.base import Problems
 from dynllava_jax.evals.folders import Folder
 
 pytest_plugins = ('tiny_suite',)

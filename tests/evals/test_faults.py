@@ -15,8 +15,9 @@ from rich.console import Console
 
 from dynllava_jax.config import ConfigError, EvalConfig, EvalRun, Stage
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import check, compare, layout, report, runner, score, suite
-from dynllava_jax.evals.benchmark import Question
+from dynllava_jax.evals import check, compare, layout, report, runner, score
+from dynllava_jax.evals.benchmarks import suite
+from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.store import AnswerStore
 

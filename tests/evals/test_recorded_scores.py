@@ -7,10 +7,11 @@ import pytest
 from conftest import GOLDEN
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import gqa, hosts, meteor, pope, scienceqa, scienceqa_prompts, score, suite, vqa_text
+from dynllava_jax.evals import hosts, score
+from dynllava_jax.evals.benchmarks import gqa, meteor, pope, scienceqa, scienceqa_prompts, suite, vqa_text
+from dynllava_jax.evals.benchmarks.perplexity import mean_perplexity, perplexity
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.hosts import share
-from dynllava_jax.evals.perplexity import mean_perplexity, perplexity
 
 RECORDED = json.loads((GOLDEN / 'text' / 'scorers.json').read_text())
 
@@ -60,7 +61,7 @@ def test_textvqa_needs_ten_annotators(case):
 
 @pytest.mark.parametrize('case', RECORDED['textvqa_prompt_processor'], ids=lambda c: c['prompt'][:20])
 def test_textvqa_prompts(case):
-  from dynllava_jax.evals.textvqa import question_of
+  from dynllava_jax.evals.benchmarks.textvqa import question_of
 
   if 'exception' in case:
     with pytest.raises(ValueError, match='expected the question'):

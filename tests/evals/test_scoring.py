@@ -13,11 +13,12 @@ from configs import eval as eval_configs
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import ConfigError, EvalConfig, Stage, VisionConfig, from_config_dict
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import compare, forced, meteor, mme, score, suite
+from dynllava_jax.evals import compare, forced, score
 from dynllava_jax.evals.answers import Joined
-from dynllava_jax.evals.benchmark import Gold, canonical, letter
-from dynllava_jax.evals.mmbench import is_empty
-from dynllava_jax.evals.perplexity import perplexity
+from dynllava_jax.evals.benchmarks import meteor, mme, suite
+from dynllava_jax.evals.benchmarks.base import Gold, canonical, letter
+from dynllava_jax.evals.benchmarks.mmbench import is_empty
+from dynllava_jax.evals.benchmarks.perplexity import perplexity
 from dynllava_jax.evals.resize import resize_tower
 from dynllava_jax.presets import DYNAMIC_LLAVA_7B, LLAVA_1_5_7B
 

@@ -17,11 +17,11 @@ from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import LlamaConfig, ModelConfig, PredictorConfig, Stage, VisionConfig
 from dynllava_jax.data.tokenizer import read_files
 from dynllava_jax.evals import forced, runner
-from dynllava_jax.evals.benchmark import LETTER, UNANSWERABLE, WORD
-from dynllava_jax.evals.mme import CATEGORIES
-from dynllava_jax.evals.pope import CATEGORIES as POPE_CATEGORIES
+from dynllava_jax.evals.benchmarks.base import LETTER, UNANSWERABLE, WORD
+from dynllava_jax.evals.benchmarks.mme import CATEGORIES
+from dynllava_jax.evals.benchmarks.pope import CATEGORIES as POPE_CATEGORIES
 from dynllava_jax.generate import Generator
-from dynllava_jax.models.dynllava import abstract_params
+from dynllava_jax.models.params import abstract_params
 
 MODEL = ModelConfig(
   vision=VisionConfig(image_size=56, hidden_size=16, mlp_dim=16, num_layers=2, num_heads=2),

@@ -12,7 +12,8 @@ from dynllava_jax import presets, sharding
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import DENSE, MeshConfig, Stage
 from dynllava_jax.generate import Generator, Sampling, Turn
-from dynllava_jax.models.dynllava import DynLlava, Prompt, abstract_params, cut_params, join_params
+from dynllava_jax.models.dynllava import DynLlava, Prompt
+from dynllava_jax.models.params import abstract_params, cut_params, join_params
 from dynllava_jax.ops.images import normalize
 
 CFG = presets.TINY

@@ -17,7 +17,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
-from dynllava_jax import checkpoint, loop, sharding
+from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import (
   ConfigError,
   DataConfig,
@@ -34,7 +34,7 @@ from dynllava_jax.config import (
 )
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.evals import report
-from dynllava_jax.training import plot
+from dynllava_jax.training import loop, plot
 from dynllava_jax.training.metrics import MetricsLog, read_metrics
 from dynllava_jax.training.step import State, cut_abstract, make_optimizer, make_train_step, schedule, split_frozen, temperature
 
@@ -145,7 +145,7 @@ import jax
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_disable_most_optimizations', True)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from dynllava_jax import loop
+from dynllava_jax.training import loop
 from dynllava_jax.config import TrainConfig, from_config_dict
 if sys.argv[2] == '1':  # the other host is not told
   real = loop.make_train_step

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynllava_jax.evals import vqa_text
-from dynllava_jax.evals.benchmark import (
+from dynllava_jax.evals.benchmarks import vqa_text
+from dynllava_jax.evals.benchmarks.base import (
   LLAVA_EVAL,
   UNANSWERABLE,
   WORD,

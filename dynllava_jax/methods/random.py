@@ -2,8 +2,8 @@
 
 import jax
 
+from dynllava_jax.methods.base import Selector, SelectorInputs
 from dynllava_jax.ops.selection import top_indices
-from dynllava_jax.selectors.base import Selector, SelectorInputs
 
 
 def select(inputs: SelectorInputs, budget: int):

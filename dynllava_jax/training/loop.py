@@ -19,7 +19,7 @@ from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
 from dynllava_jax.config import TOKENIZER_FILES, ConfigError, TrainConfig, first_difference, from_config_dict, to_dict
 from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
 from dynllava_jax.data.sources import TrainingData, new_tokenizer, training_data
-from dynllava_jax.models.dynllava import abstract_params, cut_params, init_params, join_params
+from dynllava_jax.models.params import abstract_params, cut_params, init_params, join_params
 from dynllava_jax.training.metrics import Display, MetricsLog
 from dynllava_jax.training.step import (
   NEVER_TRAINED,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmark import LETTER, LETTER_CN, Benchmark, Gold, Needed, Problems, Question, canonical, letter
+from dynllava_jax.evals.benchmarks.base import LETTER, LETTER_CN, Benchmark, Gold, Needed, Problems, Question, canonical, letter
 from dynllava_jax.evals.folders import Folder
 
 OPTIONS = 'ABCD'

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynllava_jax.evals.benchmark import LLAVA_EVAL, Gold, Lines, Needed, Problems, add_counts, canonical, rates
+from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, add_counts, canonical, rates
 from dynllava_jax.evals.folders import Folder, fields, read_json
 
 LABELS = tuple(f'{d}testdev_balanced_questions.json' for d in ('data/', 'data/questions/', 'data/questions1.2/', ''))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynllava_jax.evals.benchmark import LLAVA_EVAL, Lines, Needed
+from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Lines, Needed
 from dynllava_jax.evals.folders import Folder
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import meteor
-from dynllava_jax.evals.benchmark import Benchmark, Gold, Needed, Problems, Question, canonical, image_folder
+from dynllava_jax.evals.benchmarks import meteor
+from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, canonical, image_folder
 from dynllava_jax.evals.folders import Folder, fields, read_json
 
 PAPER = 'https://github.com/Osilly/dynamic_llava (LVIS-Instruct4V and ShareGPT4V subsets of 1,000)'

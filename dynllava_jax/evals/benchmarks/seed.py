@@ -4,7 +4,7 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from dynllava_jax.evals.benchmark import LLAVA_EVAL, Gold, Lines, Needed, Problems, add_counts, canonical, rates
+from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, add_counts, canonical, rates
 from dynllava_jax.evals.folders import Folder, fields, read_json
 
 LABELS = 'SEED-Bench.json'

@@ -1,7 +1,7 @@
 """Dynamic-LLaVA (arXiv 2412.00876): learned predictors choose image tokens and judge generated ones."""
 
+from dynllava_jax.methods.base import Selector, SelectorInputs
 from dynllava_jax.ops.selection import keep_margin, top_indices
-from dynllava_jax.selectors.base import Selector, SelectorInputs
 
 
 def select(inputs: SelectorInputs, budget: int):

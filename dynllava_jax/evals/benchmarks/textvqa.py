@@ -5,9 +5,9 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmark import LLAVA_EVAL, Gold, Lines, Needed, Problems
+from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems
+from dynllava_jax.evals.benchmarks.vqa import VqaAccuracy
 from dynllava_jax.evals.folders import Folder, fields, read_json
-from dynllava_jax.evals.vqa import VqaAccuracy
 
 LABELS = 'TextVQA_0.5.1_val.json'
 OCR = 'Reference OCR token:'

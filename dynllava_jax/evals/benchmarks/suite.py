@@ -1,18 +1,18 @@
 """The benchmarks by name."""
 
 from dynllava_jax.config import ConfigError
-from dynllava_jax.evals.benchmark import Benchmark
-from dynllava_jax.evals.digits import Digits
-from dynllava_jax.evals.gqa import Gqa
-from dynllava_jax.evals.judged import LlavaBench, MmVet
-from dynllava_jax.evals.longanswers import LvisMulti, LvisSingle, ShareGpt4v
-from dynllava_jax.evals.mmbench import MmBench, MmBenchCn
-from dynllava_jax.evals.mme import Mme
-from dynllava_jax.evals.pope import Pope
-from dynllava_jax.evals.scienceqa import ScienceQa
-from dynllava_jax.evals.seed import Seed
-from dynllava_jax.evals.textvqa import TextVqa
-from dynllava_jax.evals.vqa import Vizwiz, VizwizVal, Vqav2, Vqav2Val
+from dynllava_jax.evals.benchmarks.base import Benchmark
+from dynllava_jax.evals.benchmarks.digits import Digits
+from dynllava_jax.evals.benchmarks.gqa import Gqa
+from dynllava_jax.evals.benchmarks.judged import LlavaBench, MmVet
+from dynllava_jax.evals.benchmarks.longanswers import LvisMulti, LvisSingle, ShareGpt4v
+from dynllava_jax.evals.benchmarks.mmbench import MmBench, MmBenchCn
+from dynllava_jax.evals.benchmarks.mme import Mme
+from dynllava_jax.evals.benchmarks.pope import Pope
+from dynllava_jax.evals.benchmarks.scienceqa import ScienceQa
+from dynllava_jax.evals.benchmarks.seed import Seed
+from dynllava_jax.evals.benchmarks.textvqa import TextVqa
+from dynllava_jax.evals.benchmarks.vqa import Vizwiz, VizwizVal, Vqav2, Vqav2Val
 
 BENCHMARKS: dict[str, Benchmark] = {
   b.name: b()

@@ -5,7 +5,7 @@ from typing import Any
 
 from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.data.conversation import IMAGE_TOKEN
-from dynllava_jax.evals.benchmark import Benchmark, Gold, Problems, Question, add_counts, canonical, rates
+from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Problems, Question, add_counts, canonical, rates
 from dynllava_jax.evals.folders import Folder
 
 LONG_TASKS = ('read',)

@@ -1,6 +1,6 @@
 """ScienceQA's problems as LLaVA conversations, for training on them or where LLaVA's question file is not at hand.
 
-python -m dynllava_jax.evals.scienceqa_prompts DIR test CQM-A
+python -m dynllava_jax.evals.benchmarks.scienceqa_prompts DIR test CQM-A
 
 DIR holds `problems.json` and `pid_splits.json`; `llava_test_CQM-A.json` is written beside them. A format names the order of
 context C, question Q and choices M, then what the answer says: A the letter, L the lecture, E the explanation; LEPA is
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals.benchmarks.scienceqa import OPTIONS, PROBLEMS, SPLITS
 from dynllava_jax.evals.folders import fields, read_json
-from dynllava_jax.evals.scienceqa import OPTIONS, PROBLEMS, SPLITS
 from dynllava_jax.files import write_atomically
 
 INPUTS = {'Q': 'Question: {question}', 'C': 'Context: {hint}', 'M': 'Options: {choices}'}
@@ -73,7 +73,7 @@ def main(directory: str, split: str, form: str) -> None:
 
 if __name__ == '__main__':
   if len(sys.argv) != 4:
-    sys.exit('usage: python -m dynllava_jax.evals.scienceqa_prompts DIR SPLIT FORMAT')
+    sys.exit('usage: python -m dynllava_jax.evals.benchmarks.scienceqa_prompts DIR SPLIT FORMAT')
   try:
     main(*sys.argv[1:])
   except (DataError, OSError) as e:

@@ -1,8 +1,8 @@
 """Token selection methods by name, one file each."""
 
 from dynllava_jax.config import ConfigError
-from dynllava_jax.selectors import dynamic, everything, random, uniform
-from dynllava_jax.selectors.base import Selector, SelectorInputs
+from dynllava_jax.methods import dynamic, everything, random, uniform
+from dynllava_jax.methods.base import Selector, SelectorInputs
 
 SELECTORS = {
   'all': everything.SELECTOR,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmark import LLAVA_EVAL, Gold, Lines, Needed, Problems, canonical
+from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, canonical
 from dynllava_jax.evals.folders import Folder, fields, read_lines
 
 CATEGORIES = ('adversarial', 'popular', 'random')

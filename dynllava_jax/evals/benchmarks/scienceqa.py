@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmark import (
+from dynllava_jax.evals.benchmarks.base import (
   LETTER,
   LLAVA_EVAL,
   Benchmark,

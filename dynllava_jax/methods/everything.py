@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from dynllava_jax.selectors.base import Selector, SelectorInputs
+from dynllava_jax.methods.base import Selector, SelectorInputs
 
 
 def select(inputs: SelectorInputs, budget: int):

@@ -1,0 +1,50 @@
+"""Configuration as typed data: frozen dataclasses by what they describe, built strictly (`parsing`).
+
+A run is described by an ml-collections ConfigDict (see `configs/`); `from_config_dict` turns it into the dataclasses
+of this package. Past it nothing sees a ConfigDict.
+"""
+
+from dynllava_jax.config.evaluation import EvalConfig, EvalRun
+from dynllava_jax.config.model import (
+  CLIP_MEAN,
+  CLIP_STD,
+  IGNORE,
+  IMAGE_ID,
+  TOKENIZER_FILES,
+  LlamaConfig,
+  ModelConfig,
+  PredictorConfig,
+  RopeScaling,
+  VisionConfig,
+)
+from dynllava_jax.config.parsing import ConfigError, first_difference, from_config_dict, to_dict
+from dynllava_jax.config.run import DENSE, MeshConfig, Stage, check_stages, check_trainable_stages
+from dynllava_jax.config.training import DataConfig, OptimizerConfig, SparsityConfig, TrainConfig
+
+__all__ = [
+  'CLIP_MEAN',
+  'CLIP_STD',
+  'DENSE',
+  'IGNORE',
+  'IMAGE_ID',
+  'TOKENIZER_FILES',
+  'ConfigError',
+  'DataConfig',
+  'EvalConfig',
+  'EvalRun',
+  'LlamaConfig',
+  'MeshConfig',
+  'ModelConfig',
+  'OptimizerConfig',
+  'PredictorConfig',
+  'RopeScaling',
+  'SparsityConfig',
+  'Stage',
+  'TrainConfig',
+  'VisionConfig',
+  'check_stages',
+  'check_trainable_stages',
+  'first_difference',
+  'from_config_dict',
+  'to_dict',
+]

@@ -1,0 +1,163 @@
+"""What the weights' shapes follow from: vision tower, projector, decoder, predictors."""
+
+import dataclasses
+
+from dynllava_jax.config.parsing import require, require_positive
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_ID = -200  # stands for the image in token ids, as in LLaVA
+IGNORE = -100  # label of positions that are not supervised
+# Files that make up a tokenizer beside a Hugging Face model, and beside a checkpoint.
+TOKENIZER_FILES = (
+  'tokenizer.model',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+  """CLIP vision tower (pre-LN ViT with class token); defaults are CLIP ViT-L/14-336."""
+
+  image_size: int = 336
+  patch_size: int = 14
+  hidden_size: int = 1024
+  mlp_dim: int = 4096
+  num_layers: int = 24
+  num_heads: int = 16
+  layer_norm_eps: float = 1e-5
+  select_layer: int = -2  # index into [embeddings, layer 1, ..., layer num_layers], as LLaVA counts
+  image_mean: tuple[float, ...] = CLIP_MEAN
+  image_std: tuple[float, ...] = CLIP_STD
+
+  def __post_init__(self):
+    require_positive(self, 'vision: ', 'image_size', 'patch_size', 'hidden_size', 'mlp_dim', 'num_layers', 'num_heads')
+    require(
+      self.image_size % self.patch_size == 0,
+      f'vision: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}',
+    )
+    require(
+      self.hidden_size % self.num_heads == 0,
+      f'vision: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}',
+    )
+    require(len(self.image_mean) == len(self.image_std) == 3, 'vision: image_mean and image_std need 3 numbers each')
+    require(
+      0 <= self.layers_run <= self.num_layers,
+      f'vision: select_layer {self.select_layer} points outside the {self.num_layers} layers',
+    )
+
+  @property
+  def num_patches(self) -> int:
+    return (self.image_size // self.patch_size) ** 2
+
+  @property
+  def layers_run(self) -> int:
+    """Layers whose output is needed: `select_layer=-2` leaves the last one out."""
+    return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+  """Stretching of rotary frequencies for longer contexts, as transformers' `rope_scaling` describes it.
+
+  Attributes:
+    kind: 'linear' (positions divided by `factor`) or 'llama3' (low frequencies divided, high ones left alone).
+    low_freq_factor, high_freq_factor, original_max_positions: of 'llama3' alone.
+  """
+
+  kind: str
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_positions: int = 8192
+
+  def __post_init__(self):
+    require(self.kind in ('linear', 'llama3'), f'rope_scaling: kind {self.kind!r} is unknown; expected linear or llama3')
+    require_positive(self, 'rope_scaling: ', 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_positions')
+    require(self.high_freq_factor > self.low_freq_factor, 'rope_scaling: high_freq_factor must be above low_freq_factor')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+  """LLaMA decoder; defaults are Vicuna-7B v1.5."""
+
+  vocab_size: int = 32000
+  hidden_size: int = 4096
+  mlp_dim: int = 11008
+  num_layers: int = 32
+  num_heads: int = 32
+  num_kv_heads: int = 32
+  rms_norm_eps: float = 1e-5
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  tie_embeddings: bool = False  # the output head is the embedding
+
+  def __post_init__(self):
+    sizes = ('vocab_size', 'hidden_size', 'mlp_dim', 'num_layers', 'num_heads', 'num_kv_heads')
+    require_positive(self, 'llama: ', *sizes, 'rope_theta', 'rms_norm_eps')
+    require(
+      self.hidden_size % self.num_heads == 0,
+      f'llama: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}',
+    )
+    require(
+      self.num_heads % self.num_kv_heads == 0,
+      f'llama: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}',
+    )
+    require(self.head_dim % 2 == 0, f'llama: head_dim {self.head_dim} is odd, rotary embedding needs pairs')
+
+  @property
+  def head_dim(self) -> int:
+    return self.hidden_size // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+  """The keep/drop predictors of Dynamic-LLaVA; defaults as released by the authors.
+
+  Attributes:
+    instruct: the checkpoint holds a third predictor, for instructions. It is kept for the way back and never run: the
+      authors' scripts switch it off.
+  """
+
+  d_model: int = 512
+  num_heads: int = 8
+  num_layers: int = 2
+  mlp_dim: int = 2048
+  instruct: bool = False
+
+  def __post_init__(self):
+    require_positive(self, 'predictor: ', 'd_model', 'num_heads', 'num_layers', 'mlp_dim')
+    require(self.d_model % 4 == 0, f'predictor: d_model {self.d_model} is not a multiple of 4')
+    require(
+      self.d_model % self.num_heads == 0, f'predictor: d_model {self.d_model} is not a multiple of num_heads {self.num_heads}'
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """Everything the weights' shapes follow from. `predictor=None` is a plain LLaVA."""
+
+  vision: VisionConfig = VisionConfig()
+  projector: str = 'mlp2x_gelu'
+  llama: LlamaConfig = LlamaConfig()
+  predictor: PredictorConfig | None = None
+
+  def __post_init__(self):
+    self.projector_depth  # raises on an unknown type
+
+  @property
+  def projector_depth(self) -> int:
+    """Number of linear layers: `linear` -> 1, `mlp2x_gelu` -> 2, `mlpNx_gelu` -> N."""
+    if self.projector == 'linear':
+      return 1
+    depth = self.projector.removeprefix('mlp').removesuffix('x_gelu')
+    require(
+      self.projector == f'mlp{depth}x_gelu' and depth.isdigit() and int(depth) >= 1,
+      f'model.projector {self.projector!r} is unknown; expected linear or mlpNx_gelu, such as mlp2x_gelu',
+    )
+    return int(depth)

@@ -1,0 +1,97 @@
+"""Building configuration strictly: a ConfigDict, or plain dicts, become frozen dataclasses.
+
+Unknown keys, wrong types and impossible values are refused with one readable line (`ConfigError`).
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be run; the message names the key, what was found and what to do."""
+
+
+def require(ok: bool, message: str) -> None:
+  """Raises ConfigError with `message` unless `ok`."""
+  if not ok:
+    raise ConfigError(message)
+
+
+def require_positive(group: Any, where: str, *names: str) -> None:
+  """Raises ConfigError unless all the named fields of `group` are positive."""
+  for name in names:
+    value = getattr(group, name)
+    require(value > 0, f'{where}{name} is {value}, expected a positive number')
+
+
+def require_seed(seed: int) -> None:
+  """Raises ConfigError unless `seed` fits 32 bits."""
+  require(0 <= seed < 2**32, f'seed is {seed}, expected 0 to {2**32 - 1}')
+
+
+def from_config_dict(cls: type, config: Any, where: str = 'config') -> Any:
+  """Builds dataclass `cls` from a ConfigDict or dict, strictly and recursively.
+
+  Raises:
+    ConfigError: unknown key (with the nearest known one), missing key, wrong type or impossible value.
+  """
+  require(hasattr(config, 'keys'), f'{where}: expected a group of settings, got {config!r}')
+  hints = typing.get_type_hints(cls)
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for key in config.keys():
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f'; did you mean {near[0]!r}?' if near else f'; known keys: {", ".join(fields)}'
+      raise ConfigError(f'{where}.{key}: unknown key{hint}')
+  values = {k: _typed(hints[k], config[k], f'{where}.{k}') for k in config.keys()}
+  missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
+  require(not missing, f'{where}: missing {", ".join(missing)}')
+  try:
+    return cls(**values)
+  except ConfigError as e:
+    raise e if str(e).startswith('config') else ConfigError(f'{where}: {e}') from None
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+  """`value` checked against, and where harmless converted to, the annotation `hint`."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (typing.Union, types.UnionType):
+    if value is None:
+      return None
+    return _typed(next(a for a in args if a is not type(None)), value, where)
+  if dataclasses.is_dataclass(hint):
+    return from_config_dict(hint, value, where)
+  if origin is tuple:
+    require(isinstance(value, (list, tuple)), f'{where}: expected a list, got {value!r}')
+    return tuple(_typed(args[0], v, f'{where}[{i}]') for i, v in enumerate(value))
+  if origin is Mapping:
+    require(hasattr(value, 'keys'), f'{where}: expected a group of settings, got {value!r}')
+    return {k: _typed(args[1], value[k], f'{where}.{k}') for k in value.keys()}
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  wrong = not isinstance(value, hint) or (hint is int and isinstance(value, bool))
+  require(not wrong, f'{where}: expected {hint.__name__}, got {value!r} ({type(value).__name__})')
+  require(hint is not float or math.isfinite(value), f'{where}: expected a finite number, got {value}')
+  return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """The plain (JSON-ready) form of a dataclass built by `from_config_dict`."""
+  return dataclasses.asdict(config)
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+  """(dotted key, value before, value now) of the first setting that differs between two plain configs."""
+  for key in now:
+    old, new = before.get(key), now[key]
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+      if found := first_difference(old, new):
+        return f'{key}.{found[0]}', *found[1:]
+    elif old != new:
+      return key, old, new
+  return None

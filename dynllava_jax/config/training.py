@@ -1,0 +1,151 @@
+"""One training run: data, optimiser, objective."""
+
+import dataclasses
+
+from dynllava_jax.config.model import ModelConfig
+from dynllava_jax.config.parsing import require, require_positive, require_seed
+from dynllava_jax.config.run import DENSE, MeshConfig, Stage, check_stages, check_trainable_stages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Where samples come from and how they are batched.
+
+  Attributes:
+    source: name in `data.sources`: 'prepared', or one of the embedded ones.
+    path: folder written by `python -m dynllava_jax.data.prepare`, for 'prepared'.
+    images: where the image files lie, if the prepared folder holds only their paths.
+    tokenizer: folder with the tokenizer's files, if `init_from` brings none.
+    conversation: template, a name in `data.conversation.TEMPLATES`.
+    text_length: largest text bucket, in tokens besides the image's.
+    buckets: further, smaller ones; each is one more compiled program.
+    group_lengths: put samples of like lengths into one batch.
+    truncate: cut what is longer than the largest bucket, as LLaVA does, instead of counting it as bad.
+    on_bad_sample: 'error' starts no run on data with samples that cannot be used, 'skip' leaves them out and counts them.
+    images_only: leave samples without image out.
+    image_aspect: 'pad' (LLaVA-1.5) or 'square', see `data.images.preprocess`.
+    rotate_images: turn pictures as their EXIF orientation says; LLaVA does not.
+    shuffle: a new permutation every epoch; off where the source's order is a curriculum.
+    workers: grain worker processes; 0 reads in threads.
+  """
+
+  source: str = 'digits'
+  path: str = ''
+  images: str = ''
+  tokenizer: str = ''
+  conversation: str = 'plain_turns'
+  text_length: int = 128
+  buckets: tuple[int, ...] = ()
+  group_lengths: bool = False
+  truncate: bool = False
+  on_bad_sample: str = 'error'
+  images_only: bool = False
+  image_aspect: str = 'pad'
+  rotate_images: bool = False
+  shuffle: bool = True
+  workers: int = 0
+
+  def __post_init__(self):
+    require_positive(self, 'data: ', 'text_length')
+    require(self.workers >= 0, f'data: workers is {self.workers}, expected 0 or more')
+    lengths = (0, *self.buckets, self.text_length)
+    require(
+      list(lengths) == sorted(set(lengths)),
+      f'data: buckets {self.buckets} must ascend and stay below text_length {self.text_length}',
+    )
+    require(self.on_bad_sample in ('error', 'skip'), f'data: on_bad_sample is {self.on_bad_sample!r}, expected error or skip')
+    require(self.image_aspect in ('pad', 'square'), f'data: image_aspect is {self.image_aspect!r}, expected pad or square')
+
+  @property
+  def text_buckets(self) -> tuple[int, ...]:
+    """All text buckets, ascending."""
+    return (*self.buckets, self.text_length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW, cosine with linear warm-up, one peak learning rate per parameter group."""
+
+  learning_rate: float = 5e-6
+  predictor_learning_rate: float = 2e-4
+  warmup_share: float = 0.03
+  weight_decay: float = 0.0
+  b2: float = 0.999
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    require(0 < self.b2 < 1, f'optimizer.b2 is {self.b2}, expected a number in (0, 1)')
+    require_positive(self, 'optimizer: ', 'clip_norm')
+    require(0 <= self.warmup_share < 1, f'optimizer.warmup_share is {self.warmup_share}, expected [0, 1)')
+    require(self.learning_rate > 0 and self.predictor_learning_rate > 0, 'optimizer: learning rates must be positive')
+    require(self.weight_decay >= 0, f'optimizer.weight_decay is {self.weight_decay}, expected 0 or more')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+  """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts).
+
+  Attributes:
+    image_keep_rate, text_keep_rate: shares of the image and of the generated tokens to keep.
+    mask_loss_weight: of the squared distances from these shares.
+    min_answer_len: tokens; shorter answers are kept whole.
+    tau_start, tau_end: temperature of the first and of the last step.
+    dense_share: chance of a row to be trained with all its tokens, so that the same weights also run dense (ours; the
+      paper has none).
+  """
+
+  image_keep_rate: float = 0.2
+  text_keep_rate: float = 0.5
+  mask_loss_weight: float = 100.0
+  min_answer_len: int = 50
+  tau_start: float = 1.0
+  tau_end: float = 0.1
+  dense_share: float = 0.0
+
+  def __post_init__(self):
+    require(0 <= self.dense_share < 1, f'sparsity.dense_share is {self.dense_share}, expected a share in [0, 1)')
+    for name in ('image_keep_rate', 'text_keep_rate'):
+      value = getattr(self, name)
+      require(0 < value <= 1, f'sparsity.{name} is {value}, expected a share in (0, 1]')
+    require(self.tau_start > 0 and self.tau_end > 0, 'sparsity: temperatures must be positive')
+    for name in ('mask_loss_weight', 'min_answer_len'):
+      require(getattr(self, name) >= 0, f'sparsity.{name} is {getattr(self, name)}, expected 0 or more')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """One training run."""
+
+  model: ModelConfig
+  stages: tuple[Stage, ...] = DENSE
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  sparsity: SparsityConfig = SparsityConfig()
+  mesh: MeshConfig = MeshConfig()
+  init_from: str = ''  # checkpoint directory to start from; '' initialises at random
+  frozen: tuple[str, ...] = ()  # top-level parameter groups that are not trained
+  batch_size: int = 64
+  steps: int = 1000
+  seed: int = 0
+  dtype: str = 'float32'
+  remat: bool = False
+  log_every: int = 20
+  save_every: int = 500
+
+  def __post_init__(self):
+    check_stages(self.stages, self.model)
+    check_trainable_stages(self.stages)
+    require(not (self.init_from and self.data.tokenizer), 'data.tokenizer: init_from brings its own; leave one of them empty')
+    require_positive(self, '', 'batch_size', 'steps', 'log_every', 'save_every')
+    require_seed(self.seed)
+    for stage in self.stages:
+      require(
+        stage.selector != 'dynamic' or stage.image_keep_rate == self.sparsity.image_keep_rate,
+        f'sparsity.image_keep_rate is {self.sparsity.image_keep_rate}, but the dynamic stage keeps {stage.image_keep_rate}',
+      )
+    require(self.dtype in ('float32', 'bfloat16'), f'dtype {self.dtype!r}: expected float32 or bfloat16')
+    groups = ('vision', 'vision_tail', 'projector', 'llama', 'image_predictor', 'text_predictor')
+    for group in self.frozen:
+      require(group in groups, f'frozen: {group!r} is no parameter group; expected some of {", ".join(groups)}')
+    learning = {'vision', 'projector', 'llama'} | ({'image_predictor', 'text_predictor'} if self.model.predictor else set())
+    require(not learning <= set(self.frozen), f'frozen: {", ".join(self.frozen)} leaves nothing to train')

@@ -1,0 +1,374 @@
+"""Recomputes a recorded case of the authors' implementation and compares every quantity.
+
+A case is one `.npz` file: inputs, and what the original computed from them for prefill, 40 decoding steps,
+a second turn, a text-only prompt, uncached decoding, the policy softmax and a training step. All sizes are
+read from the arrays. Where the original mishandles batches (decoding with B = 2), the truth is each sample alone.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynllava_jax.cache import CacheSpec
+from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import IGNORE
+from dynllava_jax.convert.plan import slots_by_key
+from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.records.base import EXACT, GRADIENT, LOGITS, LOSS, Quantity, compare, prompt_from_ids
+from dynllava_jax.convert.tables import llava_rules
+from dynllava_jax.losses import training_losses
+from dynllava_jax.models.dynllava import DynLlava, answer_mask
+from dynllava_jax.models.params import cut_params, join_params
+from dynllava_jax.ops import layout
+from dynllava_jax.ops.attention import policy_attention
+
+GRADIENTS = ('train/grad_total/', 'train/grad_ce/')  # of the whole loss, of cross entropy alone
+ROW_NORMS = 'embed_tokens_row_norms'  # recorded instead of the embedding's gradient
+
+
+class Verifier:
+  """Runs one model against one case; the methods yield quantities."""
+
+  def __init__(self, info: CheckpointInfo, params: dict[str, Any], case: dict[str, np.ndarray]):
+    self.info, self.case = info, case
+    self.model = DynLlava(info.model, info.stages)
+    # Cases are recorded in float32; a gradient in bfloat16 would be rounded.
+    self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), info.stages)
+    self.num_image = info.model.vision.num_patches
+    self.sparse = next(i for i, s in enumerate(info.stages) if s.selector == 'dynamic')
+    apply = lambda *args, method: self.model.apply({'params': self.params}, *args, method=method)
+    self._prefill = jax.jit(lambda prompt, pixels, spec: self._prefill_impl(apply, prompt, pixels, spec), static_argnums=2)
+    self._extend = jax.jit(
+      lambda tokens, count, cache, judge: self._extend_impl(apply, tokens, count, cache, judge), static_argnums=3
+    )
+    self._apply = apply
+    self.pixels = jnp.asarray(case['pixel_values']).transpose(0, 2, 3, 1)
+
+  def _prefill_impl(self, apply, prompt, pixels, spec):
+    image = apply(pixels, method='encode_images')
+    hidden, traces, cache = apply(prompt, image, spec, method='prefill')
+    entry = traces[self.sparse].entry
+    rows = layout.take_image_rows(entry, prompt.image_start, self.num_image)
+    return apply(hidden, method='logits'), traces, cache, apply(rows, method='predict_image')
+
+  def _extend_impl(self, apply, tokens, count, cache, judge):
+    entry_logits = self._text_logits(apply, tokens, cache)
+    hidden, cache, judgement = apply(tokens, count, cache, judge, method='extend')
+    return apply(hidden, method='logits'), cache, judgement, entry_logits
+
+  def _text_logits(self, apply, tokens, cache):
+    """Predictor logits of the tokens: the dense stages alone, then the predictor."""
+
+    def entry(model: DynLlava):
+      x = model.llama.embed(tokens)
+      positions = cache.position[:, None] + jnp.arange(tokens.shape[1])
+      for i in range(self.sparse):
+        old = cache.stages[i]
+        x, _ = model.llama.run_stage(i, x, positions, cache=(old.k, old.v), cache_length=old.length)
+      return model.predict_text(x)
+
+    return apply(method=entry)
+
+  def run(self) -> list[Quantity]:
+    """Every quantity of the case that this model can be compared on."""
+    groups: tuple[Callable[[], Iterator[Quantity]], ...] = (
+      self.vision,
+      self.prefill,
+      self.decode,
+      self.text_only,
+      self.uncached,
+      self.softmax,
+      self.train,
+    )
+    return [q for group in groups for q in group()]
+
+  def vision(self) -> Iterator[Quantity]:
+    """Tower features and projector output."""
+    features = jax.jit(lambda p: self._apply(p, method='vision_features'))(self.pixels)
+    projected = jax.jit(lambda p: self._apply(p, method='encode_images'))(self.pixels)
+    yield compare('vision/clip_selected', features, self.case['vision/clip_selected'], LOGITS)
+    yield compare('vision/projected', projected, self.case['vision/projected'], LOGITS)
+
+  def prefill(self) -> Iterator[Quantity]:
+    """Prefill of sample 0 alone and of both samples together."""
+    for name in ('b1', 'b2'):
+      prompt = prompt_from_ids(self.case[f'{name}/input_ids'], self.num_image)
+      rows = prompt.length.shape[0]
+      logits, traces, _, image_logits = self._prefill(prompt, self.pixels[:rows], CacheSpec(max_new_tokens=1))
+      trace, at = traces[self.sparse], f'prefill_{name}/'
+      yield compare(at + 'hidden_at_sparse_layer', trace.entry, self.case[at + 'hidden_at_sparse_layer'], LOGITS)
+      yield compare(at + 'image_predictor_logits', image_logits, self.case[at + 'image_predictor_logits'], LOGITS)
+      yield compare(at + 'kept_image_index', trace.kept_image, self.case[at + 'kept_image_index'], EXACT)
+      yield compare(at + 'position_ids', trace.positions, self.case[at + 'position_ids'], EXACT)
+      yield compare(at + 'logits', logits, self.case[at + 'logits'], LOGITS)
+
+  def decode(self) -> Iterator[Quantity]:
+    """Cached decoding of each sample alone, both together against those, and the second turn of sample 0."""
+    case = self.case
+    alone = ('b1', 'b1s')
+    ids = np.concatenate([case[f'{n}/input_ids'] for n in alone])
+    for row, name in enumerate(alone):
+      at = f'decode_{name}/'
+      result, cache = self._greedy(
+        case[f'{name}/input_ids'],
+        self.pixels[row : row + 1],
+        case[at + 'tokens'].shape[1],
+        later=case['round2/chunk_ids'].shape[1] + case['round2/tokens'].shape[1],
+      )
+      yield from self._compare_run(at, result, lambda key: case[at + key])
+      if name == 'b1':
+        round2 = list(self._second_turn(cache, at))
+      if at + 'kept_image_index' in case:
+        yield compare(at + 'kept_image_index', result['kept_image_index'], case[at + 'kept_image_index'], EXACT)
+    both, _ = self._greedy(ids, self.pixels[:2], case['decode_b1/tokens'].shape[1])
+    for row, name in enumerate(alone):
+      one = {k: v[row : row + 1] for k, v in both.items() if not k.startswith('cache_len')}
+      one |= {k: v[:, row] for k, v in both.items() if k.startswith('cache_len')}
+      yield from self._compare_run(f'batch of two, row {row}: decode_{name}/', one, lambda key: case[f'decode_{name}/{key}'])
+    yield from round2
+
+  def _greedy(self, ids, pixels, steps, later=0):
+    """Greedy decoding step by step: everything the case records, and the cache."""
+    prompt = prompt_from_ids(ids, self.num_image)
+    spec = CacheSpec(max_new_tokens=steps + later, later_tokens=later)
+    logits, traces, cache, _ = self._prefill(prompt, pixels, spec)
+    last = logits[jnp.arange(len(ids)), traces[-1].length - 1]
+    record, cache = self._continue(last, cache, steps, self._lengths(cache))
+    return record | {'kept_image_index': traces[self.sparse].kept_image}, cache
+
+  def _lengths(self, cache):
+    dense = cache.position if self.sparse == 0 else cache.stages[0].length
+    return np.asarray(dense), np.asarray(cache.stages[self.sparse].length)
+
+  def _continue(self, last, cache, steps, lengths):
+    count = jnp.ones(last.shape[0], jnp.int32)
+    record = {'tokens': [], 'logits': [last], 'text_keep': [], 'text_predictor_logits': [], 'position': []}
+    dense, sparse = [lengths[0]], [lengths[1]]
+    for step in range(steps):
+      token = jnp.argmax(last, -1).astype(jnp.int32)
+      record['tokens'].append(token)
+      if step + 1 == steps:
+        break
+      record['position'].append(cache.position)
+      logits, cache, judgement, text_logits = self._extend(token[:, None], count, cache, True)
+      last = logits[:, 0]
+      record['logits'].append(last)
+      record['text_keep'].append(judgement.keep)
+      record['text_predictor_logits'].append(text_logits[:, 0])
+      now = self._lengths(cache)
+      dense.append(now[0])
+      sparse.append(now[1])
+    stacked = {k: np.stack([np.asarray(x) for x in v], 1) for k, v in record.items()}
+    return stacked | {'cache_len_dense': np.stack(dense), 'cache_len_sparse': np.stack(sparse)}, cache
+
+  def _compare_run(self, at, result, recorded) -> Iterator[Quantity]:
+    for key in ('tokens', 'text_keep', 'position', 'cache_len_dense', 'cache_len_sparse'):
+      yield compare(at + key, result[key].reshape(recorded(key).shape), recorded(key), EXACT)
+    for key in ('logits', 'text_predictor_logits'):
+      yield compare(at + key, result[key], recorded(key), LOGITS)
+
+  def _second_turn(self, cache, at) -> Iterator[Quantity]:
+    case, at = self.case, 'round2/'
+    chunk = jnp.asarray(case[at + 'chunk_ids'], jnp.int32)
+    position = cache.position[:, None] + jnp.arange(chunk.shape[1])
+    yield compare(at + 'chunk_position', position, case[at + 'chunk_position'], EXACT)
+    logits, cache, _, _ = self._extend(chunk, jnp.full(len(chunk), chunk.shape[1], jnp.int32), cache, False)
+    yield compare(at + 'chunk_logits', logits, case[at + 'chunk_logits'], LOGITS)
+    result, _ = self._continue(logits[:, -1], cache, case[at + 'tokens'].shape[1], self._lengths(cache))
+    yield from self._compare_without_first(at, result)
+
+  def text_only(self) -> Iterator[Quantity]:
+    """A prompt without image, run through the same program with a dummy image."""
+    case, at = self.case, 'text_only/'
+    ids = case[at + 'input_ids']
+    prompt = prompt_from_ids(ids, self.num_image, spare=self.num_image)
+    logits, _, cache, _ = self._prefill(
+      prompt, jnp.zeros_like(self.pixels[:1]), CacheSpec(max_new_tokens=case[at + 'tokens'].shape[1])
+    )
+    yield compare(at + 'prefill_logits', logits[:, : ids.shape[1]], case[at + 'prefill_logits'], LOGITS)
+    result, _ = self._continue(logits[:, ids.shape[1] - 1], cache, case[at + 'tokens'].shape[1], self._lengths(cache))
+    yield from self._compare_without_first(at, result)
+
+  def _compare_without_first(self, at, result) -> Iterator[Quantity]:
+    """As `_compare_run`, for records that hold no logits for the first token."""
+    for key in ('tokens', 'text_keep', 'cache_len_dense', 'cache_len_sparse'):
+      yield compare(at + key, result[key].reshape(self.case[at + key].shape), self.case[at + key], EXACT)
+    yield compare(at + 'logits', result['logits'][:, 1:], self.case[at + 'logits'], LOGITS)
+    yield compare(at + 'text_predictor_logits', result['text_predictor_logits'], self.case[at + 'text_predictor_logits'], LOGITS)
+
+  def uncached(self) -> Iterator[Quantity]:
+    """Uncached decoding on forced tokens: the predictor's decisions, and logits equal to those of cached decoding.
+
+    The original ranks earlier tokens by another quantity and feeds the last prompt row twice in call 0, so its
+    own uncached logits are comparable only in the calls whose visible set is the gate's.
+    """
+    case = self.case
+    for name in ('b1', 'b2'):
+      at = f'nocache_{name}/'
+      forced, visible = case[at + 'tokens'], case[at + 'visible']
+      rows, steps = forced.shape
+      prompt = prompt_from_ids(case[f'{name}/input_ids'], self.num_image)
+      start, slots = prompt.length, prompt.tokens.shape[1]
+      buffer = jnp.concatenate([prompt.tokens, jnp.asarray(forced)], 1)
+      text_slots = slots - self.num_image + steps
+
+      @jax.jit
+      def call(count):
+        image = self._apply(self.pixels[:rows], method='encode_images')
+        now = dataclasses.replace(prompt, tokens=buffer, length=start + count)
+        hidden, judgement = self._apply(now, image, start, text_slots, method='recompute')
+        return self._apply(hidden, method='logits'), judgement
+
+      alone = [f'decode_{n}/' for n in ('b1', 'b1s')[:rows]]
+      original, cached = [], []
+      for j in range(1, steps + 1):
+        logits, judgement = call(j)
+        ours = np.array(judgement.keep)[:, slots : slots + j]
+        ours[:, -1] = True
+        for row, run in enumerate(alone):
+          if (ours[row] == visible[j][row, :j]).all():
+            original.append(np.abs(logits[row] - case[at + 'last_logits'][j, row]).max())
+          if (forced[row, :j] == case[run + 'tokens'][0, :j]).all():
+            cached.append(np.abs(logits[row] - case[run + 'logits'][0, j]).max())
+      recorded = case[at + 'text_predictor_logits']
+      margin = recorded[..., 0] - recorded[..., 1]
+      generated = slice(slots, slots + steps - 1)
+      yield compare(at + 'text_predictor_logits keep - drop', judgement.margin[:, generated], margin, 2 * LOGITS)
+      yield compare(at + 'text keep', judgement.keep[:, generated], margin > 0, EXACT)
+      for what, errors in (('last_logits, the same set kept', original), ('last_logits, against cached decoding', cached)):
+        # In call 1 both sets hold the newest token alone, so there is always something to compare.
+        error = float(np.max(errors)) if errors else float('nan')
+        yield Quantity(f'{at}{what} ({len(errors)} of {rows * steps} rows)', error, LOGITS)
+
+  def softmax(self) -> Iterator[Quantity]:
+    """The policy softmax alone: one-hot keys make queries the scores, one-hot values make the output the weights."""
+    scores = self.case['unit_softmax/scores']  # [B, N, T, S], -inf where attention masks anyway
+    batch, heads, size, _ = scores.shape
+    head_dim = 4 ** size.bit_length()  # its root, by which queries are scaled, is exact
+    one_hot = jnp.broadcast_to(jnp.eye(size, head_dim)[:, None], (batch, size, heads, head_dim))
+    queries = np.where(np.isfinite(scores), scores, 0).transpose(0, 2, 1, 3) * head_dim**0.5
+    q = jnp.pad(queries, [(0, 0)] * 3 + [(0, head_dim - size)])
+    out = policy_attention(q, one_hot, one_hot, jnp.asarray(self.case['unit_softmax/policy'])[..., 0])
+    yield compare('unit_softmax/out', out[..., :size].transpose(0, 2, 1, 3), self.case['unit_softmax/out'], 1e-6)
+
+  def train(self) -> Iterator[Quantity]:
+    """The training forward with the recorded noise: masks, logits, losses, gradients."""
+    case, at, n = self.case, 'train/', self.num_image
+    ids, valid = case[at + 'input_ids'], case[at + 'attention_mask'].astype(bool)
+    prompt = prompt_from_ids(ids, n, valid)
+    labels = case[at + 'expanded_labels']
+    spans = case[at + 'answer_span']
+    rows, _width = case[at + 'gumbel_text'].shape[:2]
+    span = [slice(a, b) for a, b in spans]
+    noise = np.zeros((*labels.shape, 2), np.float32)
+    for i in range(rows):
+      noise[i, span[i]] = case[at + 'gumbel_text'][i, : spans[i, 1] - spans[i, 0]]
+    starts = jnp.asarray(last_answer_start(labels, np.asarray(prompt.length)))
+    yield compare(at + 'valid_len', prompt.length, case[at + 'valid_len'], EXACT)
+    yield compare(at + 'answer_span', jnp.stack([starts, prompt.length], 1), spans, EXACT)
+
+    def losses(params):
+      apply = lambda *args, method: self.model.apply({'params': params}, *args, method=method)
+      image = apply(self.pixels, method='encode_images')
+      out = apply(
+        prompt,
+        image,
+        starts,
+        self.info.sparsity.min_answer_len,
+        (jnp.asarray(case[at + 'gumbel_image']), jnp.asarray(noise)),
+        jnp.asarray(case[at + 'tau']),
+        method='train_forward',
+      )
+      return training_losses(out, prompt, jnp.asarray(labels), starts, self.info.sparsity), out
+
+    result, out = jax.jit(losses)(self.params)
+    first = int(case[at + 'logits_from'])
+    judged = np.asarray(answer_mask(jnp.arange(labels.shape[1])[None], prompt.length, starts, self.info.sparsity.min_answer_len))
+    used = np.where(judged, out.text_mask, 1.0)
+    inside = lambda x, i: np.asarray(x)[i, span[i]]
+    yield compare(at + 'image_predictor_logits', out.image_logits, case[at + 'image_predictor_logits'], LOGITS)
+    yield compare(at + 'image_mask', out.image_mask, case[at + 'image_mask'], EXACT)
+    for i in range(rows):
+      size = spans[i, 1] - spans[i, 0]
+      yield compare(
+        f'{at}text_predictor_logits[{i}]', inside(out.text_logits, i), case[at + 'text_predictor_logits'][i, :size], LOGITS
+      )
+      yield compare(f'{at}text_mask_sampled[{i}]', inside(out.text_mask, i), case[at + 'text_mask_sampled'][i, :size], EXACT)
+      yield compare(f'{at}text_mask[{i}]', inside(used, i), case[at + 'text_mask'][i, :size], EXACT)
+      end = spans[i, 1]
+      yield compare(f'{at}logits_tail[{i}]', out.logits[i, first:end], case[at + 'logits_tail'][i, : end - first], LOGITS)
+    for ours, key in (
+      (result.total, 'loss'),
+      (result.ce, 'ce_loss'),
+      (result.image_mask, 'image_mask_loss'),
+      (result.text_mask, 'text_mask_loss'),
+    ):
+      yield compare(at + key, ours, case[at + key], LOSS, relative=True)
+    yield compare(at + 'mask_loss_weight', self.info.sparsity.mask_loss_weight, case[at + 'mask_loss_weight'], 1e-6, relative=True)
+    for group, pick in zip(GRADIENTS, (lambda r: r.total, lambda r: r.ce)):
+      gradients = join_params(jax.jit(jax.grad(lambda p: pick(losses(p)[0])))(self.params))
+      yield from self._gradients(group, gradients)
+
+  def _gradients(self, at, gradients) -> Iterator[Quantity]:
+    rules = llava_rules(self.info.model)
+    for key in (k for k in self.case if k.startswith(at)):
+      name, recorded = key.removeprefix(at), self.case[key]
+      if name == ROW_NORMS:
+        ours = jnp.linalg.norm(gradients['llama']['embedding'], axis=-1)
+      else:
+        ((rule, index),) = [(r, i) for r in rules if (i := r.match(name)) is not None]
+        leaf = gradients
+        for step in rule.path:
+          leaf = leaf[step]
+        ours, recorded = leaf[index], rule.transform.apply(recorded, leaf[index].shape)
+      yield compare(key, ours, recorded, GRADIENT, relative=True)
+
+
+def last_answer_start(labels: np.ndarray, length: np.ndarray) -> np.ndarray:
+  """int32[B]: where the last answer begins, after the last ignored label of each row's real positions."""
+  real = np.arange(labels.shape[1]) < length[:, None]
+  ignored = (labels == IGNORE) & real
+  last = labels.shape[1] - 1 - np.argmax(ignored[:, ::-1], axis=1)
+  return np.where(ignored.any(1), last + 1, 0).astype(np.int32)
+
+
+def check_case(info: CheckpointInfo, case: dict[str, np.ndarray], case_file: str | pathlib.Path) -> None:
+  """ConversionError unless the case was recorded with a model of these sizes."""
+  if all(s.selector != 'dynamic' for s in info.stages):
+    raise ConversionError(f'{case_file}: the case needs a Dynamic-LLaVA checkpoint, this one has no predictors')
+  vision, llama = info.model.vision, info.model.llama
+  expected = {  # None stands for any size
+    'pixel_values': (None, 3, vision.image_size, vision.image_size),
+    'vision/clip_selected': (None, vision.num_patches, vision.hidden_size),
+    'prefill_b1/hidden_at_sparse_layer': (None, None, llama.hidden_size),
+    'prefill_b1/logits': (None, None, llama.vocab_size),
+  }
+  slots = slots_by_key(info)
+  for at in GRADIENTS:
+    names = [k.removeprefix(at) for k in case if k.startswith(at)]
+    if not names:
+      raise ConversionError(f'{case_file}: array {at}... is missing; expected a case of the recorded format')
+    for name in names:
+      if name == ROW_NORMS:
+        expected[at + name] = (llama.vocab_size,)
+      elif name in slots:
+        rule, _, leaf = slots[name]
+        expected[at + name] = rule.transform.torch_shape(leaf.slot_shape)
+      else:
+        raise ConversionError(
+          f'{case_file}: {at}{name} is about a parameter that the model does not have; is it the case of another model?'
+        )
+  for name, shape in expected.items():
+    if name not in case:
+      raise ConversionError(f'{case_file}: array {name!r} is missing; expected a case of the recorded format')
+    found = case[name].shape
+    if len(found) != len(shape) or any(e not in (None, f) for e, f in zip(shape, found)):
+      wanted = ', '.join('any' if e is None else str(e) for e in shape)
+      raise ConversionError(
+        f'{case_file}: {name} has shape {found}, the model asks for ({wanted}); is it the case of another model?'
+      )

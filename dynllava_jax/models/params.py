@@ -1,0 +1,120 @@
+"""Parameters as trees: made at random, described without being made, cut into stages and joined again, counted.
+
+Checkpoint form holds one stack of all decoder layers (`llama/layers`, [num_layers, ...]); run form one stack per stage
+(`llama/stage_0`, ...). Everything here runs outside jit.
+"""
+
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynllava_jax import cache as kv
+from dynllava_jax.config import ModelConfig, Stage
+from dynllava_jax.models.clip import VisionBlock
+from dynllava_jax.models.dynllava import DynLlava, Prompt
+from dynllava_jax.models.layers import LayerNorm, scan_layers
+from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
+from dynllava_jax.models.projector import Projector
+from dynllava_jax.sharding import unboxed
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """Random parameters in checkpoint form, with logical axis metadata (`flax.linen.meta.unbox` removes it)."""
+
+  def everything(model: DynLlava, pixels, prompt):
+    image = model.encode_images(pixels)
+    if cfg.predictor is not None:
+      model.predict_image(image)
+      model.predict_text(image)
+    return model.logits(model.prefill(prompt, image, kv.CacheSpec(max_new_tokens=1))[0])
+
+  pixels = jnp.zeros((1, cfg.vision.image_size, cfg.vision.image_size, 3))
+  size = cfg.vision.num_patches + 1
+  prompt = Prompt(jnp.zeros((1, size), jnp.int32), jnp.full(1, size), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.uint32))
+  params = DynLlava(cfg).init(key, pixels, prompt, method=everything)['params']
+  if cfg.predictor is not None and cfg.predictor.instruct:
+    params['instruct_predictor'] = params['text_predictor']  # of the same shape; nothing runs it
+  return params | {'llama': {k.replace('stage_0', 'layers'): v for k, v in params['llama'].items()}}
+
+
+def init_predictors(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """Random `image_predictor` and `text_predictor` for a model that has none yet, without axis names."""
+  image_key, text_key = jax.random.split(key)
+  x = jnp.zeros((1, cfg.vision.num_patches, cfg.llama.hidden_size))
+  return unboxed(
+    {
+      'image_predictor': ImagePredictor(cfg.predictor, jnp.float32).init(image_key, x)['params'],
+      'text_predictor': TextPredictor(cfg.predictor, jnp.float32).init(text_key, x)['params'],
+    }
+  )
+
+
+def init_projector(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """A random `projector`, without axis names."""
+  x = jnp.zeros((1, cfg.vision.num_patches, cfg.vision.hidden_size))
+  return unboxed({'projector': Projector(cfg, jnp.float32).init(key, x)['params']})
+
+
+class VisionTail(nn.Module):
+  """The parameters of a full CLIP tower that LLaVA never runs; checkpoints carry them for the way back."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """float[B, T, vision width] -> float[B, T, vision width]."""
+    vision = self.cfg.vision
+    unused = vision.num_layers - vision.layers_run
+    if unused:
+      x, _ = scan_layers(VisionBlock, unused, ())(vision, jnp.float32, name='layers')(x)
+    return LayerNorm(vision.layer_norm_eps, jnp.float32, name='post_layernorm')(x)
+
+
+def abstract_params(cfg: ModelConfig, with_tail: bool = False) -> dict[str, Any]:
+  """Shapes of `init_params` without allocating, boxed; `with_tail` adds the unused top of the CLIP tower."""
+  params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+  if with_tail:
+    x = jax.ShapeDtypeStruct((1, 1, cfg.vision.hidden_size), jnp.float32)
+    params['vision_tail'] = jax.eval_shape(VisionTail(cfg).init, jax.random.key(0), x)['params']
+  return params
+
+
+def cut_params(params: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
+  """Checkpoint form to the form that `DynLlava(cfg, stages)` takes. Call it outside jit."""
+  return params | {'llama': cut_layers(params['llama'], stages)}
+
+
+def cut_layers(llama: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
+  """Checkpoint form (`layers`, stacked [num_layers, ...]) to run form (`stage_0`, `stage_1`, ...).
+
+  Call it outside jit: inside, the slices would be copies held next to the original.
+  """
+  rest = {k: v for k, v in llama.items() if k != 'layers'}
+  starts = [s.start for s in stages] + [None]
+  cuts = itertools.pairwise(starts)
+  return rest | {f'stage_{i}': jax.tree.map(lambda x: x[a:b], llama['layers']) for i, (a, b) in enumerate(cuts)}
+
+
+def join_layers(llama: dict[str, Any]) -> dict[str, Any]:
+  """The inverse of `cut_layers`, for any stage list."""
+  names = sorted((k for k in llama if k.startswith('stage_')), key=lambda k: int(k.removeprefix('stage_')))
+
+  def join(*parts):
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if isinstance(parts[0], np.ndarray) else jnp.concatenate(parts)
+
+  rest = {k: v for k, v in llama.items() if k not in names}
+  return rest | {'layers': jax.tree.map(join, *(llama[n] for n in names))}
+
+
+def join_params(params: dict[str, Any]) -> dict[str, Any]:
+  """The inverse of `cut_params`."""
+  return params | {'llama': join_layers(params['llama'])}
+
+
+def count_parameters(params: Any) -> int:
+  """Numbers in a tree of arrays or shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
