@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from rich.console import Console
 
-from dynllava_jax import checkpoint
+from dynllava_jax import checkpoint, locks
 from dynllava_jax.convert.plan import Assignment, assign
 from dynllava_jax.convert.readers import ConversionError, has_weights
 from dynllava_jax.convert.source import Request, Source, open_source
@@ -164,27 +163,12 @@ def _claimed(dst: pathlib.Path, partial: pathlib.Path) -> Iterator[None]:
     ConversionError: another process has it, or something in the block cannot be written.
   """
   try:
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-      if not _locked(handle) or not os.path.samestat(os.fstat(handle), partial.stat()):  # the other may just have renamed it
-        raise ConversionError(f'{dst}: another process is writing it; wait for that one, or choose another --dst')
+    with locks.sole_use(partial, '--dst'):
       yield
-    finally:
-      os.close(handle)
+  except locks.BusyError:
+    raise ConversionError(f'{dst}: another process is writing it; wait for that one, or choose another --dst') from None
   except OSError as e:
     raise ConversionError(f'{dst}: cannot be written ({e})') from None
-
-
-def _locked(handle: int) -> bool:
-  """Whether an open directory is this process's alone from now on."""
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError:  # a file system without locks
-    pass
-  return True
 
 
 @contextlib.contextmanager
