@@ -18,6 +18,7 @@ import sys
 from absl import flags
 
 from dynllava_jax import command_line
+from dynllava_jax.display import printable
 
 SRC = flags.DEFINE_string('src', None, 'Checkpoint directory: PyTorch, or with --export one of ours.')
 DST = flags.DEFINE_string('dst', None, 'Directory to write; new or empty, unless --overwrite.')
@@ -58,7 +59,7 @@ def main(_) -> None:
     from dynllava_jax.convert.source import Request
 
     if INSPECT.value:
-      print(inspection.describe(pathlib.Path(INSPECT.value)))
+      print(printable(inspection.describe(pathlib.Path(INSPECT.value)), lines=True))
       return
     if not SRC.value or not DST.value:
       raise command_line.ConfigError('--src and --dst are needed; see --help')

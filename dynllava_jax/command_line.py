@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from dynllava_jax.config import ConfigError, from_config_dict
 from dynllava_jax.data.samples import DataError
+from dynllava_jax.display import printable
 
 
 def define_config() -> flags.FlagHolder:
@@ -45,12 +46,12 @@ def readable_errors() -> Iterator[None]:
   try:
     yield
   except KeyboardInterrupt as e:
-    print('; '.join(['interrupted', *map(str, e.args)]), file=sys.stderr)
+    print(printable('; '.join(['interrupted', *map(str, e.args)]), lines=True), file=sys.stderr)
     sys.exit(130)
   except Exception as e:
     if not expected(e):
       raise
-    sys.exit(f'error: {e}')
+    sys.exit(f'error: {printable(e, lines=True)}')
 
 
 def join_hosts() -> None:
@@ -92,7 +93,7 @@ def _one_line(error: Exception) -> str:
   message = str(error)
   if 'Traceback (most recent call last)' in message:
     message = message.strip().splitlines()[-1].partition(': ')[2]
-  return ' '.join(message.split())
+  return printable(' '.join(message.split()))
 
 
 def _unknown_key(argv: list[str], error: AttributeError) -> str:

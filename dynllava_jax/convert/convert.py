@@ -13,13 +13,13 @@ from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
-from rich.console import Console
 
 from dynllava_jax import checkpoint, locks
 from dynllava_jax.convert.plan import Assignment, assign
 from dynllava_jax.convert.readers import ConversionError, has_weights
 from dynllava_jax.convert.source import Request, Source, open_source
 from dynllava_jax.convert.writer import StepWriter
+from dynllava_jax.display import Terminal
 from dynllava_jax.progress import progress
 
 REPORT_FILE = 'conversion.json'
@@ -105,7 +105,7 @@ def with_progress(label: str, function: Callable[[T], R], items: list[T], sizes:
   """Maps a function over items, a few at once, showing bytes and rate; the first error ends it."""
   pool = concurrent.futures.ThreadPoolExecutor(AT_ONCE)
   try:
-    with progress(Console(stderr=True), label, sum(sizes), in_bytes=True) as advance:
+    with progress(Terminal(stderr=True), label, sum(sizes), in_bytes=True) as advance:
       results = []
       for result, size in zip(pool.map(function, items), sizes):
         results.append(result)

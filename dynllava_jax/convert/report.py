@@ -13,6 +13,7 @@ from dynllava_jax.convert.records.base import load_case
 from dynllava_jax.convert.records.dynamic_llava import check_case
 from dynllava_jax.convert.source import Request, Source
 from dynllava_jax.convert.verify import verify
+from dynllava_jax.display import printable
 
 
 def run_conversion(request: Request, dst: pathlib.Path, dtype: str, overwrite: bool, readback: bool, case: str | None) -> bool:
@@ -24,7 +25,7 @@ def run_conversion(request: Request, dst: pathlib.Path, dtype: str, overwrite: b
   recorded = load_case(case) if case else None
 
   def opened(source: Source) -> None:
-    print(f'layout: {source.layout}', *(f'note: {note}' for note in source.notes), sep='\n', flush=True)
+    print(f'layout: {source.layout}', *(printable(f'note: {note}') for note in source.notes), sep='\n', flush=True)
     if recorded:  # a wrong case should not cost a conversion
       check_case(source.info, recorded, case)
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +22,7 @@ from dynllava_jax.data.records import Finding, Record, entry_name, examine, pars
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.data.workers import parallel_map
+from dynllava_jax.display import Terminal
 from dynllava_jax.progress import progress
 
 REPORT_FILE, HISTOGRAM_FILE = 'report.json', 'lengths.png'
@@ -81,7 +81,7 @@ def examine_all(scan: Scan, entries: Sequence[Record | Finding], folder: pathlib
   done = len(entries) - sum(len(job[1]) for job in todo)
   with (
     parallel_map(_examine_chunk, todo, scan.processes) as sizes,
-    progress(Console(), 'checking samples', len(entries), done=done) as advance,
+    progress(Terminal(), 'checking samples', len(entries), done=done) as advance,
   ):
     for size in sizes:
       advance(size)

@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from rich.progress import track
 
 from dynllava_jax.config import DataConfig
 from dynllava_jax.data import conversation
@@ -19,6 +18,8 @@ from dynllava_jax.data.samples import REASONS
 from dynllava_jax.data.store import Store
 from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.data.workers import parallel_map
+from dynllava_jax.display import Terminal
+from dynllava_jax.progress import progress
 
 CODES = ('', *REASONS)
 CHUNK = 1000  # records examined at a time
@@ -78,8 +79,15 @@ def _make_index(store: Store, files: dict[str, bytes], template: str) -> Index:
   jobs = [(store, files, template, start, min(start + CHUNK, len(store))) for start in starts]
   if len(store) <= SMALL:
     return _join(map(_examine_range, jobs))
-  with parallel_map(_examine_range, jobs, os.cpu_count() or 1) as parts:
-    return _join(track(parts, 'measuring samples', len(jobs), transient=True))
+  with (
+    parallel_map(_examine_range, jobs, os.cpu_count() or 1) as parts,
+    progress(Terminal(), 'measuring samples', len(store)) as advance,
+  ):
+    done = []
+    for part in parts:
+      done.append(part)
+      advance(len(part.tokens))
+  return _join(done)
 
 
 def _examine_range(job: tuple[Store, dict[str, bytes], str, int, int]) -> Index:

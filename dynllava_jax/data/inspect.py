@@ -10,7 +10,6 @@ import pathlib
 import numpy as np
 from absl import flags
 from PIL import Image
-from rich.console import Console
 from rich.text import Text
 
 from dynllava_jax import command_line
@@ -20,6 +19,7 @@ from dynllava_jax.data.pipeline import LayOut
 from dynllava_jax.data.samples import Sample
 from dynllava_jax.data.sources import new_tokenizer, training_source
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dynllava_jax.display import Terminal
 from dynllava_jax.files import write_atomically
 
 SUPERVISED, IMAGE, PADDING = 'bold green', 'magenta', 'dim'
@@ -85,7 +85,7 @@ def main(_) -> None:
   with command_line.readable_errors():
     cfg = command_line.parse(TrainConfig, given.config)
     sample, row, tokenizer = look(cfg, given.index)
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console = Terminal()
     for part in describe(sample, row, tokenizer, cfg.model.vision.num_patches):
       console.print(part)
       console.print()

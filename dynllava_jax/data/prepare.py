@@ -19,9 +19,8 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from rich.console import Console
 
-from dynllava_jax import command_line
+from dynllava_jax import command_line, locks
 from dynllava_jax.config import ConfigError, DataConfig, first_difference
 from dynllava_jax.data.check import (
   HISTOGRAM_FILE,
@@ -42,6 +41,7 @@ from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.store import INFO_FILE, NAME, SOURCES_FILE, SPLIT, features, to_example
 from dynllava_jax.data.tokenizer import load_tokenizer, read_files
 from dynllava_jax.data.workers import parallel_map
+from dynllava_jax.display import Terminal
 from dynllava_jax.files import write_atomically
 from dynllava_jax.progress import progress
 
@@ -63,7 +63,7 @@ def prepare(
     ConfigError: `out` holds something else.
     DataError: a JSON file that cannot be read.
   """
-  console = Console(soft_wrap=True, markup=False, emoji=False)  # paths are printed as they are
+  console = Terminal()
   settings = describe(scan, weights, image_bytes, shard_samples)
   check_resumable(out, settings)
   unfinished = out / UNFINISHED
@@ -161,7 +161,7 @@ def write_store(
   done = len(good) - sum(len(job[1]) for job in todo)
   with (
     parallel_map(write_shard, todo, scan.processes) as sizes,
-    progress(Console(), 'writing samples', len(good), done=done) as advance,
+    progress(Terminal(), 'writing samples', len(good), done=done) as advance,
   ):
     for size in sizes:
       advance(size)
@@ -278,7 +278,8 @@ def main(_) -> None:
       check_template(style, load_tokenizer(scan.tokenizer))
     form = dict(only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
     try:
-      good = prepare(scan, weights, pathlib.Path(given.out), **form)
+      with locks.sole_use(pathlib.Path(given.out), '--out'):
+        good = prepare(scan, weights, pathlib.Path(given.out), **form)
     except KeyboardInterrupt:
       print('interrupted; the same command goes on')
       sys.exit(130)

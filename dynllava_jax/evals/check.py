@@ -3,12 +3,12 @@
 import pathlib
 import sys
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
+from dynllava_jax.display import Terminal
 from dynllava_jax.evals import score
 from dynllava_jax.evals.benchmarks import suite
 from dynllava_jax.evals.benchmarks.base import Benchmark, Problems
@@ -82,7 +82,7 @@ def run(root: pathlib.Path, cfg: EvalConfig | None) -> int:
     for i, (what, state, source) in enumerate(rows):
       colour = 'green' if state == OK else 'red'
       table.add_row('' if i else benchmark.name, what, Text(state, colour), source, end_section=i == len(rows) - 1)
-  console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)  # paths and messages may hold brackets
+  console = Terminal(width=None if sys.stdout.isatty() else WIDTH, soft_wrap=False)
   console.print(table)
   console.print(f'{complete} of {len(chosen)} benchmarks are complete')
   return int(complete < len(chosen))

@@ -12,6 +12,7 @@ from rich.console import Console
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
+from dynllava_jax.display import Terminal
 from dynllava_jax.evals import compare, figures, forced, layout, runner, score
 from dynllava_jax.evals.answers import Labels, join
 from dynllava_jax.evals.benchmarks import suite
@@ -39,8 +40,8 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
     CheckpointError, ConfigError, DataError: what is wrong with checkpoint, config or data.
   """
   # 1. What is asked, and of which models. Nothing is computed before all of it is known to be there.
-  width = None if Console().is_terminal else TABLE_WIDTH
-  console = Console(width=width, markup=False)  # paths and messages may hold brackets
+  width = None if Terminal().is_terminal else TABLE_WIDTH
+  console = Terminal(width=width, soft_wrap=False)
   console.quiet = jax.process_index() > 0
   benchmark = suite.get(cfg.benchmark).configured(cfg)
   folder = score.folder_of(cfg, benchmark, data)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping
 
 import tensorboardX
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dynllava_jax.display import Terminal
 
 METRICS_FILE = 'metrics.jsonl'
 
@@ -56,7 +57,7 @@ class Display:
   PLAIN_EVERY = 20.0  # seconds between lines where there is no terminal
 
   def __init__(self, title: str, steps: int, first_step: int, quiet: bool = False):
-    self._console = Console(quiet=quiet)
+    self._console = Terminal(quiet=quiet)
     self._steps, self._title, self._last = steps, title, 0.0
     self._bar = Progress(
       TextColumn('[bold]{task.description}'),
