@@ -1,12 +1,12 @@
 # make setup   creates .venv and installs what requirements.txt pins
 # make demo    trains and evaluates on the embedded data set; results in runs/digits/
-# make test    runs the tests
+# make test    runs the tests; make test-slow the long ones that it leaves out
 # make lint    checks style and formatting; make format mends them
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-slow lint format clean
 
 setup: .venv/installed
 
@@ -25,8 +25,13 @@ demo: setup
 	$(BIN)/python -m dynllava_jax.training.plot $(RUN)/training.png $(RUN)/base $(RUN)/dynamic
 	$(BIN)/python eval.py --config=configs/digits.py:eval --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)
 
+PYTEST := $(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder tests
+	$(PYTEST) tests
+
+test-slow: setup
+	$(PYTEST) -m slow tests
 
 lint: setup
 	$(BIN)/ruff check .
