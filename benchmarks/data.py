@@ -115,8 +115,8 @@ def batch_cost(path: str) -> dict:
   """CPU time of a batch of 64 in one thread, from the store's bytes to stacked arrays."""
   data = DataConfig(source='prepared', path=path, conversation='vicuna_v1', text_length=1472, buckets=(256, 512, 1024))
   files = read_files(TOKENIZER.value)
-  training = training_data(data, VISION, files, batch_size=BATCH, seed=0)
-  layout = LayOut(data, VISION, files)
+  training = training_data(data, VISION.num_patches, files, batch_size=BATCH, seed=0)
+  layout = LayOut(data, VISION, files, VISION.num_patches)
   names = ('read and decode', 'tokenize', 'pad, resize and lay out')
   parts: dict[str, list[float]] = {name: [] for name in names}
   rows = []

@@ -36,7 +36,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 from rich.console import Console
 
-from dynllava_jax import presets, sharding
+from dynllava_jax import methods, presets, sharding
 from dynllava_jax.checkpoint import write_atomically
 from dynllava_jax.config import DENSE, ModelConfig, OptimizerConfig, Stage, TrainConfig
 from dynllava_jax.data.batches import Batch
@@ -105,7 +105,7 @@ def compiled_module() -> str:
 
 def rows(batch: int, text: int, model: ModelConfig, place) -> Batch:
   """Shapes of a batch of `batch` rows with `text` text positions."""
-  size, image = text + model.vision.num_patches, model.vision.image_size
+  size, image = text + methods.num_image_tokens(model), model.vision.image_size
   shape = lambda dims, dtype: jax.ShapeDtypeStruct((batch, *dims), dtype, sharding=place)
   per_row, per_token = shape((), jnp.int32), shape((size,), jnp.int32)
   return Batch(

@@ -24,7 +24,17 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from dynllava_jax.config import DENSE, TOKENIZER_FILES, ConfigError, ModelConfig, SparsityConfig, Stage, from_config_dict, to_dict
+from dynllava_jax.config import (
+  DENSE,
+  TOKENIZER_FILES,
+  ConfigError,
+  ModelConfig,
+  Piece,
+  SparsityConfig,
+  Stage,
+  from_config_dict,
+  to_dict,
+)
 from dynllava_jax.files import write_atomically
 from dynllava_jax.models.params import abstract_params
 from dynllava_jax.sharding import shardings, unboxed
@@ -46,6 +56,7 @@ class CheckpointInfo:
 
   model: ModelConfig
   stages: tuple[Stage, ...] = DENSE
+  reducer: Piece | None = None
   sparsity: SparsityConfig = SparsityConfig()
   conversation: str = 'vicuna_v1'
   image_aspect: str = 'pad'

@@ -1,6 +1,6 @@
 """Generation: batched, static-shaped, in one jitted loop or token by token.
 
-A `Generator` holds the compiled programs of one (model, stage list, generation length). Every program is
+A `Generator` holds the compiled programs of one (model, reducer, stage list, generation length). Every program is
 compiled once per shape of its batch; a second batch of the same shapes compiles nothing.
 Axes: B batch, T = max_new_tokens, V vocabulary, M kept image tokens.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax.cache import Cache, CacheSpec
-from dynllava_jax.config import ModelConfig, Stage
+from dynllava_jax.config import ModelConfig, Piece, Stage
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
 from dynllava_jax.models.params import cut_params
 from dynllava_jax.ops.images import normalize
@@ -114,7 +114,7 @@ def sample(logits: jax.Array, sampling: Sampling, seed: jax.Array, step: jax.Arr
 
 
 class Generator:
-  """Compiled generation for one checkpoint and stage list."""
+  """Compiled generation for one checkpoint, reducer and stage list."""
 
   def __init__(
     self,
@@ -128,6 +128,7 @@ class Generator:
     given_tokens: int = 0,
     sampling: Sampling = Sampling(),
     dtype: Any = jnp.float32,
+    reducer: Piece | None = None,
   ):
     """Cuts `params` (checkpoint form) for the stage list.
 
@@ -139,8 +140,9 @@ class Generator:
       given_tokens: room for the answers given to `force`, over all turns, where they are longer than `max_new_tokens`.
       sampling: how tokens are drawn.
       dtype: of computation and cache.
+      reducer: what makes fewer image tokens of the tower's patches.
     """
-    self.model = DynLlava(cfg, stages, dtype)
+    self.model = DynLlava(cfg, stages, dtype, reducer=reducer)
     self.params = cut_params(params, stages)
     self.max_new_tokens = max_new_tokens
     self.eos_id = eos_id
@@ -293,7 +295,7 @@ class Generator:
     batch, slots = prompt.tokens.shape
     size = self.max_new_tokens
     rows = jnp.arange(batch)
-    text_slots = slots - self.model.cfg.vision.num_patches + size
+    text_slots = slots - self.model.num_image + size
     full = functools.partial(self._apply, params, method='recompute')
 
     def forward(buffer, length):

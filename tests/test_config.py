@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dynllava_jax import presets
-from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Stage, TrainConfig, check_stages, from_config_dict, to_dict
+from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, TrainConfig, check_stages, from_config_dict, to_dict
 
 
 def tiny(**changes):
@@ -20,6 +20,17 @@ def test_round_trip_through_json():
   )
   assert from_config_dict(TrainConfig, json.loads(json.dumps(to_dict(cfg)))) == cfg
   assert cfg.model == presets.TINY and cfg.stages[1].image_keep_rate == 0.25
+
+
+def test_pieces_are_groups_outside_and_hashable_inside():
+  plain = dict(reducer=dict(name='a', dominant=11, blocks=[1, 2]), stages=[dict(start=0, options=dict(y=2.5, x=True))])
+  cfg = from_config_dict(TrainConfig, tiny(**plain))
+  assert cfg.reducer == Piece('a', {'blocks': (1, 2), 'dominant': 11})
+  assert hash(cfg.reducer) == hash(Piece('a', cfg.reducer.options))
+  assert cfg.stages == (Stage(options={'x': True, 'y': 2.5}),) and cfg.stages[0].options == (('x', True), ('y', 2.5))
+  stored = json.loads(json.dumps(to_dict(cfg)))
+  assert stored['reducer'] == dict(plain['reducer'], blocks=[1, 2]) and stored['stages'][0]['options'] == {'x': True, 'y': 2.5}
+  assert from_config_dict(TrainConfig, stored) == cfg
 
 
 @pytest.mark.parametrize(
@@ -37,6 +48,15 @@ def test_round_trip_through_json():
     (dict(stages=[dict(start=1)]), 'the first stage must start at layer 0'),
     (dict(stages=[dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=0.01)]), 'leaves none of the 16 image tokens'),
     (dict(stages=[dict(start=0, image_keep_rate=0.5)]), "selector 'all' keeps every token"),
+    (dict(stages=[dict(start=0, image_tokens=8)]), "selector 'all' keeps every token"),
+    (dict(stages=[dict(start=0), dict(start=2, selector='uniform', image_tokens=17)]), '17 are more than the 16 of the run'),
+    (
+      dict(stages=[dict(start=0), dict(start=2, selector='uniform', image_tokens=4, image_keep_rate=0.5)]),
+      'image_tokens 4 and image_keep_rate 0.5 both say how many image tokens stay',
+    ),
+    (dict(stages=[dict(start=0, options=3)]), r'config.stages\[0\].options: expected a group of settings, got 3'),
+    (dict(stages=[dict(start=0, compressor=dict(budget=3))]), r'config.stages\[0\].compressor.name: expected the name of a method'),
+    (dict(reducer='visionzip'), r"config.reducer: expected a group with a name, such as dict\(name='fastervlm'\), got 'visionzip'"),
     (dict(stages=[dict(start=0), dict(start=2, selector='random', image_keep_rate=0.5)]), 'single dynamic stage can be trained'),
     (dict(stages='dense'), "config.stages: expected a list, got 'dense'"),
     (dict(sparsity=dict(image_keep_rate=0.0)), 'image_keep_rate is 0.0'),
@@ -90,3 +110,8 @@ def test_unknown_projector(projector):
 def test_budget_truncates_the_float_product():
   assert Stage(start=2, selector='uniform', image_keep_rate=0.2).kept_image_tokens(576) == 115
   check_stages(DENSE, presets.TINY)
+
+
+def test_an_absolute_budget_is_that_many_and_nothing_where_there_is_no_image():
+  stage = Stage(start=2, selector='uniform', image_tokens=32)
+  assert [stage.kept_image_tokens(n) for n in (576, 64, 0)] == [32, 32, 0]

@@ -17,8 +17,8 @@ from dynllava_jax.config.model import (
   RopeScaling,
   VisionConfig,
 )
-from dynllava_jax.config.parsing import ConfigError, first_difference, from_config_dict, to_dict
-from dynllava_jax.config.run import DENSE, MeshConfig, Stage, check_stages, check_trainable_stages
+from dynllava_jax.config.parsing import ConfigError, Options, first_difference, from_config_dict, to_dict
+from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages
 from dynllava_jax.config.training import DataConfig, OptimizerConfig, SparsityConfig, TrainConfig
 
 __all__ = [
@@ -36,6 +36,8 @@ __all__ = [
   'MeshConfig',
   'ModelConfig',
   'OptimizerConfig',
+  'Options',
+  'Piece',
   'PredictorConfig',
   'RopeScaling',
   'SparsityConfig',

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from dynllava_jax.config.parsing import require, require_positive, require_seed
-from dynllava_jax.config.run import MeshConfig, Stage
+from dynllava_jax.config.run import MeshConfig, Piece, Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,11 +16,13 @@ class EvalRun:
     checkpoint: '' is the evaluation's own.
     image_size: pixels that images are scaled to, with fewer image tokens and interpolated position embeddings; 0 is
       the tower's own size.
+    reducer: what makes fewer image tokens of the tower's patches; None with no stages is the checkpoint's own too.
   """
 
   stages: tuple[Stage, ...] = ()
   checkpoint: str = ''
   image_size: int = 0
+  reducer: Piece | None = None
 
   def __post_init__(self):
     require(self.image_size >= 0, f'image_size is {self.image_size}, expected 0 or a number of pixels')

@@ -11,6 +11,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+# Settings that only one method knows the meaning of, as sorted (name, value) pairs, so that they can be hashed. In a config
+# they are a group of settings; `dynllava_jax.methods` checks them against the method's own dataclass.
+Options = tuple[tuple[str, Any], ...]
+
 
 class ConfigError(ValueError):
   """A configuration that cannot be run; the message names the key, what was found and what to do."""
@@ -64,6 +68,11 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if value is None:
       return None
     return _typed(next(a for a in args if a is not type(None)), value, where)
+  if hasattr(hint, 'from_plain'):
+    return hint.from_plain(value, where)
+  if hint == Options:
+    require(hasattr(value, 'keys'), f'{where}: expected a group of settings, got {value!r}')
+    return as_options(value)
   if dataclasses.is_dataclass(hint):
     return from_config_dict(hint, value, where)
   if origin is tuple:
@@ -82,7 +91,25 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
 def to_dict(config: Any) -> dict[str, Any]:
   """The plain (JSON-ready) form of a dataclass built by `from_config_dict`."""
-  return dataclasses.asdict(config)
+  hints = typing.get_type_hints(type(config))
+  values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+  return {name: dict(value) if hints[name] == Options else _plain(value) for name, value in values}
+
+
+def _plain(value: Any) -> Any:
+  if hasattr(value, 'to_plain'):
+    return value.to_plain()
+  if dataclasses.is_dataclass(value):
+    return to_dict(value)
+  if isinstance(value, Mapping):
+    return {k: _plain(v) for k, v in value.items()}
+  return tuple(map(_plain, value)) if isinstance(value, tuple) else value
+
+
+def as_options(value: Any) -> Options:
+  """Settings of a method, a group (`keys()` and items) or pairs already, as sorted pairs; lists become tuples."""
+  pairs = [(k, value[k]) for k in value.keys()] if hasattr(value, 'keys') else value
+  return tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in pairs))
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

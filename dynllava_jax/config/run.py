@@ -1,9 +1,38 @@
-"""How a model is run, whatever its weights: the stage list, and the mesh of devices."""
+"""How a model is run, whatever its weights: pieces of methods, the stage list, and the mesh of devices."""
 
 import dataclasses
+from typing import Any
 
 from dynllava_jax.config.model import ModelConfig
-from dynllava_jax.config.parsing import require
+from dynllava_jax.config.parsing import Options, as_options, require
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """A piece of a method by name, with its settings: in a config and in JSON `{'name': 'visionzip', 'dominant': 11, ...}`.
+
+  Attributes:
+    name: in `dynllava_jax.methods`.
+    options: what differs from the method's defaults; a dict will do, it is kept as sorted pairs.
+  """
+
+  name: str
+  options: Options = ()
+
+  def __post_init__(self):
+    object.__setattr__(self, 'options', as_options(self.options))
+
+  @classmethod
+  def from_plain(cls, value: Any, where: str) -> 'Piece':
+    """The piece that a group of settings describes; ConfigError unless it has a name."""
+    require(hasattr(value, 'keys'), f"{where}: expected a group with a name, such as dict(name='fastervlm'), got {value!r}")
+    name = value['name'] if 'name' in value.keys() else None
+    require(isinstance(name, str) and name != '', f'{where}.name: expected the name of a method, got {name!r}')
+    return cls(name, as_options({k: value[k] for k in value.keys() if k != 'name'}))
+
+  def to_plain(self) -> dict[str, Any]:
+    """What `from_plain` reads."""
+    return {'name': self.name, **dict(self.options)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,7 +43,11 @@ class Stage:
     start: first decoder layer of the stage; it ends where the next stage starts.
     selector: name in `dynllava_jax.methods` of the method that picks the image tokens entering the
       stage; 'all' keeps every token.
-    image_keep_rate: share of the model's image tokens kept, `int(num_image_tokens * rate)` of them.
+    image_keep_rate: share of the run's image tokens kept, `int(num_image_tokens * rate)` of them.
+    image_tokens: so many instead of a share; 0 goes by `image_keep_rate`.
+    options: settings of the selector; a dict will do.
+    compressor: what shrinks the stage's prompt keys and values before they are cached; None caches all.
+    layers: how blocks of the stage differ from plain ones; None for plain ones.
     text_keep_budget: share of `max_new_tokens` that the gated cache has room for. 1.0 never evicts.
       Only selectors that judge generated tokens use it.
   """
@@ -23,8 +56,13 @@ class Stage:
   selector: str = 'all'
   image_keep_rate: float = 1.0
   text_keep_budget: float = 1.0
+  image_tokens: int = 0
+  options: Options = ()
+  compressor: Piece | None = None
+  layers: Piece | None = None
 
   def __post_init__(self):
+    object.__setattr__(self, 'options', as_options(self.options))
     require(
       0 < self.image_keep_rate <= 1,
       f'stage at layer {self.start}: image_keep_rate is {self.image_keep_rate}, expected a share in (0, 1]',
@@ -33,18 +71,30 @@ class Stage:
       0 < self.text_keep_budget <= 1,
       f'stage at layer {self.start}: text_keep_budget is {self.text_keep_budget}, expected a share in (0, 1]',
     )
+    require(self.image_tokens >= 0, f'stage at layer {self.start}: image_tokens is {self.image_tokens}, expected 0 or more')
+    require(
+      not self.image_tokens or self.image_keep_rate == 1.0,
+      f'stage at layer {self.start}: image_tokens {self.image_tokens} and image_keep_rate {self.image_keep_rate} both say how many '
+      'image tokens stay; leave one out',
+    )
 
   def kept_image_tokens(self, num_image_tokens: int) -> int:
-    """Truncation of the float product, as in the authors' code."""
-    return int(num_image_tokens * self.image_keep_rate)
+    """Of a row with `num_image_tokens` (0 without image): `image_tokens`, or the share of them, cut off as in the authors' code."""
+    return min(self.image_tokens, num_image_tokens) if self.image_tokens else int(num_image_tokens * self.image_keep_rate)
 
 
 DENSE = (Stage(),)
 
 
-def check_stages(stages: tuple[Stage, ...], model: ModelConfig) -> None:
-  """Raises ConfigError unless the stage list cuts this model's decoder."""
-  layers, image_tokens = model.llama.num_layers, model.vision.num_patches
+def check_stages(stages: tuple[Stage, ...], model: ModelConfig, image_tokens: int | None = None) -> None:
+  """Raises ConfigError unless the stage list cuts this model's decoder.
+
+  Args:
+    stages, model: what is run.
+    image_tokens: of the run, `methods.num_image_tokens`; those of a run without a reducer if None.
+  """
+  layers = model.llama.num_layers
+  image_tokens = model.vision.num_patches if image_tokens is None else image_tokens
   require(len(stages) > 0 and stages[0].start == 0, 'stages: the first stage must start at layer 0')
   starts = [s.start for s in stages]
   require(starts == sorted(set(starts)), f'stages: starts must increase, got {starts}')
@@ -53,11 +103,13 @@ def check_stages(stages: tuple[Stage, ...], model: ModelConfig) -> None:
   )
   kept = [s.kept_image_tokens(image_tokens) for s in stages]
   require(min(kept) > 0, f'stages: image_keep_rate leaves none of the {image_tokens} image tokens')
+  asked = [s.image_tokens or k for s, k in zip(stages, kept)]
+  require(max(asked) <= image_tokens, f'stages: image_tokens {max(asked)} are more than the {image_tokens} of the run')
   require(kept == sorted(kept, reverse=True), f'stages: image tokens cannot come back, got budgets {kept}')
   for stage in stages:
     require(
-      stage.selector != 'all' or stage.image_keep_rate == 1.0,
-      f"stage at layer {stage.start}: selector 'all' keeps every token, image_keep_rate must be 1.0",
+      stage.selector != 'all' or (stage.image_keep_rate == 1.0 and not stage.image_tokens),
+      f"stage at layer {stage.start}: selector 'all' keeps every token, image_keep_rate must be 1.0 and image_tokens 0",
     )
     require(
       stage.selector != 'dynamic' or model.predictor is not None,

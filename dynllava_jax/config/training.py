@@ -4,7 +4,7 @@ import dataclasses
 
 from dynllava_jax.config.model import ModelConfig
 from dynllava_jax.config.parsing import require, require_positive, require_seed
-from dynllava_jax.config.run import DENSE, MeshConfig, Stage, check_stages, check_trainable_stages
+from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,7 @@ class TrainConfig:
 
   model: ModelConfig
   stages: tuple[Stage, ...] = DENSE
+  reducer: Piece | None = None
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   sparsity: SparsityConfig = SparsityConfig()
@@ -133,7 +134,8 @@ class TrainConfig:
   save_every: int = 500
 
   def __post_init__(self):
-    check_stages(self.stages, self.model)
+    if self.reducer is None:  # else `methods.check_run`, which knows how many image tokens there are
+      check_stages(self.stages, self.model)
     check_trainable_stages(self.stages)
     require(not (self.init_from and self.data.tokenizer), 'data.tokenizer: init_from brings its own; leave one of them empty')
     require_positive(self, '', 'batch_size', 'steps', 'log_every', 'save_every')

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+from dynllava_jax import methods
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import LlamaConfig, VisionConfig
 from dynllava_jax.data.tokenizer import load_tokenizer
@@ -177,7 +178,7 @@ def llava_hf_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, voca
       'architectures': ['LlavaForConditionalGeneration'],
       'model_type': 'llava',
       'image_aspect_ratio': info.image_aspect,  # not one of transformers' entries; read back here
-      'image_seq_length': model.vision.num_patches,
+      'image_seq_length': methods.num_image_tokens(model),
       'tie_word_embeddings': model.llama.tie_embeddings,
       'torch_dtype': dtype,
       'vision_feature_layer': model.vision.select_layer,

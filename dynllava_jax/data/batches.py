@@ -84,6 +84,7 @@ def make_row(
   style: Template,
   tokenizer: Tokenizer,
   vision: VisionConfig,
+  num_image: int,
   text_length: int,
   aspect: str = 'pad',
   training: bool = False,
@@ -95,6 +96,7 @@ def make_row(
     sample: a conversation; one that ends with a question becomes a prompt.
     number: seed of the row.
     style, tokenizer, vision: how text and image are encoded.
+    num_image: P, positions that an image takes.
     text_length: text bucket, tokens besides the image's.
     aspect: how the image becomes a square, see `images.preprocess`.
     training: refuse prompts. A row without image may also fill the image's positions with text, for which the
@@ -106,7 +108,6 @@ def make_row(
   """
   has_image = sample.image is not None
   encoded = encode_turns(sample.id, sample.conversations, has_image, style=style, tokenizer=tokenizer)
-  num_image = vision.num_patches
   room = text_length + (1 if has_image else num_image if training else 0)
   if len(encoded.ids) > room and truncate:
     encoded = cut(encoded, room)

@@ -102,14 +102,14 @@ def _join(parts: Iterable[Index]) -> Index:
   return Index(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Index)))
 
 
-def fit(index: Index, data: DataConfig, num_patches: int) -> tuple[np.ndarray, np.ndarray]:
+def fit(index: Index, data: DataConfig, num_image: int) -> tuple[np.ndarray, np.ndarray]:
   """What the run's buckets make of an index.
 
   Returns:
     (int32[N] text positions that each sample takes, uint8[N] code of the reason why it cannot be used, 0 if it can).
   """
-  room = np.where(index.has_image, data.text_length + 1, data.text_length + num_patches)
+  room = np.where(index.has_image, data.text_length + 1, data.text_length + num_image)
   too_long = (index.reach if data.truncate else index.tokens) > room
   reason = np.where((index.reason == 0) & too_long, CODES.index('too_long'), index.reason)
-  taken = np.minimum(index.tokens, room) - np.where(index.has_image, 1, num_patches)
+  taken = np.minimum(index.tokens, room) - np.where(index.has_image, 1, num_image)
   return np.maximum(taken, 1).astype(np.int32), reason.astype(np.uint8)

@@ -12,7 +12,7 @@ from absl import flags
 from PIL import Image
 from rich.text import Text
 
-from dynllava_jax import command_line
+from dynllava_jax import command_line, methods
 from dynllava_jax.config import IGNORE, ConfigError, TrainConfig
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.data.pipeline import LayOut
@@ -39,29 +39,30 @@ def look(cfg: TrainConfig, index: int) -> tuple[Sample, Batch, Tokenizer]:
   if not 0 <= index < len(source):
     raise ConfigError(f'--index: {index}, the source has samples 0 to {len(source) - 1}')
   sample = source[index]
-  layout = LayOut(cfg.data, cfg.model.vision, files)
+  methods.check_run(cfg.model, cfg.stages, cfg.reducer)
+  num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
+  layout = LayOut(cfg.data, cfg.model.vision, files, num_image)
   row = layout(sample, index, cfg.data.text_length)
-  patches = cfg.model.vision.num_patches
-  bucket = next(b for b in cfg.data.text_buckets if row.length <= b + patches)
+  bucket = next(b for b in cfg.data.text_buckets if row.length <= b + num_image)
   return sample, layout(sample, index, bucket), load_tokenizer(files)
 
 
-def spans(row: Batch, num_patches: int) -> list[tuple[str, int, int]]:
+def spans(row: Batch, num_image: int) -> list[tuple[str, int, int]]:
   """(kind, start, end) of the runs of a row: 'prompt', 'image', 'supervised', 'padding'."""
   kinds = np.full(row.tokens.shape, 'prompt', dtype='U10')
   kinds[row.labels != IGNORE] = 'supervised'
   if row.image_start >= 0:
-    kinds[row.image_start : row.image_start + num_patches] = 'image'
+    kinds[row.image_start : row.image_start + num_image] = 'image'
   kinds[row.length :] = 'padding'
   edges = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
   return [(str(kinds[a]), a, b) for a, b in itertools.pairwise(edges)]
 
 
-def describe(sample: Sample, row: Batch, tokenizer: Tokenizer, num_patches: int) -> list[Text]:
+def describe(sample: Sample, row: Batch, tokenizer: Tokenizer, num_image: int) -> list[Text]:
   """The sample for a terminal."""
   styles = {'supervised': SUPERVISED, 'image': IMAGE, 'padding': PADDING, 'prompt': ''}
   text, ids = Text(), Text()
-  for kind, start, end in spans(row, num_patches):
+  for kind, start, end in spans(row, num_image):
     if kind in ('image', 'padding'):
       note = f'<{kind}: positions {start} to {end - 1}>'
       text.append(note, styles[kind])
@@ -86,7 +87,7 @@ def main(_) -> None:
     cfg = command_line.parse(TrainConfig, given.config)
     sample, row, tokenizer = look(cfg, given.index)
     console = Terminal()
-    for part in describe(sample, row, tokenizer, cfg.model.vision.num_patches):
+    for part in describe(sample, row, tokenizer, methods.num_image_tokens(cfg.model, cfg.reducer)):
       console.print(part)
       console.print()
     if row.image_start >= 0:

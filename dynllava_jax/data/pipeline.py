@@ -27,6 +27,7 @@ class LayOut:
   data: DataConfig
   vision: VisionConfig
   tokenizer_files: Mapping[str, bytes]
+  num_image: int  # positions that an image takes
 
   def __call__(self, sample: Sample, number: int, text_length: int) -> Batch:
     """One row of the given text bucket, see `batches.make_row`."""
@@ -36,6 +37,7 @@ class LayOut:
       style=conversation.template(self.data.conversation),
       tokenizer=self.tokenizer,
       vision=self.vision,
+      num_image=self.num_image,
       text_length=text_length,
       aspect=self.data.image_aspect,
       training=True,

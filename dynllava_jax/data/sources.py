@@ -10,7 +10,7 @@ from typing import Protocol, SupportsIndex
 
 import numpy as np
 
-from dynllava_jax.config import ConfigError, DataConfig, VisionConfig
+from dynllava_jax.config import ConfigError, DataConfig
 from dynllava_jax.data import conversation, digits
 from dynllava_jax.data.index import CODES, fit, load_index
 from dynllava_jax.data.order import Order, Part
@@ -62,13 +62,12 @@ def training_source(data: DataConfig, seed: int) -> Source:
   return digits.TrainingScenes('train', seed, MIXES[data.source])
 
 
-def training_data(
-  data: DataConfig, vision: VisionConfig, tokenizer: Mapping[str, bytes], *, batch_size: int, seed: int
-) -> TrainingData:
+def training_data(data: DataConfig, num_image: int, tokenizer: Mapping[str, bytes], *, batch_size: int, seed: int) -> TrainingData:
   """Source and order of a run.
 
   Args:
-    data, vision: the run's settings.
+    data: the run's settings.
+    num_image: positions that an image takes.
     tokenizer: its files; lengths are measured with it.
     batch_size, seed: of the run.
 
@@ -81,7 +80,7 @@ def training_data(
   usable, need, skipped = None, None, {}
   if isinstance(source, Store):
     index = load_index(source, tokenizer, data.conversation)
-    need, reason = fit(index, data, vision.num_patches)
+    need, reason = fit(index, data, num_image)
     usable = reason == 0
     if data.images_only:
       usable &= index.has_image

@@ -50,10 +50,11 @@ def costs_of(cfg: EvalConfig, loaded: Loaded, rows: Sequence[Mapping[str, Any]])
   fed = sum(map(len, kept))
   spec = CacheSpec(max_new_tokens=cfg.max_new_tokens)
   itemsize = jnp.dtype(cfg.dtype).itemsize
-  per_stage = {t: costs.cache_bytes(loaded.model, loaded.stages, t, spec, itemsize) for t in {m['text_length'] for m in meta}}
-  setting = costs.paper_setting(loaded.model, loaded.stages)
+  lengths = {m['text_length'] for m in meta}
+  per_stage = {t: costs.cache_bytes(loaded.model, loaded.stages, t, spec, itemsize, loaded.reducer) for t in lengths}
+  setting = costs.paper_setting(loaded.model, loaded.stages, loaded.reducer)
   flops = [
-    costs.sample_flops(loaded.model, loaded.stages, m['prompt_text_tokens'], k, spec, image=m['image_tokens'] > 0)
+    costs.sample_flops(loaded.model, loaded.stages, m['prompt_text_tokens'], k, spec, m['image_tokens'] > 0, loaded.reducer)
     for m, k in zip(meta, kept)
   ]
   return {
@@ -61,7 +62,7 @@ def costs_of(cfg: EvalConfig, loaded: Loaded, rows: Sequence[Mapping[str, Any]])
     'image_tokens_layer_average': float(np.mean(setting.tokens_per_layer)),
     'generated_kept': (sum(map(sum, kept)) - sum(m['evicted'] for m in meta)) / max(fed, 1),
     'flops_per_sample': float(np.mean(flops)),
-    'prefill_flops': costs.decoder_flops(loaded.model, loaded.stages),
+    'prefill_flops': costs.decoder_flops(loaded.model, loaded.stages, loaded.reducer),
     'paper_prefill_flops': costs.paper_flops(setting),
     'kv_bytes_per_sample': int(np.mean([sum(per_stage[m['text_length']]) for m in meta])),
     'kv_bytes_per_stage': np.mean([per_stage[m['text_length']] for m in meta], 0).astype(int).tolist(),

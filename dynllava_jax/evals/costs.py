@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
-from dynllava_jax.config import ModelConfig, Stage
+from dynllava_jax.config import ModelConfig, Piece, Stage
 
 
 def layer_flops(model: ModelConfig, tokens: float, keys: float) -> float:
@@ -21,13 +21,15 @@ def layer_flops(model: ModelConfig, tokens: float, keys: float) -> float:
   return tokens * linear + 4 * llama.num_heads * llama.head_dim * keys
 
 
-def vision_flops(model: ModelConfig) -> float:
-  """Vision tower up to the selected layer, and the projector, for one image."""
+def vision_flops(model: ModelConfig, reducer: Piece | None = None) -> float:
+  """Vision tower up to the selected layer, and the projector on the tokens that it sees, for one image."""
   v, width = model.vision, model.llama.hidden_size
   tokens = v.num_patches + 1
   block = 2 * tokens * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.mlp_dim) + 4 * tokens**2 * v.hidden_size
   patches = 2 * v.num_patches * 3 * v.patch_size**2 * v.hidden_size
-  projector = 2 * v.num_patches * (v.hidden_size * width + (model.projector_depth - 1) * width**2)
+  all_projected = reducer is None or methods.get(reducer.name, 'reducer').projects_all
+  projected = v.num_patches if all_projected else methods.num_image_tokens(model, reducer)
+  projector = 2 * projected * (v.hidden_size * width + (model.projector_depth - 1) * width**2)
   return patches + v.layers_run * block + projector
 
 
@@ -41,7 +43,13 @@ def predictor_flops(model: ModelConfig, image_tokens: int, text_tokens: float) -
 
 
 def sample_flops(
-  model: ModelConfig, stages: tuple[Stage, ...], text_tokens: int, kept: Sequence[bool], spec: kv.CacheSpec, image: bool = True
+  model: ModelConfig,
+  stages: tuple[Stage, ...],
+  text_tokens: int,
+  kept: Sequence[bool],
+  spec: kv.CacheSpec,
+  image: bool = True,
+  reducer: Piece | None = None,
 ) -> float:
   """FLOPs to answer one question with a cache: tower, prefill and every generated token.
 
@@ -51,9 +59,10 @@ def sample_flops(
     kept: for each token fed after the prompt, whether gated stages kept it.
     spec: of the cache, which holds no more than its budget of them.
     image: whether the question has one; without, neither tower nor image tokens are counted.
+    reducer: of the run.
   """
-  num_image = model.vision.num_patches if image else 0
-  total = vision_flops(model) if image else 0.0
+  num_image = methods.num_image_tokens(model, reducer) if image else 0
+  total = vision_flops(model, reducer) if image else 0.0
   gated, budget_share = False, 1.0
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   for stage, end in zip(stages, ends):
@@ -73,10 +82,15 @@ def sample_flops(
 
 
 def cache_bytes(
-  model: ModelConfig, stages: tuple[Stage, ...], text_length: int, spec: kv.CacheSpec, bytes_per_number: int
+  model: ModelConfig,
+  stages: tuple[Stage, ...],
+  text_length: int,
+  spec: kv.CacheSpec,
+  bytes_per_number: int,
+  reducer: Piece | None = None,
 ) -> list[int]:
   """Allocated bytes of one row's keys and values, per stage, for a text bucket of `text_length`."""
-  llama, num_image = model.llama, model.vision.num_patches
+  llama, num_image = model.llama, methods.num_image_tokens(model, reducer)
   ends = [s.start for s in stages[1:]] + [llama.num_layers]
   sizes, gate, budget_share = [], False, 1.0
   for stage, end in zip(stages, ends):
@@ -96,10 +110,11 @@ class PaperSetting:
   tokens_per_layer: tuple[int, ...]
 
 
-def paper_setting(model: ModelConfig, stages: tuple[Stage, ...]) -> PaperSetting:
+def paper_setting(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | None = None) -> PaperSetting:
   """The paper's view of a run."""
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
-  counts = [s.kept_image_tokens(model.vision.num_patches) for s, e in zip(stages, ends) for _ in range(e - s.start)]
+  num_image = methods.num_image_tokens(model, reducer)
+  counts = [s.kept_image_tokens(num_image) for s, e in zip(stages, ends) for _ in range(e - s.start)]
   return PaperSetting(model.llama.hidden_size, tuple(counts))
 
 
@@ -109,7 +124,7 @@ def paper_flops(setting: PaperSetting) -> float:
   return float(sum(32 * n * c**2 + 4 * n**2 * c for n in setting.tokens_per_layer))
 
 
-def decoder_flops(model: ModelConfig, stages: tuple[Stage, ...]) -> float:
+def decoder_flops(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | None = None) -> float:
   """As `paper_flops` with this decoder's true dimensions (LLaMA's mlp is not 4 C wide)."""
-  setting = paper_setting(model, stages)
+  setting = paper_setting(model, stages, reducer)
   return float(sum(layer_flops(model, n, n * n) for n in setting.tokens_per_layer))

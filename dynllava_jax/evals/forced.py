@@ -74,6 +74,7 @@ def read_answers(
     later_tokens=layout.later_tokens(),
     given_tokens=length * max(map(len, answers)),
     dtype=jnp.dtype(cfg.dtype),
+    reducer=loaded.reducer,
   )
   with progress(console, f'{loaded.name} reading', int((~done).sum())) as advance:
     for chunk in layout.batches(np.flatnonzero(~done).tolist(), cfg.batch_size):

@@ -10,7 +10,7 @@ import numpy as np
 
 from dynllava_jax import checkpoint, methods
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
-from dynllava_jax.config import IMAGE_ID, ConfigError, EvalRun, ModelConfig, Stage, check_stages
+from dynllava_jax.config import IMAGE_ID, ConfigError, EvalRun, ModelConfig, Piece, Stage
 from dynllava_jax.data import conversation, images
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,7 +31,13 @@ class Loaded:
   info: CheckpointInfo
   model: ModelConfig  # with the run's image size
   stages: tuple[Stage, ...]
+  reducer: Piece | None
   tokenizer: Tokenizer
+
+  @property
+  def num_image(self) -> int:
+    """Image tokens that the language model sees."""
+    return methods.num_image_tokens(self.model, self.reducer)
 
 
 def load_model(name: str, run: EvalRun, default: str) -> Loaded:
@@ -47,15 +53,14 @@ def load_model(name: str, run: EvalRun, default: str) -> Loaded:
     if run.image_size:
       model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=run.image_size))
     stages = run.stages or info.stages
-    check_stages(stages, model)
-    for stage in stages:
-      methods.get(stage.selector)
+    reducer = run.reducer or (None if run.stages else info.reducer)
+    methods.check_run(model, stages, reducer)
   except ConfigError as e:
     raise ConfigError(f'config.runs.{name}: {e}') from None
   files = checkpoint.read_tokenizer(path)
   if files is None:
     raise CheckpointError(f'{path}: has no tokenizer; this evaluation needs the one it was trained with')
-  return Loaded(name, path, info, model, stages, load_tokenizer(files))
+  return Loaded(name, path, info, model, stages, reducer, load_tokenizer(files))
 
 
 def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -146,8 +151,8 @@ class Layout:
     start = int(where[0]) if len(where) else -1
     pad = self.loaded.tokenizer.pad_id
     if len(where):
-      ids = np.concatenate([ids[:start], np.full(vision.num_patches, pad, np.int32), ids[start + 1 :]])
-    tokens = np.full(self.bucket[i] + vision.num_patches, pad, np.int32)
+      ids = np.concatenate([ids[:start], np.full(self.loaded.num_image, pad, np.int32), ids[start + 1 :]])
+    tokens = np.full(self.bucket[i] + self.loaded.num_image, pad, np.int32)
     tokens[: len(ids)] = ids
     image, size = load_image(self.questions[i]), vision.image_size
     pixels = np.zeros((size, size, 3), np.uint8)

@@ -10,7 +10,7 @@ import jax
 from rich.console import Console
 
 from dynllava_jax import checkpoint, sharding
-from dynllava_jax.config import EvalConfig
+from dynllava_jax.config import EvalConfig, to_dict
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import Terminal
 from dynllava_jax.evals import compare, figures, forced, layout, runner, score
@@ -75,7 +75,8 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
     'checkpoint': str(path),
     'step': checkpoint.locate(path)[1],
     'dtype': cfg.dtype,
-    'stages': {n: [dataclasses.asdict(s) for s in m.stages] for n, m in models.items()},
+    'stages': {n: [to_dict(s) for s in m.stages] for n, m in models.items()},
+    'reducer': {n: m.reducer.to_plain() if m.reducer else None for n, m in models.items()},
     'conventions': list(compare.CONVENTIONS),
     'notes': benchmark.remarks(),
   }

@@ -53,6 +53,7 @@ def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question]) -
     'conversation': loaded.info.conversation,
     'model': to_dict(loaded.model),
     'stages': [to_dict(s) for s in loaded.stages],
+    'reducer': loaded.reducer.to_plain() if loaded.reducer else None,
     'decoding': 'greedy',
     'seed': cfg.seed,
     'max_new_tokens': cfg.max_new_tokens,
@@ -94,6 +95,7 @@ def answer_all(
       eos_id=loaded.tokenizer.eos_id,
       later_tokens=layout.later_tokens(),
       dtype=jnp.dtype(cfg.dtype),
+      reducer=loaded.reducer,
     )
     if store and done.any():
       console.print(f'{loaded.name}: {done.sum()} of {len(questions)} answers are there already')

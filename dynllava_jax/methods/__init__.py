@@ -1,22 +1,68 @@
-"""Token selection methods by name, one file each."""
+"""Methods by name, one file each; the tables say at which site a piece acts, `base.py` what a piece is."""
 
-from dynllava_jax.config import ConfigError
-from dynllava_jax.methods import dynamic, everything, random, uniform
-from dynllava_jax.methods.base import Selector, SelectorInputs
+from typing import Any
 
-SELECTORS = {
+from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, check_stages
+from dynllava_jax.methods import base, dynamic, everything, random, uniform
+from dynllava_jax.methods.base import Origin, Reduced, Reducer, Selector, SelectorInputs, TowerNeeds, TowerOutput
+
+REDUCERS: dict[str, Reducer] = {}
+SELECTORS: dict[str, Selector] = {
   'all': everything.SELECTOR,
   'dynamic': dynamic.SELECTOR,
   'random': random.SELECTOR,
   'uniform': uniform.SELECTOR,
 }
+LAYER_KINDS: dict[str, Origin] = {}
+COMPRESSORS: dict[str, Origin] = {}
+METHODS = {'reducer': REDUCERS, 'selector': SELECTORS, 'layers': LAYER_KINDS, 'compressor': COMPRESSORS}  # by site
 
 
-def get(name: str) -> Selector:
-  """The selector called `name`; ConfigError with the known names otherwise."""
-  if name not in SELECTORS:
-    raise ConfigError(f'selector {name!r} is unknown; expected one of {", ".join(sorted(SELECTORS))}')
-  return SELECTORS[name]
+def get(name: str, site: str = 'selector') -> Any:
+  """The piece called `name` at a site of `METHODS`; ConfigError with the known names otherwise."""
+  known = METHODS[site]
+  if name not in known:
+    raise ConfigError(f'{site} {name!r} is unknown; expected one of {", ".join(sorted(known)) or "none, there is none yet"}')
+  return known[name]
 
 
-__all__ = ['SELECTORS', 'Selector', 'SelectorInputs', 'get']
+def options_of(piece: Piece, site: str) -> Any:
+  """The settings of a piece, as its method's dataclass; ConfigError for one that is unknown or impossible."""
+  return get(piece.name, site).read_options(piece, site)
+
+
+def num_image_tokens(model: ModelConfig, reducer: Piece | None = None) -> int:
+  """Image tokens that the language model of a run sees; ConfigError if the reducer cannot run on the model."""
+  if reducer is None:
+    return model.vision.num_patches
+  return get(reducer.name, 'reducer').num_tokens(model, options_of(reducer, 'reducer'))
+
+
+def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | None = None) -> None:
+  """Raises ConfigError, one line with the reason, unless this model can be run so."""
+  check_stages(stages, model, num_image_tokens(model, reducer))
+  for stage in stages:
+    options_of(Piece(stage.selector, stage.options), 'selector')
+    for site in ('compressor', 'layers'):
+      if piece := getattr(stage, site):
+        options_of(piece, site)
+
+
+__all__ = [
+  'COMPRESSORS',
+  'LAYER_KINDS',
+  'METHODS',
+  'REDUCERS',
+  'SELECTORS',
+  'Reduced',
+  'Reducer',
+  'Selector',
+  'SelectorInputs',
+  'TowerNeeds',
+  'TowerOutput',
+  'base',
+  'check_run',
+  'get',
+  'num_image_tokens',
+  'options_of',
+]

@@ -14,4 +14,4 @@ def text_margin(hidden, text_predictor):
   return keep_margin(text_predictor(hidden))
 
 
-SELECTOR = Selector(select, text_margin)
+SELECTOR = Selector(select=select, text_margin=text_margin, source='arXiv 2412.00876', verified="the authors' code")

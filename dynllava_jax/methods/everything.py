@@ -10,4 +10,4 @@ def select(inputs: SelectorInputs, budget: int):
   return jnp.broadcast_to(jnp.arange(budget, dtype=jnp.int32), (inputs.image_hidden.shape[0], budget))
 
 
-SELECTOR = Selector(select)
+SELECTOR = Selector(select=select)

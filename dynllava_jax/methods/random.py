@@ -13,4 +13,4 @@ def select(inputs: SelectorInputs, budget: int):
   return top_indices(scores, budget)
 
 
-SELECTOR = Selector(select)
+SELECTOR = Selector(select=select)

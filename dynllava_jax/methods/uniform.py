@@ -11,4 +11,4 @@ def select(inputs: SelectorInputs, budget: int):
   return jnp.broadcast_to((jnp.arange(budget) * num_image // budget).astype(jnp.int32), (batch, budget))
 
 
-SELECTOR = Selector(select)
+SELECTOR = Selector(select=select)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
-from dynllava_jax.config import DENSE, ModelConfig, Stage, check_stages
+from dynllava_jax.config import DENSE, ModelConfig, Piece, Stage
 from dynllava_jax.models.clip import VisionTower
 from dynllava_jax.models.layers import Dtype
 from dynllava_jax.models.llama import Llama
@@ -90,21 +90,27 @@ class TrainOutput:
 
 
 class DynLlava(nn.Module):
-  """The model for one stage list. `params` come from `cut_params(checkpoint, stages)`."""
+  """The model for one reducer and stage list. `params` come from `cut_params(checkpoint, stages)`."""
 
   cfg: ModelConfig
   stages: tuple[Stage, ...] = DENSE
   dtype: Dtype = jnp.float32
   remat: bool = False
+  reducer: Piece | None = None
 
   def setup(self):
-    check_stages(self.stages, self.cfg)
+    methods.check_run(self.cfg, self.stages, self.reducer)
     self.vision = VisionTower(self.cfg.vision, self.dtype)
     self.projector = Projector(self.cfg, self.dtype)
     self.llama = Llama(self.cfg.llama, self.stages, self.dtype, self.remat)
     if self.cfg.predictor is not None:
       self.image_predictor = ImagePredictor(self.cfg.predictor, self.dtype)
       self.text_predictor = TextPredictor(self.cfg.predictor, self.dtype)
+
+  @property
+  def num_image(self) -> int:
+    """Image tokens that the language model sees."""
+    return methods.num_image_tokens(self.cfg, self.reducer)
 
   def vision_features(self, pixels: jax.Array) -> jax.Array:
     """Normalised pixels float[B, R, R, 3] -> tower features float[B, P, vision width]."""
@@ -237,13 +243,12 @@ class DynLlava(nn.Module):
     policy, out = None, {}
     for i, stage in enumerate(self.stages):
       if stage.selector == 'dynamic':
-        num_image = self.cfg.vision.num_patches
-        image_logits = self.image_predictor(layout.take_image_rows(x, prompt.image_start, num_image))
+        image_logits = self.image_predictor(layout.take_image_rows(x, prompt.image_start, self.num_image))
         text_logits = self.text_predictor(x)
         has_image = (prompt.image_start >= 0)[:, None]
         image_mask = jnp.where(has_image, gumbel_keep(image_logits, noise[0], tau), 1.0)
         text_mask = gumbel_keep(text_logits, noise[1], tau)
-        slot, is_image = layout.image_slots(positions, prompt.image_start, num_image)
+        slot, is_image = layout.image_slots(positions, prompt.image_start, self.num_image)
         judged = answer_mask(positions, prompt.length, answer_start, min_answer_len)
         policy = jnp.where(is_image, layout.gather_rows(image_mask, slot), jnp.where(judged, text_mask, 1.0))
         dense = jnp.zeros_like(prompt.length, bool) if dense is None else dense
@@ -259,7 +264,7 @@ class DynLlava(nn.Module):
 
   def _start(self, x: jax.Array, length: jax.Array) -> '_State':
     batch, size = x.shape[:2]
-    every = jnp.broadcast_to(jnp.arange(self.cfg.vision.num_patches, dtype=jnp.int32), (batch, self.cfg.vision.num_patches))
+    every = jnp.broadcast_to(jnp.arange(self.num_image, dtype=jnp.int32), (batch, self.num_image))
     nothing_judged = Judgement(jnp.ones((batch, size), bool), jnp.full((batch, size), jnp.inf, jnp.float32))
     positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
     return _State(x, positions, length, every, nothing_judged)
@@ -275,7 +280,7 @@ class DynLlava(nn.Module):
     selector = methods.get(stage.selector)
     if stage.selector == 'all':
       return state
-    num_image = self.cfg.vision.num_patches
+    num_image = self.num_image
     reached = state.image_index.shape[1]
     budget = stage.kept_image_tokens(num_image)
     has_predictors = self.cfg.predictor is not None

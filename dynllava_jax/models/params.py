@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax import cache as kv
+from dynllava_jax import methods
 from dynllava_jax.config import ModelConfig, Stage
 from dynllava_jax.models.clip import VisionBlock
 from dynllava_jax.models.dynllava import DynLlava, Prompt
@@ -33,7 +34,7 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return model.logits(model.prefill(prompt, image, kv.CacheSpec(max_new_tokens=1))[0])
 
   pixels = jnp.zeros((1, cfg.vision.image_size, cfg.vision.image_size, 3))
-  size = cfg.vision.num_patches + 1
+  size = methods.num_image_tokens(cfg) + 1
   prompt = Prompt(jnp.zeros((1, size), jnp.int32), jnp.full(1, size), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.uint32))
   params = DynLlava(cfg).init(key, pixels, prompt, method=everything)['params']
   if cfg.predictor is not None and cfg.predictor.instruct:
@@ -44,7 +45,7 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
 def init_predictors(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """Random `image_predictor` and `text_predictor` for a model that has none yet, without axis names."""
   image_key, text_key = jax.random.split(key)
-  x = jnp.zeros((1, cfg.vision.num_patches, cfg.llama.hidden_size))
+  x = jnp.zeros((1, methods.num_image_tokens(cfg), cfg.llama.hidden_size))
   return unboxed(
     {
       'image_predictor': ImagePredictor(cfg.predictor, jnp.float32).init(image_key, x)['params'],

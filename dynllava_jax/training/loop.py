@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from dynllava_jax import checkpoint, sharding
+from dynllava_jax import checkpoint, methods, sharding
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
 from dynllava_jax.config import TOKENIZER_FILES, ConfigError, TrainConfig, first_difference, from_config_dict, to_dict
 from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
@@ -52,6 +52,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
     FloatingPointError: the loss is not a number.
   """
   # 1. Mesh and data.
+  methods.check_run(cfg.model, cfg.stages, cfg.reducer)
   first_host = jax.process_index() == 0  # it alone writes, but for the arrays, and shows
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_batch(cfg.batch_size, mesh)
@@ -64,8 +65,9 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
     tokenizer, assets = inherited_tokenizer(cfg.init_from), checkpoint.read_assets(cfg.init_from)
   else:
     tokenizer, assets = new_tokenizer(cfg.data, cfg.model.llama.vocab_size), {}
-  training = training_data(cfg.data, cfg.model.vision, tokenizer, batch_size=cfg.batch_size, seed=cfg.seed)
-  layout = LayOut(cfg.data, cfg.model.vision, tokenizer)
+  num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
+  training = training_data(cfg.data, num_image, tokenizer, batch_size=cfg.batch_size, seed=cfg.seed)
+  layout = LayOut(cfg.data, cfg.model.vision, tokenizer, num_image)
 
   # 2. State: the run's own newest step, else `init_from`, else random numbers.
   optimizer = make_optimizer(cfg.optimizer, cfg.steps)
@@ -77,6 +79,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
     info = CheckpointInfo(
       model=cfg.model,
       stages=cfg.stages,
+      reducer=cfg.reducer,
       sparsity=cfg.sparsity,
       conversation=cfg.data.conversation,
       image_aspect=cfg.data.image_aspect,

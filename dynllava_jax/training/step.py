@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dynllava_jax import sharding
+from dynllava_jax import methods, sharding
 from dynllava_jax.config import IGNORE, OptimizerConfig, SparsityConfig, TrainConfig
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.losses import training_losses
@@ -92,7 +92,8 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
 
   The random numbers of a step follow from (cfg.seed, step) alone. Metrics are float32 scalars by name.
   """
-  model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat)
+  model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat, cfg.reducer)
+  num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
   dynamic = any(s.selector == 'dynamic' for s in cfg.stages)
 
   def step_fn(state: State, frozen: dict[str, Any], batch: Batch):
@@ -100,7 +101,7 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
     rows, positions = batch.tokens.shape
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
     noise_key, dense_key = jax.random.split(key)
-    noise = gumbel_noise(noise_key, rows, cfg.model.vision.num_patches, positions) if dynamic else None
+    noise = gumbel_noise(noise_key, rows, num_image, positions) if dynamic else None
     tau = temperature(state.step, cfg.steps, cfg.sparsity) if dynamic else None
     dense = jax.random.bernoulli(dense_key, cfg.sparsity.dense_share, (rows,)) if dynamic else None
 

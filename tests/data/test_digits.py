@@ -126,6 +126,7 @@ def test_conversations_pixels_and_labels_are_those_of_trained_checkpoints(source
     style=TEMPLATES['plain_turns'],
     tokenizer=load_tokenizer({MODEL_FILE: model}),
     vision=VisionConfig(image_size=98, hidden_size=32, num_heads=4),
+    num_image=49,
     text_length=104,
     training=True,
   )

@@ -20,7 +20,7 @@ BATCH = 12
 
 
 def take(count, *, step=0, shuffle=True, size=1_000_000, workers=0, seed=0, batch=4, **where):
-  layout = LayOut(DataConfig(text_length=104, shuffle=shuffle, workers=workers), VISION, TOKENIZER)
+  layout = LayOut(DataConfig(text_length=104, shuffle=shuffle, workers=workers), VISION, TOKENIZER, VISION.num_patches)
   source = digits.TrainingScenes('train', 0, size=size)
   training = TrainingData(source, Order(source.parts, batch, seed, (104,), shuffle=shuffle), {})
   with contextlib.closing(training_batches(training, layout, batch_size=batch, step=step, **where)) as stream:
@@ -85,6 +85,6 @@ def test_unshuffled_streams_follow_the_source():
 
 
 def test_every_row_fits_the_bucket_of_the_demo():
-  layout = LayOut(DataConfig(text_length=104), VISION, TOKENIZER)
+  layout = LayOut(DataConfig(text_length=104), VISION, TOKENIZER, VISION.num_patches)
   for index in (*range(60), *range(2400, 2500)):
     assert layout(digits.TrainingScenes('train', 0)[index], index, 104).length > 0

@@ -69,7 +69,8 @@ def test_what_the_original_spoils_is_refused_by_reason(name, tokenizer):
   sample = Sample(name, np.zeros((4, 4, 3), np.uint8) if 'image' in case['sample'] else None, case['sample']['conversations'])
   style = TEMPLATES[NAMES.get(case['conv_version'], case['conv_version'])]
   with pytest.raises(DataError, match=f'sample {name}') as caught:
-    make_row(sample, 0, style=style, tokenizer=tokenizer, vision=VisionConfig(image_size=14), text_length=2048, training=True)
+    vision = VisionConfig(image_size=14)
+    make_row(sample, 0, style=style, tokenizer=tokenizer, vision=vision, num_image=1, text_length=2048, training=True)
   assert caught.value.reason == REFUSED[name]
 
 
@@ -100,6 +101,7 @@ def test_collated_batches_are_the_recorded_ones(mode, tokenizer):
         style=TEMPLATES['vicuna_v1'],
         tokenizer=tokenizer,
         vision=vision,
+        num_image=1,
         text_length=case['model_max_length'] - 1,
         training=True,
         truncate=True,

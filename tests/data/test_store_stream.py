@@ -46,8 +46,8 @@ def settings(folder, **changes):
 
 
 def batches(data, count, *, batch_size=8, step=0, layout=None, **where):
-  training = training_data(data, VISION, FILES, batch_size=batch_size, seed=0)
-  layout = layout or LayOut(data, VISION, FILES)
+  training = training_data(data, VISION.num_patches, FILES, batch_size=batch_size, seed=0)
+  layout = layout or LayOut(data, VISION, FILES, VISION.num_patches)
   with contextlib.closing(training_batches(training, layout, batch_size=batch_size, step=step, **where)) as stream:
     return training, list(itertools.islice(stream, count))
 
@@ -126,7 +126,7 @@ def test_a_batch_without_supervised_token_stops_the_run_with_its_ids(folder):
   data = settings(folder, shuffle=False)
   assert supervised_tokens(batches(data, 1)[1][0]) > 8
   with pytest.raises(DataError, match='step 1: no supervised token in the batch of samples s8, s9, s10, s11, s12, s13, s14, s15'):
-    batches(data, 1, step=1, layout=Unsupervised(data, VISION, FILES))
+    batches(data, 1, step=1, layout=Unsupervised(data, VISION, FILES, VISION.num_patches))
 
 
 def test_a_picture_that_rotted_after_the_check_stops_the_run_by_id(tmp_path):
@@ -153,8 +153,8 @@ sys.path.insert(0, 'tests'); sys.path.insert(0, 'tests/data')
 import conftest, test_store_stream as t
 if __name__ == '__main__':
   data = t.settings(sys.argv[1], workers=2)
-  training = t.training_data(data, t.VISION, t.FILES, batch_size=4, seed=0)
-  stream = t.training_batches(training, t.LayOut(data, t.VISION, t.FILES), batch_size=4, step=0)
+  training = t.training_data(data, t.VISION.num_patches, t.FILES, batch_size=4, seed=0)
+  stream = t.training_batches(training, t.LayOut(data, t.VISION, t.FILES, t.VISION.num_patches), batch_size=4, step=0)
   next(stream)
   print(*[p.pid for p in multiprocessing.active_children()], flush=True)
   time.sleep(600)

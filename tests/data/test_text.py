@@ -28,7 +28,8 @@ def tokenizer():
 
 def row(sample, tokenizer, text_length=60, **options):
   options = {'training': True} | options
-  return make_row(sample, 5, style=STYLE, tokenizer=tokenizer, vision=VISION, text_length=text_length, **options)
+  how = dict(style=STYLE, tokenizer=tokenizer, vision=VISION, num_image=VISION.num_patches)
+  return make_row(sample, 5, **how, text_length=text_length, **options)
 
 
 def answer(text):

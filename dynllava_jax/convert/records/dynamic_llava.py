@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynllava_jax import methods
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import IGNORE
@@ -39,7 +40,7 @@ class Verifier:
     self.model = DynLlava(info.model, info.stages)
     # Cases are recorded in float32; a gradient in bfloat16 would be rounded.
     self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), info.stages)
-    self.num_image = info.model.vision.num_patches
+    self.num_image = methods.num_image_tokens(info.model)
     self.sparse = next(i for i, s in enumerate(info.stages) if s.selector == 'dynamic')
     apply = lambda *args, method: self.model.apply({'params': self.params}, *args, method=method)
     self._prefill = jax.jit(lambda prompt, pixels, spec: self._prefill_impl(apply, prompt, pixels, spec), static_argnums=2)
