@@ -1,4 +1,7 @@
-"""The training objective (paper section 3.3): cross-entropy plus keep-rate penalties."""
+"""The training objective (paper section 3.3): cross-entropy plus keep-rate penalties.
+
+Every mean is over the whole batch, also where only some of its rows are at hand, so the losses of parts add up.
+"""
 
 import dataclasses
 
@@ -7,6 +10,10 @@ import jax.numpy as jnp
 
 from dynllava_jax.config import IGNORE, SparsityConfig
 from dynllava_jax.models.dynllava import Prompt, TrainOutput, answer_mask
+from dynllava_jax.models.layers import batch_split
+from dynllava_jax.models.llama import head_logits
+
+CHUNK = 512  # positions of each row whose float32 logits are in memory at a time
 
 
 @jax.tree_util.register_dataclass
@@ -25,21 +32,131 @@ class Losses:
   text_keep: jax.Array
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """What the means of a batch are over; known before the model runs.
+
+  Attributes:
+    supervised: tokens with a label that some position predicts.
+    images: rows with an image, answers: rows with a judged answer, rows: all; those run dense are in none of the three.
+    share: 1 over the number of equal parts that the batch is computed in.
+  """
+
+  supervised: jax.Array
+  images: jax.Array
+  answers: jax.Array
+  rows: jax.Array
+  share: float = dataclasses.field(default=1.0, metadata={'static': True})
+
+
+def count(
+  prompt: Prompt, labels: jax.Array, answer_start: jax.Array, dense: jax.Array | None, cfg: SparsityConfig, parts: int = 1
+) -> Counts:
+  """What the means of this batch are over.
+
+  Args:
+    prompt: the batch; labels: int32[B, S]; answer_start: int32[B].
+    dense: bool[B], rows that are run dense; None if there are none.
+    cfg: the threshold for judged answers.
+    parts: number of equal parts that it will be computed in.
+  """
+  sparse = jnp.ones_like(prompt.length, bool) if dense is None else ~dense
+  judged = _judged(prompt, labels, answer_start, cfg)
+  return Counts(
+    supervised=(labels[:, 1:] != IGNORE).sum(),
+    images=((prompt.image_start >= 0) & sparse).sum(),
+    answers=(judged.any(-1) & sparse).sum(),
+    rows=sparse.sum(),
+    share=1 / parts,
+  )
+
+
+def _judged(prompt: Prompt, labels: jax.Array, answer_start: jax.Array, cfg: SparsityConfig) -> jax.Array:
+  return answer_mask(jnp.arange(labels.shape[1])[None], prompt.length, answer_start, cfg.min_answer_len)
+
+
+def cross_entropy(
+  hidden: jax.Array, labels: jax.Array, head: jax.Array | None = None, supervised: jax.Array | None = None
+) -> jax.Array:
   """Mean over all supervised tokens of the batch; position t predicts label t + 1.
 
   Args:
-    logits: float32[B, S, V]; labels: int32[B, S], `IGNORE` where not supervised.
+    hidden: float[B, S, D], or logits float32[B, S, V] if there is no `head`.
+    labels: int32[B, S], `IGNORE` where not supervised.
+    head: float[D, V].
+    supervised: what to divide the sum by; the number of supervised tokens in `labels` if None.
   """
   targets = labels[:, 1:]
-  supervised = targets != IGNORE
-  log_probs = jax.nn.log_softmax(logits[:, :-1], -1)
-  picked = jnp.take_along_axis(log_probs, jnp.where(supervised, targets, 0)[..., None], -1)[..., 0]
-  return -jnp.where(supervised, picked, 0).sum() / supervised.sum()
+  supervised = (targets != IGNORE).sum() if supervised is None else supervised
+  return _cross_entropy(hidden[:, :-1], head, targets, supervised.astype(jnp.float32))
 
 
-def training_losses(out: TrainOutput, prompt: Prompt, labels: jax.Array, answer_start: jax.Array, cfg: SparsityConfig) -> Losses:
-  """Losses of one batch.
+@jax.custom_vjp
+def _cross_entropy(hidden, head, targets, supervised):
+  """Sum of the targets' negative log-probabilities over `supervised`, chunk by chunk."""
+
+  def add(total, chunk):
+    return total + _chunk_loss(head, *chunk)[0], None
+
+  return jax.lax.scan(add, jnp.zeros(()), _chunks(hidden, targets))[0] / supervised
+
+
+def _with_gradient(hidden, head, targets, supervised):
+  """The loss and, from the same logits, its gradients: nothing of a chunk is kept or computed again for the way back."""
+
+  def add(carry, chunk):
+    total, head_gradient = carry
+    x, target = chunk
+    loss, exponentials, normalizer = _chunk_loss(head, x, target)
+    weight = ((target != IGNORE) / supervised)[..., None]
+    right = jnp.arange(exponentials.shape[-1]) == target[..., None]
+    gradient = (exponentials * (weight / normalizer) - jnp.where(right, weight, 0)).astype(x.dtype)
+    if head is None:
+      return (total + loss, None), gradient
+    head_gradient += jnp.einsum('bsd,bsv->dv', x, gradient, preferred_element_type=jnp.float32)
+    return (total + loss, head_gradient), batch_split(jnp.einsum('bsv,dv->bsd', gradient, head.astype(x.dtype)))
+
+  start = (jnp.zeros(()), None if head is None else jnp.zeros(head.shape, jnp.float32))
+  (total, head_gradient), gradients = jax.lax.scan(add, start, _chunks(hidden, targets))
+  joined = gradients.swapaxes(0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+  return total / supervised, (joined, head_gradient if head is None else head_gradient.astype(head.dtype))
+
+
+def _backward(gradients, g):
+  hidden, head = jax.tree.map(lambda x: (x * g).astype(x.dtype), gradients)
+  return hidden, head, None, None
+
+
+_cross_entropy.defvjp(_with_gradient, _backward)
+
+
+def _chunks(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """float[B, S, D], int32[B, S] -> the same in N chunks of positions, [N, B, C, ...]; the last one is padded."""
+  length = hidden.shape[1]
+  number = -(-length // CHUNK)
+  size = -(-length // number)
+  more = [(0, 0), (0, number * size - length)]
+  hidden, targets = jnp.pad(hidden, [*more, (0, 0)]), jnp.pad(targets, more, constant_values=IGNORE)
+  cut = lambda x: x.reshape(x.shape[0], number, size, *x.shape[2:]).swapaxes(0, 1)
+  return cut(hidden), cut(targets)
+
+
+def _chunk_loss(head: jax.Array | None, x: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(summed loss of a chunk, and what the softmax is made of: float32[B, C, V] exponentials and their sums [B, C, 1])."""
+  logits = x if head is None else head_logits(batch_split(x), head)
+  shifted = logits - logits.max(-1, keepdims=True)
+  exponentials = jnp.exp(shifted)
+  normalizer = exponentials.sum(-1, keepdims=True)
+  supervised = target != IGNORE
+  right = jnp.take_along_axis(shifted, jnp.where(supervised, target, 0)[..., None], -1) - jnp.log(normalizer)
+  return -jnp.where(supervised, right[..., 0], 0).sum(), exponentials, normalizer
+
+
+def training_losses(
+  out: TrainOutput, prompt: Prompt, labels: jax.Array, answer_start: jax.Array, cfg: SparsityConfig, counts: Counts | None = None
+) -> Losses:
+  """Losses of one batch, or what some of its rows contribute to them.
 
   The image term is the mean over rows with an image of (rate - mean mask)^2, the text term the same over
   last answers; answers shorter than `min_answer_len` contribute 0 but count in the mean. Rows run dense are in neither.
@@ -48,25 +165,25 @@ def training_losses(out: TrainOutput, prompt: Prompt, labels: jax.Array, answer_
     out: from `train_forward`.
     prompt: the batch; labels: int32[B, S]; answer_start: int32[B].
     cfg: rates, weight and threshold.
+    counts: of the whole batch, if these rows are a part of it.
   """
-  ce = cross_entropy(out.logits, labels)
+  counts = counts or count(prompt, labels, answer_start, out.dense, cfg)
+  ce = cross_entropy(out.hidden, labels, out.head, counts.supervised)
   if out.image_mask is None:
-    zero, one = jnp.zeros(()), jnp.ones(())
+    zero, one = jnp.zeros(()), jnp.full((), counts.share)
     return Losses(ce, ce, zero, zero, one, one)
   has_image = (prompt.image_start >= 0) & ~out.dense
   image_means = out.image_mask.mean(-1)
-  images = jnp.maximum(has_image.sum(), 1)
-  image_term = jnp.where(has_image, jnp.square(cfg.image_keep_rate - image_means), 0).sum() / images
-  judged = answer_mask(jnp.arange(labels.shape[1])[None], prompt.length, answer_start, cfg.min_answer_len)
-  judged = judged & ~out.dense[:, None]
-  counts = judged.sum(-1)
-  text_means = jnp.where(judged, out.text_mask, 0).sum(-1) / jnp.maximum(counts, 1)
-  text_term = jnp.where(counts > 0, jnp.square(cfg.text_keep_rate - text_means), 0).sum() / jnp.maximum((~out.dense).sum(), 1)
+  image_term = jnp.where(has_image, jnp.square(cfg.image_keep_rate - image_means), 0).sum() / jnp.maximum(counts.images, 1)
+  judged = _judged(prompt, labels, answer_start, cfg) & ~out.dense[:, None]
+  lengths = judged.sum(-1)
+  text_means = jnp.where(judged, out.text_mask, 0).sum(-1) / jnp.maximum(lengths, 1)
+  text_term = jnp.where(lengths > 0, jnp.square(cfg.text_keep_rate - text_means), 0).sum() / jnp.maximum(counts.rows, 1)
   return Losses(
     total=ce + cfg.mask_loss_weight * (image_term + text_term),
     ce=ce,
     image_mask=image_term,
     text_mask=text_term,
-    image_keep=jnp.where(has_image, image_means, 0).sum() / has_image.sum(),
-    text_keep=jnp.where(counts > 0, text_means, 0).sum() / (counts > 0).sum(),
+    image_keep=jnp.where(has_image, image_means, 0).sum() / counts.images,
+    text_keep=jnp.where(lengths > 0, text_means, 0).sum() / counts.answers,
   )

@@ -48,9 +48,14 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-  """Raises ConfigError unless the global batch divides over the mesh."""
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+  """Raises ConfigError unless the global batch divides over the mesh, and each device's rows into `accumulate` parts."""
   ways = mesh.shape['data'] * mesh.shape['fsdp']
+  if batch_size % ways == 0 and batch_size % (ways * accumulate):
+    raise ConfigError(
+      f'config.accumulate: {accumulate} does not divide the {batch_size // ways} rows that each of {ways} devices has of '
+      f'a batch of {batch_size}; choose a divisor of {batch_size // ways}'
+    )
   if batch_size % ways:
     raise ConfigError(
       f'config.batch_size: {batch_size} does not divide over data x fsdp = {ways} devices; use a multiple of {ways}'
@@ -81,6 +86,18 @@ def batch_hosts(mesh: Mesh) -> tuple[int, int]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Splits the first axis of every array of a batch."""
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:
+  """Arrays [B, ...] as [parts, B / parts, ...]: every device splits the rows that it has, none go elsewhere."""
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  place = NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp')))
+
+  def split(x):
+    x = x.reshape(ways, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(x.reshape(parts, -1, *x.shape[3:]), place)
+
+  return jax.tree.map(split, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,11 +1,12 @@
 """The objective on hand-made numbers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dynllava_jax.config import IGNORE, SparsityConfig
-from dynllava_jax.losses import cross_entropy, training_losses
+from dynllava_jax.losses import count, cross_entropy, training_losses
 from dynllava_jax.models.dynllava import Prompt, TrainOutput
 
 CFG = SparsityConfig(image_keep_rate=0.25, text_keep_rate=0.5, min_answer_len=3)
@@ -57,3 +58,22 @@ def test_keep_rates_of_nothing_are_not_numbers():
   result = losses([-1, -1], jnp.ones((2, 4)), jnp.ones((2, 6)), [6, 6], [5, 5])
   assert np.isnan(result.image_keep) and np.isnan(result.text_keep)
   assert float(result.total) == float(result.ce)
+
+
+@pytest.mark.parametrize('sparse', [True, False])
+def test_losses_of_the_parts_of_a_batch_add_up_to_those_of_the_batch(sparse):
+  """Of four rows, with answers of 6, 1, 3 and 5 tokens: one without image, one run dense."""
+  prompt = Prompt(jnp.zeros((4, 8), jnp.int32), jnp.full(4, 8), jnp.array([0, -1, 0, 0]), jnp.zeros(4, jnp.uint32))
+  starts = jnp.array([2, 7, 5, 3])
+  labels = jnp.where(jnp.arange(8) >= starts[:, None], 1, IGNORE)
+  masks = ((jnp.arange(32).reshape(4, 8) * 7) % 3 > 0).astype(jnp.float32)
+  logits = jnp.sin(jnp.arange(128.0)).reshape(4, 8, 4)
+  dense = jnp.array([False, False, True, False]) if sparse else None
+  out = TrainOutput(logits, None, None, masks[:, :4], masks, dense) if sparse else TrainOutput(logits)
+  whole = training_losses(out, prompt, labels, starts, CFG)
+  counts = count(prompt, labels, starts, dense, CFG, parts=2)
+  halves = [jax.tree.map(lambda x: x[rows], (out, prompt, labels, starts)) for rows in (slice(2), slice(2, 4))]
+  added = jax.tree.map(jnp.add, *(training_losses(*half, CFG, counts) for half in halves))
+  for a, b in zip(jax.tree.leaves(added), jax.tree.leaves(whole)):
+    assert float(a) == pytest.approx(float(b), rel=1e-6)
+  assert not sparse or float(whole.text_mask) > 0 < float(whole.image_mask)

@@ -126,6 +126,7 @@ class TrainConfig:
   init_from: str = ''  # checkpoint directory to start from; '' initialises at random
   frozen: tuple[str, ...] = ()  # top-level parameter groups that are not trained
   batch_size: int = 64
+  accumulate: int = 1  # parts in which each device computes its rows, one after the other: same update, less memory
   steps: int = 1000
   seed: int = 0
   dtype: str = 'float32'
@@ -138,7 +139,7 @@ class TrainConfig:
       check_stages(self.stages, self.model)
     check_trainable_stages(self.stages)
     require(not (self.init_from and self.data.tokenizer), 'data.tokenizer: init_from brings its own; leave one of them empty')
-    require_positive(self, '', 'batch_size', 'steps', 'log_every', 'save_every')
+    require_positive(self, '', 'batch_size', 'accumulate', 'steps', 'log_every', 'save_every')
     require_seed(self.seed)
     for stage in self.stages:
       require(

@@ -16,7 +16,7 @@ from dynllava_jax import methods
 from dynllava_jax.config import DENSE, ModelConfig, Piece, Stage
 from dynllava_jax.models.clip import VisionTower
 from dynllava_jax.models.layers import Dtype
-from dynllava_jax.models.llama import Llama
+from dynllava_jax.models.llama import Llama, head_logits
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector
 from dynllava_jax.ops import layout
@@ -74,19 +74,26 @@ class TrainOutput:
   """Output of `train_forward`.
 
   Attributes:
-    logits: float32[B, S, V].
+    hidden: float[B, S, D] after the final norm, and head: float[D, V]: what the loss makes logits of, some positions at a time.
+      Without `head` the hidden states are the logits.
     image_logits: float[B, P, 2] and text_logits: float[B, S, 2], predictor outputs; None in a dense run.
     image_mask: float32[B, P], 0 or 1, 1 where there is no image; None in a dense run.
     text_mask: float32[B, S], 0 or 1, the sample for every position before any rule; None in a dense run.
     dense: bool[B], rows whose masks were not used; None in a dense run.
   """
 
-  logits: jax.Array
+  hidden: jax.Array
   image_logits: jax.Array | None = None
   text_logits: jax.Array | None = None
   image_mask: jax.Array | None = None
   text_mask: jax.Array | None = None
   dense: jax.Array | None = None
+  head: jax.Array | None = None
+
+  @property
+  def logits(self) -> jax.Array:
+    """float32[B, S, V], all of them at once."""
+    return self.hidden if self.head is None else head_logits(self.hidden, self.head)
 
 
 class DynLlava(nn.Module):
@@ -255,7 +262,8 @@ class DynLlava(nn.Module):
         policy = jnp.where(dense[:, None], 1.0, policy)
         out = dict(image_logits=image_logits, text_logits=text_logits, image_mask=image_mask, text_mask=text_mask, dense=dense)
       x, _ = self.llama.run_stage(i, x, positions, policy=policy)
-    return TrainOutput(logits=self.llama.logits(x), **out)
+    hidden, head = self.llama.output(x)
+    return TrainOutput(hidden, head=head, **out)
 
   def gate(self, index: int) -> tuple[bool, float]:
     """Whether stage `index` holds only kept generated tokens, and its share of room for them."""

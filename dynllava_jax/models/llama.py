@@ -53,6 +53,11 @@ class RMSNorm(nn.Module):
     return x.astype(self.dtype) * scale.astype(self.dtype)
 
 
+def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+  """Normed float[..., D] and float[D, V] -> float32[..., V], multiplied in the dtype of `hidden`."""
+  return jnp.einsum('...d,dv->...v', hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
 class Block(nn.Module):
   """One decoder layer."""
 
@@ -149,8 +154,10 @@ class Llama(nn.Module):
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
     return getattr(self, f'stage_{index}')(x, Context(cos, sin, policy, cache_length), cache)
 
+  def output(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float[..., D] -> (the same after the final norm, the head float[D, V]); `head_logits` of them are the logits."""
+    return self.norm(x), self.embedding.T if self.cfg.tie_embeddings else self.head
+
   def logits(self, x: jax.Array) -> jax.Array:
     """Final norm and head: float[..., D] -> float32[..., V]."""
-    x = self.norm(x)
-    head = self.embedding.T if self.cfg.tie_embeddings else self.head
-    return jnp.einsum('...d,dv->...v', x, head.astype(self.dtype), preferred_element_type=jnp.float32)
+    return head_logits(*self.output(x))

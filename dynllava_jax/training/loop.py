@@ -35,7 +35,7 @@ CHECKPOINTS = 'checkpoints'
 CONFIG_FILE = 'config.json'
 SKIPPED_FILE = 'skipped.json'  # samples left out, by reason
 DATA_MAY_CHANGE = ('workers', 'images')
-MAY_CHANGE = ('mesh', 'log_every', 'save_every', 'init_from', 'remat')  # between start and resumption
+MAY_CHANGE = ('mesh', 'log_every', 'save_every', 'init_from', 'remat', 'accumulate')  # between start and resumption
 
 
 class Interrupted(Exception):
@@ -55,7 +55,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   methods.check_run(cfg.model, cfg.stages, cfg.reducer)
   first_host = jax.process_index() == 0  # it alone writes, but for the arrays, and shows
   mesh = sharding.make_mesh(cfg.mesh)
-  sharding.check_batch(cfg.batch_size, mesh)
+  sharding.check_batch(cfg.batch_size, mesh, cfg.accumulate)
   hosts, host = sharding.batch_hosts(mesh)
   directory = (workdir / CHECKPOINTS).absolute()
   if checkpoint.all_steps(directory):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from dynllava_jax import methods, sharding
 from dynllava_jax.config import IGNORE, OptimizerConfig, SparsityConfig, TrainConfig
 from dynllava_jax.data.batches import Batch
-from dynllava_jax.losses import training_losses
+from dynllava_jax.losses import count, training_losses
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.ops.images import normalize
@@ -87,6 +87,35 @@ def gumbel_noise(key: jax.Array, batch: int, image_tokens: int, positions: int) 
   return (jax.random.gumbel(image_key, (batch, image_tokens, 2)), jax.random.gumbel(text_key, (batch, positions, 2)))
 
 
+def as_prompt(batch: Batch) -> Prompt:
+  """What the model sees of a batch."""
+  return Prompt(batch.tokens, batch.length, batch.image_start, batch.seed)
+
+
+def gradients(loss_fn, params: Any, inputs: Any, parts: int, mesh: Mesh, places: Any) -> tuple[Any, Any]:
+  """(what `loss_fn` tells, its gradients), summed over `parts` parts of the rows, one part in memory at a time.
+
+  Args:
+    loss_fn: (params, *inputs) -> (scalar, tree of scalars); those of the parts must add up to those of the batch.
+    params, places: the trained parameters and their shardings.
+    inputs: tree of arrays [B, ...]; each device splits its own rows.
+  """
+  gradient = jax.value_and_grad(loss_fn, has_aux=True)
+  if parts == 1:
+    (_, told), grads = gradient(params, *inputs)
+    return told, grads
+
+  def add(total, part):
+    (_, told), grads = gradient(params, *part)
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (told, grads)), None
+
+  parted = sharding.split_rows(inputs, parts, mesh)
+  (_, told), _ = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], parted))
+  zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+  start = zeros(told), jax.lax.with_sharding_constraint(zeros(params), places)
+  return jax.lax.scan(add, start, parted)[0]
+
+
 def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
   """Compiles (state, frozen, batch) -> (state, metrics); the state is donated.
 
@@ -95,26 +124,27 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
   model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat, cfg.reducer)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
   dynamic = any(s.selector == 'dynamic' for s in cfg.stages)
+  places = state_shardings(cfg, optimizer, mesh)
 
   def step_fn(state: State, frozen: dict[str, Any], batch: Batch):
-    prompt = Prompt(batch.tokens, batch.length, batch.image_start, batch.seed)
     rows, positions = batch.tokens.shape
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
     noise_key, dense_key = jax.random.split(key)
     noise = gumbel_noise(noise_key, rows, num_image, positions) if dynamic else None
     tau = temperature(state.step, cfg.steps, cfg.sparsity) if dynamic else None
     dense = jax.random.bernoulli(dense_key, cfg.sparsity.dense_share, (rows,)) if dynamic else None
+    counts = count(as_prompt(batch), batch.labels, batch.answer_start, dense, cfg.sparsity, cfg.accumulate)
 
-    def loss_fn(trained):
-      variables = {'params': trained | frozen}
+    def loss_fn(trained, batch, noise, dense):
+      variables, prompt = {'params': trained | frozen}, as_prompt(batch)
       image = model.apply(variables, normalize(batch.pixels, cfg.model.vision), method='encode_images')
       out = model.apply(
         variables, prompt, image, batch.answer_start, cfg.sparsity.min_answer_len, noise, tau, dense, method='train_forward'
       )
-      losses = training_losses(out, prompt, batch.labels, batch.answer_start, cfg.sparsity)
+      losses = training_losses(out, prompt, batch.labels, batch.answer_start, cfg.sparsity, counts)
       return losses.total, losses
 
-    (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    losses, grads = gradients(loss_fn, state.params, (batch, noise, dense), cfg.accumulate, mesh, places.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
       'loss': losses.total,
@@ -133,7 +163,6 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
       }
     return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
-  places = state_shardings(cfg, optimizer, mesh)
   frozen_boxed = split_frozen(cut_abstract(cfg), cfg.frozen)[1]
   return jax.jit(
     step_fn,
