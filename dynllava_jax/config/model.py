@@ -60,6 +60,11 @@ class VisionConfig:
     """Layers whose output is needed: `select_layer=-2` leaves the last one out."""
     return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
 
+  @property
+  def selected_block(self) -> int:
+    """The block, counted from 0, whose output is the features: the last that is run; -1 if none is."""
+    return self.layers_run - 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:

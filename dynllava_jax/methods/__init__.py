@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, check_stages
-from dynllava_jax.methods import base, dynamic, everything, random, uniform
+from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, VisionConfig, check_stages
+from dynllava_jax.methods import base, dynamic, everything, fastervlm, random, uniform, visionzip
 from dynllava_jax.methods.base import Origin, Reduced, Reducer, Selector, SelectorInputs, TowerNeeds, TowerOutput
 
-REDUCERS: dict[str, Reducer] = {}
+REDUCERS: dict[str, Reducer] = {
+  'fastervlm': fastervlm.REDUCER,
+  'visionzip': visionzip.REDUCER,
+}
 SELECTORS: dict[str, Selector] = {
   'all': everything.SELECTOR,
   'dynamic': dynamic.SELECTOR,
@@ -38,9 +41,24 @@ def num_image_tokens(model: ModelConfig, reducer: Piece | None = None) -> int:
   return get(reducer.name, 'reducer').num_tokens(model, options_of(reducer, 'reducer'))
 
 
+def tower_needs(vision: VisionConfig, reducer: Piece | None) -> TowerNeeds:
+  """What the tower has to give to the run's reducer; ConfigError if it has no such block."""
+  if reducer is None:
+    return TowerNeeds()
+  needs = get(reducer.name, 'reducer').needs(vision, options_of(reducer, 'reducer'))
+  for block in (*needs.class_attention, *needs.key_mean):
+    if not 0 <= block < vision.layers_run:
+      raise ConfigError(
+        f'reducer {reducer.name}: looks at block {block} of the vision tower, of which {vision.layers_run} blocks are run '
+        f'(select_layer {vision.select_layer})'
+      )
+  return needs
+
+
 def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | None = None) -> None:
   """Raises ConfigError, one line with the reason, unless this model can be run so."""
   check_stages(stages, model, num_image_tokens(model, reducer))
+  tower_needs(model.vision, reducer)
   for stage in stages:
     options_of(Piece(stage.selector, stage.options), 'selector')
     for site in ('compressor', 'layers'):
@@ -65,4 +83,5 @@ __all__ = [
   'get',
   'num_image_tokens',
   'options_of',
+  'tower_needs',
 ]

@@ -3,11 +3,15 @@
 Axes: B batch, P patches, T = P + 1, D width, N heads, H head dim, F mlp.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dynllava_jax.config import VisionConfig
+from dynllava_jax.methods.base import TowerNeeds, TowerOutput
 from dynllava_jax.models.layers import Dense, Dtype, LayerNorm, batch_split, partitioned, scan_layers
 
 
@@ -30,6 +34,45 @@ def grid_embedding(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
   return jnp.pad(jnp.concatenate(waves, 1), [(1, 0), (0, width % 4)])
 
 
+def class_attention(q: jax.Array, k: jax.Array) -> jax.Array:
+  """What the class token attends to in one block: float32[B, N, P] of queries and keys float[B, P + 1, N, H].
+
+  A softmax over all P + 1 tokens; the class token's own column is cut off, and nothing is scaled back to 1.
+  """
+  scores = jnp.einsum('bnh,btnh->bnt', q[:, 0], k, precision='highest', preferred_element_type=jnp.float32)
+  return jax.nn.softmax(scores * q.shape[-1] ** -0.5, -1)[..., 1:]
+
+
+def watch(needs: TowerNeeds, cfg: VisionConfig, batch: int) -> dict[str, Any] | None:
+  """What travels through the blocks beside the hidden states: the number of the next block, and room for what is asked of some.
+
+  None if nothing is asked: then the blocks are those of a plain tower.
+  """
+  tokens, head_dim = cfg.num_patches + 1, cfg.hidden_size // cfg.num_heads
+  rooms = {
+    'class_attention': dict.fromkeys(needs.class_attention, (batch, cfg.num_heads, tokens - 1)),
+    'key_mean': dict.fromkeys(needs.key_mean, (batch, tokens, head_dim)),
+  }
+  if not any(rooms.values()):
+    return None
+  empty = {n: {b: batch_split(jnp.zeros(shape, jnp.float32)) for b, shape in room.items()} for n, room in rooms.items()}
+  return {'block': jnp.int32(0), **empty}
+
+
+def seen_by(watched: dict[str, Any], q: jax.Array, k: jax.Array) -> dict[str, Any]:
+  """`watched` after a block with these queries and keys, float[B, T, N, H]: filled in where something is asked of this block."""
+  here = watched['block']
+
+  def put(name: str, value: Callable[[], jax.Array]):
+    return {b: jax.lax.cond(here == b, value, lambda old=old: old) for b, old in watched[name].items()}
+
+  return {
+    'block': here + 1,
+    'class_attention': put('class_attention', lambda: class_attention(q, k)),
+    'key_mean': put('key_mean', lambda: k.astype(jnp.float32).mean(2)),
+  }
+
+
 class VisionBlock(nn.Module):
   """One encoder layer."""
 
@@ -37,15 +80,17 @@ class VisionBlock(nn.Module):
   dtype: Dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array):
-    """float[B, T, D] -> (float[B, T, D], None)."""
-    cfg, dtype = self.cfg, self.dtype
+  def __call__(self, carry: tuple[jax.Array, dict[str, Any] | None]):
+    """(float[B, T, D], `watch`) -> the same after this block, and None for the scan."""
+    (x, watched), cfg, dtype = carry, self.cfg, self.dtype
     head_dim = cfg.hidden_size // cfg.num_heads
     init = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1), batch_axis=(-4,))
     y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm1')(x)
     qkv = self.param('qkv', partitioned(init, None, 'heads', 'embed', 'head_dim'), (3, cfg.num_heads, cfg.hidden_size, head_dim))
     bias = self.param('qkv_bias', partitioned(nn.initializers.zeros, None, 'heads', 'head_dim'), (3, cfg.num_heads, head_dim))
     q, k, v = jnp.einsum('btd,cndh->cbtnh', y, qkv.astype(dtype)) + bias.astype(dtype)[:, None, None]
+    if watched is not None:
+      watched = seen_by(watched, q, k)
     y = jax.nn.dot_product_attention(q, k, v)
     out = self.param(
       'out',
@@ -56,7 +101,7 @@ class VisionBlock(nn.Module):
     x = x + jnp.einsum('btnh,nhd->btd', y, out.astype(dtype)) + out_bias.astype(dtype)
     y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm2')(x)
     y = quick_gelu(Dense(cfg.mlp_dim, dtype, ('embed', 'mlp'), name='fc1')(y))
-    return batch_split(x + Dense(cfg.hidden_size, dtype, ('mlp', 'embed'), name='fc2')(y)), None
+    return (batch_split(x + Dense(cfg.hidden_size, dtype, ('mlp', 'embed'), name='fc2')(y)), watched), None
 
 
 class VisionTower(nn.Module):
@@ -64,10 +109,11 @@ class VisionTower(nn.Module):
 
   cfg: VisionConfig
   dtype: Dtype
+  needs: TowerNeeds = TowerNeeds()
 
   @nn.compact
-  def __call__(self, pixels: jax.Array) -> jax.Array:
-    """Normalised pixels float[B, R, R, 3] -> patch features float[B, P, D] (no class token, no final norm)."""
+  def __call__(self, pixels: jax.Array) -> TowerOutput:
+    """Normalised pixels float[B, R, R, 3] -> features float[B, P, D] (no class token, no final norm) and what `needs` says."""
     cfg, dtype = self.cfg, self.dtype
     side, size = cfg.image_size // cfg.patch_size, cfg.patch_size
     batch = pixels.shape[0]
@@ -81,6 +127,13 @@ class VisionTower(nn.Module):
     first = jnp.broadcast_to(class_token.astype(dtype), (batch, 1, cfg.hidden_size))
     x = jnp.concatenate([first, patches @ kernel.astype(dtype)], 1) + positions.astype(dtype)
     x = batch_split(LayerNorm(cfg.layer_norm_eps, dtype, name='pre_layernorm')(x))
+    watched = watch(self.needs, cfg, batch)
     if cfg.layers_run:
-      x, _ = scan_layers(VisionBlock, cfg.layers_run, ())(cfg, dtype, name='layers')(x)
-    return x[:, 1:]
+      (x, watched), _ = scan_layers(VisionBlock, cfg.layers_run, ())(cfg, dtype, name='layers')((x, watched))
+    watched = watched or {}
+    return TowerOutput(
+      features=x[:, 1:],
+      class_feature=x[:, 0] if self.needs.class_feature else None,
+      class_attention=watched.get('class_attention', {}),
+      key_mean=watched.get('key_mean', {}),
+    )

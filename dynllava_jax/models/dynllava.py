@@ -107,7 +107,7 @@ class DynLlava(nn.Module):
 
   def setup(self):
     methods.check_run(self.cfg, self.stages, self.reducer)
-    self.vision = VisionTower(self.cfg.vision, self.dtype)
+    self.vision = VisionTower(self.cfg.vision, self.dtype, methods.tower_needs(self.cfg.vision, self.reducer))
     self.projector = Projector(self.cfg, self.dtype)
     self.llama = Llama(self.cfg.llama, self.stages, self.dtype, self.remat)
     if self.cfg.predictor is not None:
@@ -121,11 +121,20 @@ class DynLlava(nn.Module):
 
   def vision_features(self, pixels: jax.Array) -> jax.Array:
     """Normalised pixels float[B, R, R, 3] -> tower features float[B, P, vision width]."""
-    return self.vision(pixels)
+    return self.vision(pixels).features
+
+  def reduce_images(self, pixels: jax.Array) -> methods.Reduced:
+    """Normalised pixels float[B, R, R, 3] -> image tokens float[B, P, D], and the patch that each stands for."""
+    tower = self.vision(pixels)
+    if self.reducer is None:
+      batch, patches = tower.features.shape[:2]
+      return methods.Reduced(self.projector(tower.features), jnp.broadcast_to(jnp.arange(patches), (batch, patches)))
+    reduce = methods.get(self.reducer.name, 'reducer').reduce
+    return reduce(tower, self.projector, methods.options_of(self.reducer, 'reducer'))
 
   def encode_images(self, pixels: jax.Array) -> jax.Array:
-    """Normalised pixels float[B, R, R, 3] -> image tokens float[B, P, D]."""
-    return self.projector(self.vision(pixels))
+    """The image tokens alone: float[B, P, D]."""
+    return self.reduce_images(pixels).tokens
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """float[..., D] -> float32[..., V]."""

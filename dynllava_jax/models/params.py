@@ -71,7 +71,7 @@ class VisionTail(nn.Module):
     vision = self.cfg.vision
     unused = vision.num_layers - vision.layers_run
     if unused:
-      x, _ = scan_layers(VisionBlock, unused, ())(vision, jnp.float32, name='layers')(x)
+      (x, _), _ = scan_layers(VisionBlock, unused, ())(vision, jnp.float32, name='layers')((x, None))
     return LayerNorm(vision.layer_norm_eps, jnp.float32, name='post_layernorm')(x)
 
 
