@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from dynllava_jax.config.parsing import require, require_positive, require_seed
+from dynllava_jax.config.parsing import Path, require, require_positive, require_seed
 from dynllava_jax.config.run import MeshConfig, Piece, Stage
 
 
@@ -20,7 +20,7 @@ class EvalRun:
   """
 
   stages: tuple[Stage, ...] = ()
-  checkpoint: str = ''
+  checkpoint: Path = ''
   image_size: int = 0
   reducer: Piece | None = None
 
@@ -43,7 +43,7 @@ class EvalConfig:
 
   runs: Mapping[str, EvalRun]
   benchmark: str = 'digits'
-  labels: str = ''
+  labels: Path = ''
   text_lengths: tuple[int, ...] = (128,)
   mesh: MeshConfig = MeshConfig()
   questions: int = 600

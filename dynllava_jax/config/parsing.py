@@ -9,7 +9,11 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from dynllava_jax import paths
+
+Path = Annotated[str, 'path']  # a field that is a path, or '' for none: checked and `~` expanded when it is read, see `paths`
 
 # Settings that only one method knows the meaning of, as sorted (name, value) pairs, so that they can be hashed. In a config
 # they are a group of settings; `dynllava_jax.methods` checks them against the method's own dataclass.
@@ -45,7 +49,7 @@ def from_config_dict(cls: type, config: Any, where: str = 'config') -> Any:
     ConfigError: unknown key (with the nearest known one), missing key, wrong type or impossible value.
   """
   require(hasattr(config, 'keys'), f'{where}: expected a group of settings, got {config!r}')
-  hints = typing.get_type_hints(cls)
+  hints = typing.get_type_hints(cls, include_extras=True)
   fields = {f.name: f for f in dataclasses.fields(cls)}
   for key in config.keys():
     if key not in fields:
@@ -63,6 +67,11 @@ def from_config_dict(cls: type, config: Any, where: str = 'config') -> Any:
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
   """`value` checked against, and where harmless converted to, the annotation `hint`."""
+  if hint is Path:
+    try:
+      return _typed(str, value, where) and paths.expanded(value, where)
+    except paths.PathError as e:
+      raise ConfigError(str(e)) from None
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (typing.Union, types.UnionType):
     if value is None:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from dynllava_jax.config.model import ModelConfig
-from dynllava_jax.config.parsing import require, require_positive, require_seed
+from dynllava_jax.config.parsing import Path, require, require_positive, require_seed
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages
 
 
@@ -30,9 +30,9 @@ class DataConfig:
   """
 
   source: str = 'digits'
-  path: str = ''
-  images: str = ''
-  tokenizer: str = ''
+  path: Path = ''
+  images: Path = ''
+  tokenizer: Path = ''
   conversation: str = 'plain_turns'
   text_length: int = 128
   buckets: tuple[int, ...] = ()
@@ -123,7 +123,7 @@ class TrainConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   sparsity: SparsityConfig = SparsityConfig()
   mesh: MeshConfig = MeshConfig()
-  init_from: str = ''  # checkpoint directory to start from; '' initialises at random
+  init_from: Path = ''  # checkpoint directory to start from; '' initialises at random
   frozen: tuple[str, ...] = ()  # top-level parameter groups that are not trained
   batch_size: int = 64
   accumulate: int = 1  # parts in which each device computes its rows, one after the other: same update, less memory

@@ -1,0 +1,100 @@
+"""What a user writes as a path, to a path: the one place for flags, arguments and config fields of all programs.
+
+    ~/runs/a   runs/[1] 50%/   'a b'      pathlib.Path: `~` expanded, every other character taken as it is
+    gs://bucket/run   s3://bucket/run     etils.epath.Path, see `remote` for how the programs read and fill such folders
+
+What cannot work is refused before anything is imported, read or made.
+"""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import unicodedata
+from typing import Any
+
+STORES = {'gs': 'gcsfs', 's3': 's3fs'}  # scheme -> package that speaks it
+LONGEST_NAME = 200  # bytes; file systems take 255, and temporary names add to a name
+LONGEST_PATH = 3800  # bytes; the system takes 4096, and programs add names below it
+_SCHEME = re.compile(r'([A-Za-z][A-Za-z0-9+.-]+):(/|$)')
+Given = Any  # pathlib.Path, or etils.epath.Path for an object store; importing the latter takes a tenth of a second
+
+
+class PathError(OSError):
+  """A path that no program can use; the message says where it was given, why, and what to write."""
+
+
+def given(text: str, where: str) -> Given:
+  """The path that a user wrote.
+
+  Args:
+    text: what was written.
+    where: the flag, argument or config field, for messages.
+
+  Raises:
+    PathError: empty, too long, not printable, of an unknown user, or of a store that is not supported or whose package is missing.
+  """
+  text = expanded(text, where)
+  return _of_store(text) if is_url(text) else pathlib.Path(text)
+
+
+def expanded(text: str, where: str) -> str:
+  """The text of a path, checked, with `~` and the slashes at its end resolved; PathError as for `given`."""
+  if not text.strip():
+    raise PathError(f'{where}: is empty; give a path, or leave it out')
+  if strange := next((c for c in text if unicodedata.category(c) in ('Cc', 'Cs')), None):
+    raise PathError(f'{where}: {ascii(text)} holds the character {ascii(strange)}, which no path here may; rename it')
+  scheme = _SCHEME.match(text)
+  return _checked_url(text, scheme[1], where) if scheme else _checked_local(text, where)
+
+
+def is_url(text: str) -> bool:
+  """Whether a checked text names something in an object store."""
+  return text.startswith(tuple(f'{scheme}://' for scheme in STORES))
+
+
+def is_local(path: Given) -> bool:
+  """Whether a given path is on this machine."""
+  return isinstance(path, pathlib.Path)
+
+
+@functools.cache
+def _of_store(url: str) -> Given:
+  from etils import epath
+
+  return epath.Path(url)
+
+
+def _checked_url(text: str, scheme: str, where: str) -> str:
+  known = ' and '.join(f'{s}://' for s in STORES)
+  if scheme not in STORES:
+    raise PathError(
+      f'{where}: {text}: {scheme}: is not supported; give a path on this machine ({known} work too; ./{scheme}: is a folder)'
+    )
+  bucket, *names = text.removeprefix(f'{scheme}:').removeprefix('//').rstrip('/').split('/')
+  if not text.startswith(f'{scheme}://') or not bucket:
+    raise PathError(f'{where}: {text}: names no bucket; expected {scheme}://BUCKET/NAME')
+  if not all(names) or {'.', '..'} & set(names):
+    raise PathError(f'{where}: {text}: has an empty name, . or .. in it, which object stores do not resolve; write it without')
+  _check_length(pathlib.PurePosixPath(bucket, *names), text, where)
+  if importlib.util.find_spec(STORES[scheme]) is None:
+    raise PathError(f'{where}: {scheme}:// needs the package {STORES[scheme]}; pip install -r requirements-cloud.txt')
+  return '/'.join((f'{scheme}:/', bucket, *names))
+
+
+def _checked_local(text: str, where: str) -> str:
+  try:
+    path = pathlib.Path(text).expanduser()
+  except RuntimeError:
+    raise PathError(f'{where}: {text}: there is no such user; write ./~name for a folder of that name') from None
+  _check_length(pathlib.Path(os.path.abspath(path)), text, where)
+  return str(path)
+
+
+def _check_length(path: pathlib.PurePath, text: str, where: str) -> None:
+  longest = max(map(os.fsencode, path.parts), key=len, default=b'')
+  if len(longest) > LONGEST_NAME:
+    raise PathError(f'{where}: {text[:60]}...: a name in it has {len(longest)} bytes, at most {LONGEST_NAME} work here')
+  if len(os.fsencode(path)) > LONGEST_PATH:
+    raise PathError(f'{where}: {text[:60]}...: has {len(os.fsencode(path))} bytes, at most {LONGEST_PATH} work here')
