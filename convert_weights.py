@@ -20,20 +20,20 @@ from absl import flags
 from dynllava_jax import command_line
 from dynllava_jax.display import printable
 
-SRC = flags.DEFINE_string('src', None, 'Checkpoint directory: PyTorch, or with --export one of ours.')
-DST = flags.DEFINE_string('dst', None, 'Directory to write; new or empty, unless --overwrite.')
-VISION = flags.DEFINE_string('vision', None, "CLIP directory; the config's mm_vision_tower if not given.")
-BASE = flags.DEFINE_string('base', None, 'Model that the LoRA adapter or lone projector in --src belongs to.')
+SRC = command_line.define_path('src', None, 'Checkpoint directory: PyTorch, or with --export one of ours.')
+DST = command_line.define_path('dst', None, 'Directory to write; new or empty, unless --overwrite.')
+VISION = command_line.define_path('vision', None, "CLIP directory; the config's mm_vision_tower if not given.")
+BASE = command_line.define_path('base', None, 'Model that the LoRA adapter or lone projector in --src belongs to.')
 PROJECTOR = flags.DEFINE_string('projector', None, "mm_projector.bin, or 'new' for a random projector.")
 ADD_PREDICTORS = flags.DEFINE_bool('add_predictors', False, 'Make a dense model dynamic with untrained predictors.')
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of untrained projectors and predictors.', lower_bound=0, upper_bound=2**32 - 1)
 EXPORT = flags.DEFINE_enum('export', None, ['llava-hf', 'llava', 'dynamic-llava'], 'Write --src, one of ours, for PyTorch.')
 DROP_PREDICTORS = flags.DEFINE_bool('drop_predictors', False, 'Export the dense part of a model with predictors.')
-INSPECT = flags.DEFINE_string('inspect', None, 'Describe the checkpoint in this directory, PyTorch or ours, and do nothing else.')
+INSPECT = command_line.define_path('inspect', None, 'Describe the checkpoint in this directory, PyTorch or ours, and do nothing else.')
 DTYPE = flags.DEFINE_enum('dtype', 'keep', ['keep', 'float32', 'bfloat16'], 'What to store; keep is what the source has.')
 OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace what is at --dst, once the new checkpoint is whole.')
 NO_READBACK = flags.DEFINE_bool('no_readback', False, 'Do not read again and compare what was written.')
-VERIFY = flags.DEFINE_string('verify', None, 'Recorded case (.npz) to recompute with the converted weights.')
+VERIFY = command_line.define_path('verify', None, 'Recorded case (.npz) to recompute with the converted weights.')
 
 ONLY_CONVERSION = (BASE, PROJECTOR, ADD_PREDICTORS, SEED, VERIFY)
 NOT_INSPECTION = (SRC, DST, VISION, *ONLY_CONVERSION, EXPORT, DROP_PREDICTORS, DTYPE, OVERWRITE, NO_READBACK)

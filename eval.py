@@ -18,10 +18,10 @@ from dynllava_jax import command_line
 from dynllava_jax.config import ConfigError, EvalConfig
 
 CONFIG = command_line.define_config()
-CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Checkpoint directory, or one step in it.')
-DATA = flags.DEFINE_string('data', None, "Benchmark data, in LLaVA's layout of playground/data/eval.")
-OUT = flags.DEFINE_string('out', None, 'Where answers, submissions, tables and pictures go; the current folder if not given.')
-ANSWERS = flags.DEFINE_string('answers', None, 'Answer file to score; needs no checkpoint and no accelerator.')
+CHECKPOINT = command_line.define_path('checkpoint', None, 'Checkpoint directory, or one step in it.')
+DATA = command_line.define_path('data', None, "Benchmark data, in LLaVA's layout of playground/data/eval.")
+OUT = command_line.define_path('out', None, 'Where answers, submissions, tables and pictures go; the current folder if not given.')
+ANSWERS = command_line.define_path('answers', None, 'Answer file to score; needs no checkpoint and no accelerator.')
 ALLOW_PARTIAL = flags.DEFINE_bool('allow_partial', False, 'Score what fits when answers and labels do not fit together.')
 CHECK_DATA = flags.DEFINE_bool('check_data', False, 'Say what of the benchmark data is there and where to get the rest.')
 MULTIHOST = flags.DEFINE_bool('multihost', False, 'One of several processes, one per host: join the others first.')
@@ -29,20 +29,19 @@ MULTIHOST = flags.DEFINE_bool('multihost', False, 'One of several processes, one
 
 def main(_) -> None:
   with command_line.readable_errors():
-    data = pathlib.Path(DATA.value) if DATA.value else None
+    data, answers, out = (command_line.path(f) for f in (DATA, ANSWERS, OUT))
     if CHECK_DATA.value:
       from dynllava_jax.evals import check
 
       cfg = command_line.parse(EvalConfig, CONFIG.value) if CONFIG.value else None
       sys.exit(check.run(_needed(data, '--data'), cfg))
     cfg = command_line.parse(EvalConfig, CONFIG.value)
-    if ANSWERS.value:
+    if answers:
       from dynllava_jax.evals import score
 
-      out = pathlib.Path(OUT.value) if OUT.value else None
-      print(json.dumps(score.run(cfg, pathlib.Path(ANSWERS.value), data, ALLOW_PARTIAL.value, out)))
+      print(json.dumps(score.run(cfg, answers, data, ALLOW_PARTIAL.value, out)))
       return
-    checkpoint, out = _needed(CHECKPOINT.value, '--checkpoint'), pathlib.Path(OUT.value or '.')
+    checkpoint, out = _needed(CHECKPOINT.value, '--checkpoint'), out or pathlib.Path()
     from dynllava_jax.evals import report  # jax starts only after the flags are known to be right
 
     if MULTIHOST.value:

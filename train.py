@@ -6,7 +6,6 @@ Started again with the same workdir it goes on where it stopped. On several host
 command on each of them with --multihost and a workdir that all of them see.
 """
 
-import pathlib
 import sys
 
 from absl import flags
@@ -15,19 +14,19 @@ from dynllava_jax import command_line
 from dynllava_jax.config import TrainConfig
 
 CONFIG = command_line.define_config()
-WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints and metrics go.', required=True)
+WORKDIR = command_line.define_path('workdir', None, 'Where checkpoints and metrics go.', required=True)
 MULTIHOST = flags.DEFINE_bool('multihost', False, 'One of several processes, one per host: join the others first.')
 
 
 def main(_) -> None:
   with command_line.readable_errors():
+    cfg = command_line.parse(TrainConfig, CONFIG.value)
     from dynllava_jax.training import loop  # jax starts only after the flags are known to be right
 
-    cfg = command_line.parse(TrainConfig, CONFIG.value)
     if MULTIHOST.value:
       command_line.join_hosts()
     try:
-      loop.train(cfg, pathlib.Path(WORKDIR.value))
+      loop.train(cfg, command_line.path(WORKDIR))
     except loop.Interrupted as e:
       print(e)
       sys.exit(130)

@@ -9,6 +9,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dynllava_jax import paths
 from dynllava_jax.config import ConfigError, from_config_dict
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import printable
@@ -17,6 +18,20 @@ from dynllava_jax.display import printable
 def define_config() -> flags.FlagHolder:
   """`--config=FILE[:NAME]` with overrides `--config.a.b=value`, unknown keys refused."""
   return config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py:base.')
+
+
+_PATHS: list[str] = []  # names of the flags that are paths
+
+
+def define_path(name: str, default: str | None, text: str, *, several: bool = False, **options: Any) -> flags.FlagHolder:
+  """A flag that is a path, or several: checked by `run` before anything else, made a path by `paths.given`."""
+  _PATHS.append(name)
+  return (flags.DEFINE_multi_string if several else flags.DEFINE_string)(name, default, text, **options)
+
+
+def path(flag: flags.FlagHolder) -> paths.Given | None:
+  """The path that a flag gives; None if it is not given."""
+  return None if flag.value is None else paths.given(flag.value, f'--{flag.name}')
 
 
 def parse(cls: type, value: Any) -> Any:
@@ -82,6 +97,11 @@ def run(main: Callable[[list[str]], None]) -> None:
   def without_strays(argv):
     if len(argv) > 1:
       sys.exit(f'error: {argv[1]!r}: unexpected; options are written --name=value')
+    with readable_errors():
+      for name in _PATHS:
+        value = flags.FLAGS[name].value
+        for text in value if isinstance(value, list) else [value] if value is not None else []:
+          paths.given(text, f'--{name}')
     main(argv)
 
   logging.set_verbosity(logging.WARNING)  # what jax and orbax say of themselves is not for users

@@ -1,0 +1,133 @@
+"""Files that come from a store and go there: whole, in order, and only by who holds the lease."""
+
+import contextlib
+import json
+import os
+import time
+
+import pytest
+
+from dynllava_jax import lease, paths, remote, workspace
+from dynllava_jax.locks import BusyError
+
+STRANGE = 'a [1]*?#%{} \'"é~/b 50%.txt'
+
+
+def put(folder, **files):
+  for name, content in files.items():
+    remote.write(paths.given(f'{folder}/{name.replace("__", "/")}', 'x'), content.encode())
+
+
+def names(folder):
+  return set(remote.listing(paths.given(folder, 'x')))
+
+
+def read(folder, name):
+  fs, url = remote.store(paths.given(f'{folder}/{name}', 'x'))
+  return fs.cat_file(url).decode()
+
+
+def test_what_is_read_is_what_the_store_has_now(folder):
+  put(folder, **{STRANGE: 'first', 'c': 'same'})
+  path = paths.given(folder, '--data')
+  local = remote.fetched(path)
+  assert (local / STRANGE).read_text() == 'first' and remote.named(local / 'c') == f'{folder}/c'
+  kept = (local / 'c').stat().st_ino
+  put(folder, **{STRANGE: 'secnd'})  # as long as the first
+  remote.fetched(path)
+  assert (local / STRANGE).read_text() == 'secnd' and (local / 'c').stat().st_ino == kept
+  fs, url = remote.store(path)
+  fs.rm_file(f'{url}/c')
+  assert not (remote.fetched(path) / 'c').exists()
+  assert remote.fetched(paths.given(f'{folder}/{STRANGE}', 'x')).read_text() == 'secnd'
+  assert not remote.fetched(paths.given(f'{folder}/nothing', 'x')).exists()
+
+
+def test_of_a_checkpoint_the_newest_whole_step_is_read(folder):
+  put(folder, **{'model.json': '{}', '1__integrity.json': '{}', '1__params__a': '1', '2__integrity.json': '{}', '2__params__a': '2'})
+  put(folder, **{'3__params__a': '3', 'assets__4__a': '4'})
+  local = remote.fetched(paths.given(folder, 'x'))
+  assert sorted(p.name for p in local.iterdir()) == ['2', 'assets', 'model.json'] and (local / 'assets/4/a').exists()
+
+
+def test_a_workspace_uploads_what_changed_and_only_that(folder, monkeypatch):
+  put(folder, kept='1', gone='2', changed='3', other__x='4')
+  path, seen = paths.given(folder, '--out'), []
+  with workspace.workspace(path, '--out', wanted=lambda n: not n.startswith('other')) as local:
+    upload = workspace._Mirror._upload
+    monkeypatch.setattr(workspace._Mirror, '_upload', lambda self, n: seen.append(n) or upload(self, n))
+    assert sorted(p.name for p in local.iterdir()) == ['changed', 'gone', 'kept']
+    assert lease.LEASE in names(folder)
+    (local / 'kept').write_text('1')
+    (local / 'gone').unlink()
+    (local / 'changed').write_text('33')
+    for name in ('new', '.hidden', 'half.tmp', '5.orbax-checkpoint-tmp'):
+      (local / name).write_text('5')
+  assert sorted(seen) == ['changed', 'new'] and names(folder) == {'kept', 'changed', 'new', 'other/x'}
+  assert read(folder, 'changed') == '33' and not local.exists()
+
+
+def test_markers_go_up_last_and_down_first(folder, monkeypatch):
+  put(folder, **{'model.json': '{}', '1__integrity.json': '{}', '1__params': '1', '7__params': 'cut off'})
+  done = []
+  for name in ('_upload', '_delete'):
+    real = getattr(workspace._Mirror, name)
+    monkeypatch.setattr(
+      workspace._Mirror, name, lambda self, n, name=name, real=real: (done.append((name, n)) if n else None, real(self, n))[1]
+    )
+  with workspace.workspace(paths.given(folder, 'x'), '--out') as local:
+    assert not (local / '7').exists()
+    done.clear()
+    (local / '1' / 'params').unlink()
+    (local / '1' / 'integrity.json').unlink()
+    (local / '2').mkdir()
+    (local / '2' / 'integrity.json').write_text('{}')
+    (local / '2' / 'params').write_text('2')
+  assert done == [
+    ('_upload', '2/params'),
+    ('_upload', '2/integrity.json'),
+    ('_delete', ['1/integrity.json']),
+    ('_delete', ['1/params']),
+  ]
+
+
+def test_an_upload_at_once_that_was_cut_off_is_refused_and_cleaned(folder, monkeypatch):
+  path = paths.given(folder, '--dst')
+  with contextlib.suppress(ZeroDivisionError), workspace.workspace(path, '--dst', at_once=True) as local:
+    (local / 'a').write_text('1')
+    raise ZeroDivisionError
+  assert not names(folder)
+
+  def fails(self, name):
+    raise remote.StoreError('the network is gone')
+
+  with monkeypatch.context() as patch, pytest.raises(remote.StoreError), workspace.workspace(path, '--dst', at_once=True) as local:
+    (local / 'a').write_text('1')
+    put(folder, a='half')
+    patch.setattr(workspace._Mirror, '_upload', fails)
+  assert names(folder) == {'a', remote.UPLOADING}
+  with pytest.raises(remote.StoreError, match='was interrupted'):
+    remote.fetched(path)
+  with workspace.workspace(path, '--dst', at_once=True) as local:
+    assert not any(local.iterdir())
+    (local / 'b').write_text('2')
+  assert names(folder) == {'b'}
+
+
+def test_one_program_at_a_time(folder):
+  path = paths.given(folder, '--workdir')
+  with lease.lease(path, '--workdir') as held:
+    with pytest.raises(BusyError, match=f'process {os.getpid()} on .*choose another --workdir'), lease.lease(path, '--workdir'):
+      pass
+    held.check()
+    put(folder, **{lease.LEASE: json.dumps({'owner': 'x', 'host': 'elsewhere', 'process': 5, 'time': time.time()})})
+    with pytest.raises(BusyError, match='process 5 on elsewhere'), lease.lease(path, '--workdir'):
+      pass
+  assert json.loads(read(folder, lease.LEASE))['owner'] == 'x'  # not ours to give back
+  put(folder, **{lease.LEASE: json.dumps({'owner': 'x', 'time': time.time() - lease.LASTS - 1})})
+  with lease.lease(path, '--workdir') as held:
+    assert json.loads(read(folder, lease.LEASE))['owner'] == held.owner['owner']
+  assert not names(folder)
+  put(folder, **{lease.LEASE: json.dumps(held.owner | {'process': 2**22 + 1, 'time': time.time()})})
+  with lease.lease(path, '--workdir'):
+    pass  # of a process of this machine that was killed
