@@ -12,19 +12,19 @@ The layout is recognised; docs/checkpoints.md has a table. With --verify a recor
 converted weights; exit status 1 unless every quantity agrees.
 """
 
-import pathlib
 import sys
 
 from absl import flags
 
-from dynllava_jax import command_line
+from dynllava_jax import command_line, paths
 from dynllava_jax.display import printable
+from dynllava_jax.workspace import workspace
 
 SRC = command_line.define_path('src', None, 'Checkpoint directory: PyTorch, or with --export one of ours.')
 DST = command_line.define_path('dst', None, 'Directory to write; new or empty, unless --overwrite.')
 VISION = command_line.define_path('vision', None, "CLIP directory; the config's mm_vision_tower if not given.")
 BASE = command_line.define_path('base', None, 'Model that the LoRA adapter or lone projector in --src belongs to.')
-PROJECTOR = flags.DEFINE_string('projector', None, "mm_projector.bin, or 'new' for a random projector.")
+PROJECTOR = command_line.define_path('projector', None, "mm_projector.bin, or 'new' for a random projector.")
 ADD_PREDICTORS = flags.DEFINE_bool('add_predictors', False, 'Make a dense model dynamic with untrained predictors.')
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of untrained projectors and predictors.', lower_bound=0, upper_bound=2**32 - 1)
 EXPORT = flags.DEFINE_enum('export', None, ['llava-hf', 'llava', 'dynamic-llava'], 'Write --src, one of ours, for PyTorch.')
@@ -59,33 +59,29 @@ def main(_) -> None:
     from dynllava_jax.convert.source import Request
 
     if INSPECT.value:
-      print(printable(inspection.describe(pathlib.Path(INSPECT.value)), lines=True))
+      print(printable(inspection.describe(command_line.read(INSPECT)), lines=True))
       return
     if not SRC.value or not DST.value:
       raise command_line.ConfigError('--src and --dst are needed; see --help')
+    dst = command_line.path(DST)
+    for flag in (SRC, VISION, BASE, PROJECTOR):
+      if flag.value not in (None, 'new') and paths.overlap(command_line.path(flag), dst):
+        raise command_line.ConfigError(f'--dst: {dst} is, holds or lies in --{flag.name}={flag.value}; choose another')
     request = Request(
-      src=pathlib.Path(SRC.value),
-      vision=pathlib.Path(VISION.value) if VISION.value else None,
-      base=pathlib.Path(BASE.value) if BASE.value else None,
-      projector=PROJECTOR.value,
+      src=command_line.read(SRC),
+      vision=command_line.read(VISION),
+      base=command_line.read(BASE),
+      projector=PROJECTOR.value if PROJECTOR.value in (None, 'new') else str(command_line.read(PROJECTOR)),
       add_predictors=ADD_PREDICTORS.value,
       seed=SEED.value,
     )
-    if EXPORT.value:
-      report.run_export(
-        request.src,
-        pathlib.Path(DST.value),
-        EXPORT.value,
-        vision=request.vision,
-        dtype=DTYPE.value,
-        overwrite=OVERWRITE.value,
-        readback=not NO_READBACK.value,
-        drop_predictors=DROP_PREDICTORS.value,
-      )
-      return
-    passed = report.run_conversion(
-      request, pathlib.Path(DST.value), DTYPE.value, OVERWRITE.value, not NO_READBACK.value, VERIFY.value
-    )
+    case, readback = command_line.read(VERIFY), not NO_READBACK.value
+    with workspace(dst, '--dst', stub=lambda name: True, at_once=True) as folder:
+      if EXPORT.value:
+        options = dict(dtype=DTYPE.value, overwrite=OVERWRITE.value, drop_predictors=DROP_PREDICTORS.value)
+        report.run_export(request.src, folder, EXPORT.value, vision=request.vision, readback=readback, **options)
+        return
+      passed = report.run_conversion(request, folder, DTYPE.value, OVERWRITE.value, readback, case and str(case))
   sys.exit(0 if passed else 1)
 
 

@@ -8,14 +8,16 @@
 Started again with the same --out, an evaluation goes on where it stopped.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
 
 from absl import flags
 
-from dynllava_jax import command_line
+from dynllava_jax import command_line, paths
 from dynllava_jax.config import ConfigError, EvalConfig
+from dynllava_jax.workspace import workspace
 
 CONFIG = command_line.define_config()
 CHECKPOINT = command_line.define_path('checkpoint', None, 'Checkpoint directory, or one step in it.')
@@ -29,7 +31,7 @@ MULTIHOST = flags.DEFINE_bool('multihost', False, 'One of several processes, one
 
 def main(_) -> None:
   with command_line.readable_errors():
-    data, answers, out = (command_line.path(f) for f in (DATA, ANSWERS, OUT))
+    data, answers, out = command_line.open_folder(DATA), command_line.read(ANSWERS), command_line.path(OUT)
     if CHECK_DATA.value:
       from dynllava_jax.evals import check
 
@@ -39,18 +41,27 @@ def main(_) -> None:
     if answers:
       from dynllava_jax.evals import score
 
-      print(json.dumps(score.run(cfg, answers, data, ALLOW_PARTIAL.value, out)))
+      with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(workspace(out, '--out', wanted=lambda name: False)) if out else None
+        result = score.run(cfg, answers, data, ALLOW_PARTIAL.value, folder)
+      print(paths.named(json.dumps(result)))
       return
-    checkpoint, out = _needed(CHECKPOINT.value, '--checkpoint'), out or pathlib.Path()
-    from dynllava_jax.evals import report  # jax starts only after the flags are known to be right
+    checkpoint = str(_needed(command_line.path(CHECKPOINT), '--checkpoint'))
+    with workspace(out or pathlib.Path(), '--out', wanted=_of_evaluation, multihost=MULTIHOST.value) as folder:
+      from dynllava_jax.evals import report  # jax starts only after the flags are known to be right
 
-    if MULTIHOST.value:
-      command_line.join_hosts()
-    try:
-      report.run(cfg, checkpoint, out, data)
-    except KeyboardInterrupt:
-      print(f'stopped; finished answers are in {out / "answers"}, the same command goes on with the others')
-      sys.exit(130)
+      if MULTIHOST.value:
+        command_line.join_hosts()
+      try:
+        report.run(cfg, checkpoint, folder, data)
+      except KeyboardInterrupt:
+        print(f'stopped; finished answers are in {(out or folder) / "answers"}, the same command goes on with the others')
+        sys.exit(130)
+
+
+def _of_evaluation(name: str) -> bool:
+  """Whether an evaluation goes on with this file: folders of results often hold training runs too."""
+  return name.split('/')[0] in ('answers', 'perplexity', 'agreement')
 
 
 def _needed(value, name: str):

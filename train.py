@@ -12,6 +12,7 @@ from absl import flags
 
 from dynllava_jax import command_line
 from dynllava_jax.config import TrainConfig
+from dynllava_jax.workspace import workspace
 
 CONFIG = command_line.define_config()
 WORKDIR = command_line.define_path('workdir', None, 'Where checkpoints and metrics go.', required=True)
@@ -21,15 +22,16 @@ MULTIHOST = flags.DEFINE_bool('multihost', False, 'One of several processes, one
 def main(_) -> None:
   with command_line.readable_errors():
     cfg = command_line.parse(TrainConfig, CONFIG.value)
-    from dynllava_jax.training import loop  # jax starts only after the flags are known to be right
+    with workspace(command_line.path(WORKDIR), '--workdir', multihost=MULTIHOST.value) as workdir:
+      from dynllava_jax.training import loop  # jax starts only after the flags are known to be right
 
-    if MULTIHOST.value:
-      command_line.join_hosts()
-    try:
-      loop.train(cfg, command_line.path(WORKDIR))
-    except loop.Interrupted as e:
-      print(e)
-      sys.exit(130)
+      if MULTIHOST.value:
+        command_line.join_hosts()
+      try:
+        loop.train(cfg, workdir)
+      except loop.Interrupted as e:
+        print(e)
+        sys.exit(130)
 
 
 if __name__ == '__main__':

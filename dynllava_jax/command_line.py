@@ -1,6 +1,7 @@
 """What the three root scripts share: config flags whose mistakes are one readable line, not a traceback."""
 
 import contextlib
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dynllava_jax import paths
+from dynllava_jax import paths, remote
 from dynllava_jax.config import ConfigError, from_config_dict
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import printable
@@ -32,6 +33,16 @@ def define_path(name: str, default: str | None, text: str, *, several: bool = Fa
 def path(flag: flags.FlagHolder) -> paths.Given | None:
   """The path that a flag gives; None if it is not given."""
   return None if flag.value is None else paths.given(flag.value, f'--{flag.name}')
+
+
+def read(flag: flags.FlagHolder) -> pathlib.Path | None:
+  """The file or folder that a flag gives, on this machine: of an object store its copy."""
+  return None if flag.value is None else remote.fetched(path(flag))
+
+
+def open_folder(flag: flags.FlagHolder) -> pathlib.Path | None:
+  """The folder that a flag gives; of an object store the place on this machine where `remote.here` brings what is asked for."""
+  return None if flag.value is None else remote.opened(path(flag))
 
 
 def parse(cls: type, value: Any) -> Any:

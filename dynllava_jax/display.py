@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from dynllava_jax import paths
+
 # C0 and C1 control characters, halves of surrogate pairs, line and paragraph separators, marks and switches of the writing
 # direction, invisible operators, the byte order mark, tags.
 UNSAFE = re.compile(
@@ -25,7 +27,7 @@ def printable(text: Any, *, lines: bool = False) -> str:
     text: anything; `str` is taken of it.
     lines: line breaks stay, for a message of several lines.
   """
-  return UNSAFE.sub(lambda found: found[0] if lines and found[0] == '\n' else _escaped(found[0]), str(text))
+  return UNSAFE.sub(lambda found: found[0] if lines and found[0] == '\n' else _escaped(found[0]), paths.named(text))
 
 
 def _escaped(character: str) -> str:

@@ -13,14 +13,22 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from dynllava_jax import paths, remote
+from dynllava_jax.paths import Given
+
 DIRECT = getattr(os, 'O_DIRECT', 0)  # macOS has none
 SECTOR = 4096  # bytes; place and size of what goes past the cache, in file and memory, are multiples of a disk's sector
 BLOCK = 2**22  # bytes written or compared at a time
 AT_MOST = 2**30  # bytes read at a time; macOS refuses 2**31
 
 
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-  """Writes to a temporary name in the same folder, then renames: an interruption leaves the old file or the new one."""
+def write_atomically(path: Given, content: bytes) -> None:
+  """Writes to a temporary name in the same folder, then renames: an interruption leaves the old file or the new one.
+
+  In an object store (`paths`) it becomes one object, which appears whole.
+  """
+  if not paths.is_local(path):
+    return remote.write(path, content)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   temporary.write_bytes(content)

@@ -14,6 +14,7 @@ import re
 import unicodedata
 from typing import Any
 
+CACHE = 'DYNLLAVA_JAX_CACHE'  # environment variable: where files of object stores lie on this machine, see `remote`
 STORES = {'gs': 'gcsfs', 's3': 's3fs'}  # scheme -> package that speaks it
 LONGEST_NAME = 200  # bytes; file systems take 255, and temporary names add to a name
 LONGEST_PATH = 3800  # bytes; the system takes 4096, and programs add names below it
@@ -57,6 +58,34 @@ def is_url(text: str) -> bool:
 def is_local(path: Given) -> bool:
   """Whether a given path is on this machine."""
   return isinstance(path, pathlib.Path)
+
+
+def cache() -> pathlib.Path:
+  """Where files of object stores lie on this machine."""
+  return pathlib.Path(os.environ.get(CACHE) or '~/.cache/dynllava_jax').expanduser().absolute()
+
+
+def place(path: Given, kind: str) -> pathlib.Path:
+  """Where something of a store lies in the cache. `kind`: 'read', or the folder of a process in 'work'."""
+  scheme, _, key = os.fspath(path).partition('://')
+  return cache() / kind / scheme / key
+
+
+def named(text: Any) -> str:
+  """Text for people in which places of the cache have their names in the store."""
+  text, root = str(text), str(cache())
+  return re.sub(re.escape(root) + r'/(?:read|work/[\w.]+)/(\w+)/', r'\1://', text) if root in text else text
+
+
+def overlap(a: Given, b: Given) -> bool:
+  """Whether one of two paths of a store is, or lies in, the other; local ones are compared by who knows of links."""
+  return not is_local(a) and not is_local(b) and (a.is_relative_to(b) or b.is_relative_to(a))
+
+
+def origin(path: pathlib.Path) -> Given | None:
+  """What a place of the cache is a copy of; None of any other path."""
+  text = named(path)
+  return _of_store(text) if is_url(text) else None
 
 
 @functools.cache

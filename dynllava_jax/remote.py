@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -27,7 +26,6 @@ from dynllava_jax.display import Terminal
 from dynllava_jax.paths import Given
 from dynllava_jax.progress import progress
 
-CACHE = 'DYNLLAVA_JAX_CACHE'  # environment variable
 AT_ONCE = 16  # objects on their way
 WHOLE_BYTES = 64 * 2**20  # larger objects go up in parts; the store shows them when all parts are there
 VERSION = ('etag', 'ETag', 'generation', 'md5Hash', 'LastModified', 'mtime', 'updated', 'size')
@@ -38,23 +36,6 @@ Name = str  # of an object, relative to a folder
 
 class StoreError(OSError):
   """What an object store, or the way to it, refused; the message names the object."""
-
-
-def cache() -> pathlib.Path:
-  """Where files of object stores lie on this machine."""
-  return pathlib.Path(os.environ.get(CACHE) or '~/.cache/dynllava_jax').expanduser().absolute()
-
-
-def place(path: Given, kind: str) -> pathlib.Path:
-  """Where something of a store lies in the cache. `kind`: 'read', or the folder of a process in 'work'."""
-  scheme, _, key = os.fspath(path).partition('://')
-  return cache() / kind / scheme / key
-
-
-def named(text: Any) -> str:
-  """Text for people in which places of the cache have their names in the store."""
-  text, root = str(text), str(cache())
-  return re.sub(re.escape(root) + r'/(?:read|work/[\w.]+)/(\w+)/', r'\1://', text) if root in text else text
 
 
 @functools.cache
@@ -92,6 +73,27 @@ def listing(path: Given) -> dict[str, Mapping[str, Any]]:
   with readable(url):
     found = fs.find(url + '/', detail=True)
   return {key.removeprefix(root): info for key, info in found.items() if key.startswith(root) and not key.endswith('/')}
+
+
+def opened(path: Given) -> pathlib.Path:
+  """The place in the cache of a store's folder, nothing fetched yet; a local path itself."""
+  if paths.is_local(path):
+    return path
+  fs, url = store(path)
+  with readable(url):
+    there = fs.isdir(url)
+  local = paths.place(path, 'read')
+  if there:
+    local.mkdir(parents=True, exist_ok=True)
+  return local
+
+
+def here(path: pathlib.Path) -> pathlib.Path:
+  """A path on this machine, brought up to date first if it lies in a folder that was `opened` in a store."""
+  origin = paths.origin(path)
+  if origin is not None:
+    fetched(origin)
+  return path
 
 
 def whole(names: Iterable[Name]) -> set[Name]:
@@ -132,7 +134,7 @@ def fetched(path: Given, wanted: Callable[[Iterable[Name]], set[Name]] = of_step
   if paths.is_local(path):
     return path
   fs, url = store(path)
-  local = place(path, 'read')
+  local = paths.place(path, 'read')
   with readable(url), _alone(local):
     if fs.isfile(url):
       return fetch(path, '', fs.info(url), local)
@@ -219,7 +221,7 @@ class Pool(concurrent.futures.ThreadPoolExecutor):
 @contextlib.contextmanager
 def _alone(local: pathlib.Path) -> Iterator[None]:
   """One process at a time fetches the same thing; the others wait and find it there."""
-  locks = cache() / 'locks'
+  locks = paths.cache() / 'locks'
   locks.mkdir(parents=True, exist_ok=True)
   with open(locks / hashlib.sha256(str(local).encode()).hexdigest(), 'w') as handle:
     fcntl.flock(handle, fcntl.LOCK_EX)

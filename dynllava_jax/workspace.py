@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dynllava_jax import paths, remote
 from dynllava_jax.lease import LEASE, Lease, lease, started
 from dynllava_jax.locks import BusyError
-from dynllava_jax.paths import Given
+from dynllava_jax.paths import Given, PathError
 from dynllava_jax.remote import StoreError
 
 PERIOD = 10.0  # seconds between uploads
@@ -48,6 +48,7 @@ def workspace(
   wanted: Callable[[Name], bool] = lambda name: True,
   stub: Callable[[Name], bool] = lambda name: False,
   at_once: bool = False,
+  multihost: bool = False,
 ) -> Iterator[pathlib.Path]:
   """The folder to work in: a local path itself, of a store a local one that is uploaded while the block runs and when it ends.
 
@@ -57,15 +58,19 @@ def workspace(
     wanted: which of the files there the program needs to see.
     stub: which of these it needs only to know of; they are empty files of the right size.
     at_once: upload only when the block has ended without an error.
+    multihost: several hosts fill the folder, which needs one that all of them see at all times.
 
   Raises:
     StoreError: the store cannot be read or written. BusyError: another program fills the folder.
+    PathError: several hosts.
   """
   if paths.is_local(path):
     yield path
     return
+  if multihost:
+    raise PathError(f'{flag}: {path}: several hosts need a folder that all of them see; mount the bucket (gcsfuse, s3fs) and give its path')
   own = _own_folder()
-  local = remote.place(path, own)
+  local = paths.place(path, own)
   try:
     with lease(path, flag) as held:
       local.mkdir(parents=True)
@@ -75,12 +80,12 @@ def workspace(
         yield local
       folder.finish()
   finally:
-    shutil.rmtree(remote.cache() / own, ignore_errors=True)
+    shutil.rmtree(paths.cache() / own, ignore_errors=True)
 
 
 def _own_folder() -> str:
   """A folder of this process in the cache; those of processes that are gone are removed."""
-  for left in remote.cache().glob('work/*.*'):
+  for left in paths.cache().glob('work/*.*'):
     process, _, began = left.name.partition('.')
     if process.isdigit() and started(int(process)) != began:
       shutil.rmtree(left, ignore_errors=True)
@@ -151,7 +156,7 @@ class _Mirror:
     try:
       self.sync()
     except OSError as e:
-      kept = remote.cache() / 'kept' / f'{self.local.name}.{time.time_ns()}'
+      kept = paths.cache() / 'kept' / f'{self.local.name}.{time.time_ns()}'
       kept.parent.mkdir(exist_ok=True)
       os.replace(self.local, kept)
       raise StoreError(f'{e}; what is not uploaded is in {kept}') from None

@@ -5,7 +5,7 @@ import os
 import pytest
 import stores
 
-from dynllava_jax import remote
+from dynllava_jax import paths, remote
 
 
 @pytest.fixture(scope='session', params=['gs', 's3'])
@@ -13,7 +13,7 @@ def store(request, tmp_path_factory):
   """The URL of an empty bucket; command lines and this process find it."""
   pytest.importorskip({'gs': 'gcp_storage_emulator', 's3': 'moto'}[request.param])
   with stores.running(request.param) as env, pytest.MonkeyPatch.context() as patch:
-    for name, value in (env | {remote.CACHE: str(tmp_path_factory.mktemp('cache')), 'NO_PROXY': '127.0.0.1'}).items():
+    for name, value in (env | {paths.CACHE: str(tmp_path_factory.mktemp('cache')), 'NO_PROXY': '127.0.0.1'}).items():
       patch.setenv(name, value)
     remote.filesystem.cache_clear()
     yield f'{request.param}://{stores.BUCKET}'

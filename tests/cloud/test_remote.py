@@ -31,7 +31,7 @@ def test_what_is_read_is_what_the_store_has_now(folder):
   put(folder, **{STRANGE: 'first', 'c': 'same'})
   path = paths.given(folder, '--data')
   local = remote.fetched(path)
-  assert (local / STRANGE).read_text() == 'first' and remote.named(local / 'c') == f'{folder}/c'
+  assert (local / STRANGE).read_text() == 'first' and paths.named(local / 'c') == f'{folder}/c'
   kept = (local / 'c').stat().st_ino
   put(folder, **{STRANGE: 'secnd'})  # as long as the first
   remote.fetched(path)
