@@ -29,7 +29,7 @@ ADD_PREDICTORS = flags.DEFINE_bool('add_predictors', False, 'Make a dense model 
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of untrained projectors and predictors.', lower_bound=0, upper_bound=2**32 - 1)
 EXPORT = flags.DEFINE_enum('export', None, ['llava-hf', 'llava', 'dynamic-llava'], 'Write --src, one of ours, for PyTorch.')
 DROP_PREDICTORS = flags.DEFINE_bool('drop_predictors', False, 'Export the dense part of a model with predictors.')
-INSPECT = command_line.define_path('inspect', None, 'Describe the checkpoint in this directory, PyTorch or ours, and do nothing else.')
+INSPECT = command_line.define_path('inspect', None, 'Only describe the checkpoint in this directory, PyTorch or ours.')
 DTYPE = flags.DEFINE_enum('dtype', 'keep', ['keep', 'float32', 'bfloat16'], 'What to store; keep is what the source has.')
 OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace what is at --dst, once the new checkpoint is whole.')
 NO_READBACK = flags.DEFINE_bool('no_readback', False, 'Do not read again and compare what was written.')

@@ -14,6 +14,7 @@ flipped bit, so what is loaded is first compared with the checksums.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -24,6 +25,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from dynllava_jax import paths, remote
 from dynllava_jax.config import (
   DENSE,
   TOKENIZER_FILES,
@@ -87,7 +89,7 @@ def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
   Raises:
     CheckpointError: there is no such checkpoint.
   """
-  path = pathlib.Path(path).absolute()
+  path = (_on_this_machine(path) if isinstance(path, str) else path).absolute()
   if path.name.isdigit() and (path.parent / MODEL_FILE).exists():
     if not path.is_dir():
       steps = ', '.join(map(str, all_steps(path.parent))) or 'none'
@@ -102,6 +104,16 @@ def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
   if not steps:
     raise CheckpointError(f'{path}: holds no finished step yet; train first, or convert again')
   return path, steps[-1]
+
+
+@functools.cache  # one run reads one step, also when a newer one comes meanwhile
+def _on_this_machine(text: str) -> pathlib.Path:
+  """DIR or DIR/STEP; of an object store the copy of that step, or of the newest, with what belongs to all steps."""
+  path = paths.given(text, 'checkpoint')
+  if not paths.is_local(path) and path.name.isdigit() and (path.parent / MODEL_FILE).exists():
+    step = int(path.name)
+    return remote.fetched(path.parent, lambda names: remote.of_step(names, step)) / path.name
+  return remote.fetched(path)
 
 
 def all_steps(directory: pathlib.Path) -> list[int]:

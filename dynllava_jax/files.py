@@ -28,7 +28,8 @@ def write_atomically(path: Given, content: bytes) -> None:
   In an object store (`paths`) it becomes one object, which appears whole.
   """
   if not paths.is_local(path):
-    return remote.write(path, content)
+    remote.write(path, content)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   temporary.write_bytes(content)

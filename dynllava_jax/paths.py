@@ -45,7 +45,7 @@ def expanded(text: str, where: str) -> str:
   if not text.strip():
     raise PathError(f'{where}: is empty; give a path, or leave it out')
   if strange := next((c for c in text if unicodedata.category(c) in ('Cc', 'Cs')), None):
-    raise PathError(f'{where}: {ascii(text)} holds the character {ascii(strange)}, which no path here may; rename it')
+    raise PathError(f'{where}: {text!a} holds the character {strange!a}, which no path here may; rename it')
   scheme = _SCHEME.match(text)
   return _checked_url(text, scheme[1], where) if scheme else _checked_local(text, where)
 

@@ -68,7 +68,8 @@ def workspace(
     yield path
     return
   if multihost:
-    raise PathError(f'{flag}: {path}: several hosts need a folder that all of them see; mount the bucket (gcsfuse, s3fs) and give its path')
+    hint = 'mount the bucket (gcsfuse, s3fs) and give that path'
+    raise PathError(f'{flag}: {path}: several hosts need a folder that all of them see; {hint}')
   own = _own_folder()
   local = paths.place(path, own)
   try:
@@ -258,4 +259,3 @@ def _covers(marker: Name, names: Iterable[Name]) -> bool:
 
 def _is_temporary(name: str) -> bool:
   return (name.startswith('.') and name != KEPT) or name.endswith('.tmp') or '.orbax-checkpoint-tmp' in name
-

@@ -67,7 +67,7 @@ def from_config_dict(cls: type, config: Any, where: str = 'config') -> Any:
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
   """`value` checked against, and where harmless converted to, the annotation `hint`."""
-  if hint is Path:
+  if hint == Path:
     try:
       return _typed(str, value, where) and paths.expanded(value, where)
     except paths.PathError as e:

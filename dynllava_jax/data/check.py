@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
+from dynllava_jax import paths
 from dynllava_jax.config import DataConfig
 from dynllava_jax.data import conversation
 from dynllava_jax.data.index import CODES, Index, fit
@@ -23,6 +24,7 @@ from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.display import Terminal
+from dynllava_jax.paths import Given
 from dynllava_jax.progress import progress
 
 REPORT_FILE, HISTOGRAM_FILE = 'report.json', 'lengths.png'
@@ -45,7 +47,7 @@ class Scan:
   """
 
   json: Mapping[str, pathlib.Path]
-  images: pathlib.Path
+  images: Given
   data: DataConfig
   tokenizer: Mapping[str, bytes] | None
   num_patches: int
@@ -140,7 +142,7 @@ def report(scan: Scan, findings: Sequence[Finding]) -> dict:
       if f.reason:
         problems[f.reason].append({'id': f.id, 'message': f.message})
     sources[name] = {
-      'json': str(path),
+      'json': paths.named(path),
       'samples': len(own),
       'with_image': sum(f.has_image for f in own),
       'usable': sum(not f.reason for f in own),

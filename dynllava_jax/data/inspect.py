@@ -5,14 +5,13 @@ python -m dynllava_jax.data.inspect --config=configs/llava.py:finetune --config.
 
 import io
 import itertools
-import pathlib
 
 import numpy as np
 from absl import flags
 from PIL import Image
 from rich.text import Text
 
-from dynllava_jax import command_line, methods
+from dynllava_jax import command_line, methods, paths
 from dynllava_jax.config import IGNORE, ConfigError, TrainConfig
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.data.pipeline import LayOut
@@ -91,7 +90,7 @@ def main(_) -> None:
       console.print(part)
       console.print()
     if row.image_start >= 0:
-      path, content = pathlib.Path(given.out), io.BytesIO()
+      path, content = paths.given(given.out, '--out'), io.BytesIO()
       Image.fromarray(row.pixels).save(content, 'PNG')
       write_atomically(path, content.getvalue())
       console.print(f'the picture as the model gets it: {path}')
@@ -100,5 +99,5 @@ def main(_) -> None:
 if __name__ == '__main__':
   command_line.define_config()
   flags.DEFINE_integer('index', 0, 'Number of the sample in its source.')
-  flags.DEFINE_string('out', 'sample.png', 'Where the picture goes.')
+  command_line.define_path('out', 'sample.png', 'Where the picture goes.')
   command_line.run(main)

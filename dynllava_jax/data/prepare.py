@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dynllava_jax import command_line, locks
+from dynllava_jax import command_line, locks, paths, remote
 from dynllava_jax.config import ConfigError, DataConfig, first_difference
 from dynllava_jax.data.check import (
   HISTOGRAM_FILE,
@@ -44,6 +44,7 @@ from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.display import Terminal
 from dynllava_jax.files import write_atomically
 from dynllava_jax.progress import progress
+from dynllava_jax.workspace import workspace
 
 UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on
 SETTINGS_FILE = 'prepared.json'
@@ -107,7 +108,7 @@ def describe(scan: Scan, weights: Sequence[float], image_bytes: bool, shard_samp
     'sources': list(scan.json),  # in the order of the samples
     'json': {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in scan.json.items()},
     'weights': list(weights),
-    'images': str(scan.images.absolute()),
+    'images': str(scan.images.absolute()) if paths.is_local(scan.images) else str(scan.images),
     'image_bytes': image_bytes,
     'data': dataclasses.asdict(scan.data),
     'tokenizer': index_key(scan.tokenizer, scan.data.conversation) if scan.tokenizer else None,
@@ -225,13 +226,13 @@ def write_metadata(out: pathlib.Path, shards: Sequence[pathlib.Path], lengths: S
 
 def define_flags() -> None:
   """The command line, defined only where this file is the program: other programs import it."""
-  flags.DEFINE_multi_string('json', [], 'JSON or JSONL file in LLaVA format; may be given several times.')
+  command_line.define_path('json', None, 'JSON or JSONL file in LLaVA format; may be given several times.', several=True)
   flags.DEFINE_multi_float('weight', [], 'How often a sample of the JSON file is drawn per epoch; once per --json.')
-  flags.DEFINE_string('images', '', 'Folder that the image paths in the JSON start from.')
-  flags.DEFINE_string('out', '', 'Where the shards and the report go.')
+  command_line.define_path('images', None, 'Folder that the image paths in the JSON start from.')
+  command_line.define_path('out', None, 'Where the shards and the report go.')
   flags.DEFINE_bool('check', False, 'Only check and report.')
   flags.DEFINE_bool('image_bytes', True, 'Store the image files in the shards; off stores their paths.')
-  flags.DEFINE_string('tokenizer', '', 'Folder with the tokenizer; without it lengths are not measured.')
+  command_line.define_path('tokenizer', None, 'Folder with the tokenizer; without it lengths are not measured.')
   flags.DEFINE_string('conversation', 'vicuna_v1', 'Template.')
   flags.DEFINE_integer('text_length', 1472, 'Largest text bucket; 1472 and 576 image tokens make 2048.')
   flags.DEFINE_multi_integer('bucket', [], 'Further, smaller text buckets, for the histogram.')
@@ -249,15 +250,16 @@ def main(_) -> None:
     for name in ('json', 'images', 'out'):
       if not given[name].value:
         raise ConfigError(f'--{name} is missing; see --help')
-    if not os.path.isdir(given.images):
-      raise ConfigError(f'--images: {given.images} is no folder; expected the one that the paths in the JSON start from')
-    paths = [pathlib.Path(p) for p in given.json]
-    names = [p.stem for p in paths]
+    images, out = (paths.given(given[name].value, f'--{name}') for name in ('images', 'out'))
+    if not images.is_dir():
+      raise ConfigError(f'--images: {images} is no folder; expected the one that the paths in the JSON start from')
+    files = [remote.fetched(paths.given(text, '--json')) for text in given.json]
+    names = [p.stem for p in files]
     if len(set(names)) < len(names):
       raise ConfigError(f'--json: {", ".join(names)}; files need different names, they name the sources')
-    weights = given.weight or [1.0] * len(paths)
-    if len(weights) != len(paths) or not all(math.isfinite(w) and w > 0 for w in weights):
-      raise ConfigError(f'--weight: {weights}; expected one positive number per --json, {len(paths)} of them')
+    weights = given.weight or [1.0] * len(files)
+    if len(weights) != len(files) or not all(math.isfinite(w) and w > 0 for w in weights):
+      raise ConfigError(f'--weight: {weights}; expected one positive number per --json, {len(files)} of them')
     data = DataConfig(
       conversation=given.conversation,
       text_length=given.text_length,
@@ -266,8 +268,8 @@ def main(_) -> None:
       on_bad_sample=given.on_bad_sample,
     )
     scan = Scan(
-      json=dict(zip(names, paths)),
-      images=pathlib.Path(given.images),
+      json=dict(zip(names, files)),
+      images=images,
       data=data,
       tokenizer=read_files(given.tokenizer) if given.tokenizer else None,
       num_patches=given.image_tokens,
@@ -278,8 +280,8 @@ def main(_) -> None:
       check_template(style, load_tokenizer(scan.tokenizer))
     form = dict(only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
     try:
-      with locks.sole_use(pathlib.Path(given.out), '--out'):
-        good = prepare(scan, weights, pathlib.Path(given.out), **form)
+      with workspace(out, '--out') as folder, locks.sole_use(folder, '--out'):
+        good = prepare(scan, weights, folder, **form)
     except KeyboardInterrupt:
       print('interrupted; the same command goes on')
       sys.exit(130)

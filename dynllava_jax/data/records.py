@@ -13,6 +13,7 @@ from dynllava_jax.data.conversation import Template, encode
 from dynllava_jax.data.images import decode
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import BOS, EOS, UNK, Tokenizer
+from dynllava_jax.paths import Given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ def parse(entry: Any, source: str, number: int) -> Record:
   return Record(name, source, image, turns)
 
 
-def read_image(record_id: str, path: str, root: pathlib.Path) -> bytes:
+def read_image(record_id: str, path: str, root: Given) -> bytes:
   """The bytes of an image file; DataError if there is none."""
   try:
     return (root / path).read_bytes()
@@ -115,7 +116,7 @@ def read_image(record_id: str, path: str, root: pathlib.Path) -> bytes:
     raise DataError(f'sample {record_id}: image {root / path} cannot be read ({why})', 'missing_image') from None
 
 
-def examine(record: Record, *, style: Template, tokenizer: Tokenizer | None, images: pathlib.Path | None) -> Finding:
+def examine(record: Record, *, style: Template, tokenizer: Tokenizer | None, images: Given | None) -> Finding:
   """Everything that can be found out about one record without a bucket.
 
   Args:

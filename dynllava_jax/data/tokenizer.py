@@ -24,6 +24,7 @@ from typing import Protocol
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from dynllava_jax import paths
 from dynllava_jax.config import TOKENIZER_FILES, ConfigError
 
 BOS, EOS, UNK = '<s>', '</s>', '<unk>'
@@ -61,7 +62,7 @@ class Tokenizer(Protocol):
 
 def read_files(folder: str | pathlib.Path) -> dict[str, bytes]:
   """The tokenizer's files in a folder; ConfigError if there are none."""
-  folder = pathlib.Path(folder)
+  folder = paths.given(folder, 'tokenizer') if isinstance(folder, str) else folder
   files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
   if not files.keys() & {MODEL_FILE, 'tokenizer.json', 'vocab.json'}:
     raise ConfigError(f'{folder}: holds no tokenizer ({MODEL_FILE} or tokenizer.json); give the folder of a Hugging Face model')

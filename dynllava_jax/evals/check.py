@@ -6,6 +6,7 @@ import sys
 from rich.table import Table
 from rich.text import Text
 
+from dynllava_jax import paths, remote
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import Terminal
@@ -31,7 +32,7 @@ def inspect(benchmark: Benchmark, folder: Folder) -> list[tuple[str, str, str]]:
     source = f'{needed.source} ({count:,} questions)' if count else needed.source
     found.append((where, OK if path else MISSING, '' if path else source))
   if folder.labels:
-    exists = pathlib.Path(folder.labels).exists()
+    exists = remote.fetched(paths.given(folder.labels, 'config.labels')).exists()
     found.append((f'labels: {folder.labels}', OK if exists else MISSING, '' if exists else 'config.labels names it'))
   try:
     questions = score.questions(benchmark, folder)

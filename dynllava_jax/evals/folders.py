@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from dynllava_jax import paths, remote
 from dynllava_jax.data.samples import DataError
 
 
@@ -26,7 +27,7 @@ class Folder:
   def find(self, *relative: str) -> pathlib.Path | None:
     """The first of these paths that exists in the benchmark's folder or in `root`."""
     places = [self.root / name / path for name in self.names for path in relative] + [self.root / path for path in relative]
-    return next((p for p in places if p.exists()), None)
+    return next((p for p in places if remote.here(p).exists()), None)
 
   def need(self, *relative: str) -> pathlib.Path:
     """As `find`; DataError with the places looked at if there is none."""
@@ -40,7 +41,7 @@ class Folder:
     """The labels: `labels` if given, else as `need`."""
     if not self.labels:
       return self.need(*relative)
-    path = pathlib.Path(self.labels)
+    path = remote.fetched(paths.given(self.labels, 'config.labels'))
     if not path.exists():
       raise DataError(f'config.labels: {path} does not exist')
     return path

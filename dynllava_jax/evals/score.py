@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dynllava_jax import paths
 from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.answers import Joined, Labels, join, labels_of, read_answers
@@ -170,7 +171,7 @@ def score_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_p
       'interval': bootstrap(benchmark, tallies),
     }
     counts['figures'] = found
-  return result | counts | {'problems': problems.counts(), 'answers': str(path), 'notes': benchmark.remarks()}
+  return result | counts | {'problems': problems.counts(), 'answers': paths.named(path), 'notes': benchmark.remarks()}
 
 
 def folder_of(cfg: EvalConfig, benchmark: Benchmark, data: pathlib.Path | None) -> Folder:

@@ -4,13 +4,14 @@ python -m dynllava_jax.training.plot runs/digits/training.png runs/digits/base r
 """
 
 import io
-import pathlib
 import sys
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from dynllava_jax import paths, remote
 from dynllava_jax.checkpoint import write_atomically
+from dynllava_jax.display import printable
 from dynllava_jax.training.metrics import METRICS_FILE, read_metrics
 
 matplotlib.use('Agg')
@@ -36,7 +37,7 @@ def training_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:
         points = [(s, line[key]) for s, line in zip(steps, lines) if key in line]  # dense runs have no keep rates
         if points:
           axis.plot(*zip(*points), color=f'C{i}', label=f'{name}: {label}' if title == 'loss' else label)
-    axes[0].text(offset, 1.02, f' {name}', transform=axes[0].get_xaxis_transform())
+    axes[0].text(offset, 1.02, f' {printable(name)}', transform=axes[0].get_xaxis_transform(), parse_math=False)
     offset = steps[-1]
   axes[0].set_yscale('log')
   for axis in axes[1:]:
@@ -46,7 +47,7 @@ def training_figure(runs: dict[str, list[dict[str, float]]]) -> Figure:
   return figure
 
 
-def save_figure(figure: Figure, path: pathlib.Path) -> None:
+def save_figure(figure: Figure, path: paths.Given) -> None:
   """Writes a PNG under a temporary name, then renames it."""
   content = io.BytesIO()
   figure.savefig(content, format='png', dpi=110)
@@ -56,14 +57,17 @@ def save_figure(figure: Figure, path: pathlib.Path) -> None:
 def main(out: str, *workdirs: str) -> None:
   """Writes the picture; exits with a message if a run has no metrics."""
   runs = {}
-  for workdir in map(pathlib.Path, workdirs):
-    runs[workdir.name] = read_metrics(workdir)
+  for workdir in (paths.given(text, 'WORKDIR') for text in workdirs):
+    runs[workdir.name] = read_metrics(remote.fetched(workdir / METRICS_FILE).parent)
     if not runs[workdir.name]:
-      sys.exit(f'error: {workdir / METRICS_FILE}: missing or empty; train there first')
-  save_figure(training_figure(runs), pathlib.Path(out))
+      sys.exit(f'error: {printable(workdir / METRICS_FILE)}: missing or empty; train there first')
+  save_figure(training_figure(runs), paths.given(out, 'OUT.png'))
 
 
 if __name__ == '__main__':
   if len(sys.argv) < 3:
     sys.exit('usage: python -m dynllava_jax.training.plot OUT.png WORKDIR...')
-  main(*sys.argv[1:])
+  try:
+    main(*sys.argv[1:])
+  except OSError as e:
+    sys.exit(f'error: {printable(e)}')

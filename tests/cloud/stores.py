@@ -9,7 +9,7 @@ import time
 
 BUCKET = 'a-bucket'
 PROGRAMS = {
-  'gs': 'from gcp_storage_emulator.server import create_server as c; c("127.0.0.1", {port}, in_memory=True, default_bucket="{bucket}").run()',
+  'gs': 'from gcp_storage_emulator import server\nserver.create_server("127.0.0.1", {port}, in_memory=True, default_bucket="{bucket}").run()',
   's3': 'from moto.server import main; main(["-H", "127.0.0.1", "-p", "{port}"])',
 }
 
@@ -35,7 +35,7 @@ def running(scheme):
     _wait(port)
     env = environment(scheme, port)
     if scheme == 's3':
-      made = 'import boto3; boto3.client("s3").create_bucket(Bucket={!r})'.format(BUCKET)
+      made = f'import boto3; boto3.client("s3").create_bucket(Bucket={BUCKET!r})'
       subprocess.run([sys.executable, '-c', made], env=os.environ | env, check=True, timeout=60)
     yield env
   finally:

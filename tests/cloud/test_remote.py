@@ -44,7 +44,9 @@ def test_what_is_read_is_what_the_store_has_now(folder):
 
 
 def test_of_a_checkpoint_the_newest_whole_step_is_read(folder):
-  put(folder, **{'model.json': '{}', '1__integrity.json': '{}', '1__params__a': '1', '2__integrity.json': '{}', '2__params__a': '2'})
+  put(
+    folder, **{'model.json': '{}', '1__integrity.json': '{}', '1__params__a': '1', '2__integrity.json': '{}', '2__params__a': '2'}
+  )
   put(folder, **{'3__params__a': '3', 'assets__4__a': '4'})
   local = remote.fetched(paths.given(folder, 'x'))
   assert sorted(p.name for p in local.iterdir()) == ['2', 'assets', 'model.json'] and (local / 'assets/4/a').exists()

@@ -8,12 +8,13 @@ the chain of thought of LLaVA-ScienceQA. The file of that name in LLaVA's eval.z
 """
 
 import json
-import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from dynllava_jax import paths, remote
 from dynllava_jax.data.samples import DataError
+from dynllava_jax.display import printable
 from dynllava_jax.evals.benchmarks.scienceqa import OPTIONS, PROBLEMS, SPLITS
 from dynllava_jax.evals.folders import fields, read_json
 from dynllava_jax.files import write_atomically
@@ -60,15 +61,16 @@ def example(problem: Mapping[str, Any], form: str, is_test: bool) -> tuple[str, 
 
 def main(directory: str, split: str, form: str) -> None:
   """Writes `llava_SPLIT_FORMAT.json`."""
-  base = pathlib.Path(directory)
-  problems, samples = read_json(base / PROBLEMS), []
-  for id_ in fields(read_json(base / SPLITS), (split,), str(base / SPLITS))[0]:
+  folder = paths.given(directory, 'DIR')
+  base = remote.opened(folder)
+  problems, samples = read_json(remote.here(base / PROBLEMS)), []
+  for id_ in fields(read_json(remote.here(base / SPLITS)), (split,), str(base / SPLITS))[0]:
     question, answer = example(problems[id_], form, is_test=False)
     image = problems[id_].get('image')
     question = question.removeprefix('Question: ') + ('\n<image>' if image else '')
     turns = [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': answer.removeprefix('Answer: ')}]
     samples.append({'id': id_, 'conversations': turns} | ({'image': f'{id_}/{image}'} if image else {}))
-  write_atomically(base / f'llava_{split}_{form}.json', json.dumps(samples, indent=2).encode())
+  write_atomically(folder / f'llava_{split}_{form}.json', json.dumps(samples, indent=2).encode())
 
 
 if __name__ == '__main__':
@@ -77,4 +79,4 @@ if __name__ == '__main__':
   try:
     main(*sys.argv[1:])
   except (DataError, OSError) as e:
-    sys.exit(f'error: {e}')
+    sys.exit(f'error: {printable(e, lines=True)}')
