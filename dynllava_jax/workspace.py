@@ -29,7 +29,8 @@ PERIOD = 10.0  # seconds between uploads
 SMALL = 8 * 2**20  # bytes; files up to this size are compared by content before they are uploaded again
 # What says that other files are whole, in the order in which it is uploaded.
 MARKERS = ('integrity.json', 'features.json', 'config.json', 'model.json', 'dataset_info.json')
-KEPT = '.unfinished'  # a hidden folder that is uploaded: what an interrupted preparation goes on with
+# Hidden names that are no temporary ones: what an interrupted preparation goes on with, and files of zarr.
+KEPT = ('.unfinished', '.zarray', '.zattrs', '.zgroup')
 Name = str  # of a file, relative to the folder
 
 
@@ -258,4 +259,4 @@ def _covers(marker: Name, names: Iterable[Name]) -> bool:
 
 
 def _is_temporary(name: str) -> bool:
-  return (name.startswith('.') and name != KEPT) or name.endswith('.tmp') or '.orbax-checkpoint-tmp' in name
+  return (name.startswith('.') and name not in KEPT) or name.endswith('.tmp') or '.orbax-checkpoint-tmp' in name

@@ -9,7 +9,8 @@ import time
 
 BUCKET = 'a-bucket'
 PROGRAMS = {
-  'gs': 'from gcp_storage_emulator import server\nserver.create_server("127.0.0.1", {port}, in_memory=True, default_bucket="{bucket}").run()',
+  'gs': 'from gcp_storage_emulator.server import create_server\n'
+  'create_server("127.0.0.1", {port}, in_memory=True, default_bucket="{bucket}").run()',
   's3': 'from moto.server import main; main(["-H", "127.0.0.1", "-p", "{port}"])',
 }
 
