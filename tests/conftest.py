@@ -9,9 +9,10 @@ import pathlib
 
 import jax
 import pytest
+import stores
 from absl import flags
 
-from dynllava_jax import presets, sharding
+from dynllava_jax import paths, presets, remote, sharding
 from dynllava_jax.models.params import init_params
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -35,3 +36,22 @@ def pytest_collection_modifyitems(items):
 def tiny_params():
   """Random parameters of `presets.TINY` in checkpoint form."""
   return sharding.unboxed(init_params(presets.TINY, jax.random.key(0)))
+
+
+@pytest.fixture(scope='session', params=['gs', 's3'])
+def bucket(request, tmp_path_factory):
+  """The URL of an empty bucket in a store on this machine; command lines and this process find it."""
+  pytest.importorskip({'gs': 'gcp_storage_emulator', 's3': 'moto'}[request.param])
+  cache = {paths.CACHE: str(tmp_path_factory.mktemp('cache')), 'NO_PROXY': '127.0.0.1'}
+  with stores.running(request.param) as env, pytest.MonkeyPatch.context() as patch:
+    for name, value in (env | cache).items():
+      patch.setenv(name, value)
+    remote.filesystem.cache_clear()
+    yield f'{request.param}://{stores.BUCKET}'
+  remote.filesystem.cache_clear()
+
+
+@pytest.fixture
+def cloud_folder(bucket, request):
+  """A folder of the store for one test."""
+  return f'{bucket}/{os.getpid()}-{request.node.name.partition("[")[0]}'

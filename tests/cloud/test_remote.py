@@ -27,7 +27,8 @@ def read(folder, name):
   return fs.cat_file(url).decode()
 
 
-def test_what_is_read_is_what_the_store_has_now(folder):
+def test_what_is_read_is_what_the_store_has_now(cloud_folder):
+  folder = cloud_folder
   put(folder, **{STRANGE: 'first', 'c': 'same'})
   path = paths.given(folder, '--data')
   local = remote.fetched(path)
@@ -43,7 +44,8 @@ def test_what_is_read_is_what_the_store_has_now(folder):
   assert not remote.fetched(paths.given(f'{folder}/nothing', 'x')).exists()
 
 
-def test_of_a_checkpoint_the_newest_whole_step_is_read(folder):
+def test_of_a_checkpoint_the_newest_whole_step_is_read(cloud_folder):
+  folder = cloud_folder
   put(
     folder, **{'model.json': '{}', '1__integrity.json': '{}', '1__params__a': '1', '2__integrity.json': '{}', '2__params__a': '2'}
   )
@@ -52,7 +54,8 @@ def test_of_a_checkpoint_the_newest_whole_step_is_read(folder):
   assert sorted(p.name for p in local.iterdir()) == ['2', 'assets', 'model.json'] and (local / 'assets/4/a').exists()
 
 
-def test_a_workspace_uploads_what_changed_and_only_that(folder, monkeypatch):
+def test_a_workspace_uploads_what_changed_and_only_that(cloud_folder, monkeypatch):
+  folder = cloud_folder
   put(folder, kept='1', gone='2', changed='3', other__x='4')
   path, seen = paths.given(folder, '--out'), []
   with workspace.workspace(path, '--out', wanted=lambda n: not n.startswith('other')) as local:
@@ -69,7 +72,8 @@ def test_a_workspace_uploads_what_changed_and_only_that(folder, monkeypatch):
   assert read(folder, 'changed') == '33' and not local.exists()
 
 
-def test_markers_go_up_last_and_down_first(folder, monkeypatch):
+def test_markers_go_up_last_and_down_first(cloud_folder, monkeypatch):
+  folder = cloud_folder
   put(folder, **{'model.json': '{}', '1__integrity.json': '{}', '1__params': '1', '7__params': 'cut off'})
   done = []
   for name in ('_upload', '_delete'):
@@ -93,7 +97,8 @@ def test_markers_go_up_last_and_down_first(folder, monkeypatch):
   ]
 
 
-def test_an_upload_at_once_that_was_cut_off_is_refused_and_cleaned(folder, monkeypatch):
+def test_an_upload_at_once_that_was_cut_off_is_refused_and_cleaned(cloud_folder, monkeypatch):
+  folder = cloud_folder
   path = paths.given(folder, '--dst')
   with contextlib.suppress(ZeroDivisionError), workspace.workspace(path, '--dst', at_once=True) as local:
     (local / 'a').write_text('1')
@@ -116,7 +121,8 @@ def test_an_upload_at_once_that_was_cut_off_is_refused_and_cleaned(folder, monke
   assert names(folder) == {'b'}
 
 
-def test_one_program_at_a_time(folder):
+def test_one_program_at_a_time(cloud_folder):
+  folder = cloud_folder
   path = paths.given(folder, '--workdir')
   with lease.lease(path, '--workdir') as held:
     with pytest.raises(BusyError, match=f'process {os.getpid()} on .*choose another --workdir'), lease.lease(path, '--workdir'):
