@@ -1,4 +1,6 @@
-"""Attention without parameters: causal, with a keep policy (training), and over a cache (decoding).
+"""Attention without parameters: causal, hollow over the image, with a keep policy (training), and over a cache (decoding).
+
+`attention_received` gives softmax weights themselves, of the query rows that somebody asked for and summed over them.
 
 Axes: B batch, T query, S key, N heads, K kv heads, G query heads per kv head, H head dim, C cache slots.
 Softmax is computed in float32 whatever the dtype of q, k and v.
@@ -6,6 +8,8 @@ Softmax is computed in float32 whatever the dtype of q, k and v.
 
 import jax
 import jax.numpy as jnp
+
+from dynllava_jax.ops import layout
 
 POLICY_EPS = 1e-6  # as in the authors' `softmax_with_policy`
 # A block of queries computes no scores beyond its own last position: 4 blocks leave out 3/8 of them. Smaller ones than this do not
@@ -34,6 +38,74 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     visible = jnp.arange(end) <= jnp.arange(start, end)[:, None]
     blocks.append(jax.nn.dot_product_attention(q[:, start:end], k[:, :end], v[:, :end], mask=visible[None, None]))
   return jnp.concatenate(blocks, 1)
+
+
+def attention_received(q: jax.Array, k: jax.Array, weight: jax.Array, place: jax.Array | None = None) -> jax.Array:
+  """How much attention each key receives: the sum of softmax weights over query rows, each row times its `weight`.
+
+  Softmax runs over all that a row sees: itself and what stands before it, so never over right padding. Rows are taken in blocks.
+
+  Args:
+    q: float[B, R, N, H], rotated; k: float[B, S, K, H], rotated; query heads in order belong to the kv heads in order.
+    weight: float32[B, R], 0 for rows that do not count, such as padding.
+    place: int32[B, R], where in the sequence the query rows stand; None: R = S, and row r stands at r.
+
+  Returns:
+    float32[B, N, S].
+  """
+  batch, rows, heads, head_dim = q.shape
+  size = k.shape[1]
+  grouped = q.reshape(batch, rows, k.shape[2], -1, head_dim)
+  total = jnp.zeros((batch, heads, size), jnp.float32)
+  for start, end in causal_blocks(rows):
+    seen = end if place is None else size
+    standing = jnp.arange(start, end)[None] if place is None else place[:, start:end]
+    visible = jnp.arange(seen) <= standing[..., None]
+    scores = jnp.einsum('brkgh,bskh->bkgrs', grouped[:, start:end], k[:, :seen], preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf), -1)
+    received = jnp.einsum('bkgrs,br->bkgs', weights, weight[:, start:end], precision='highest')
+    total = total.at[..., :seen].add(received.reshape(batch, heads, seen))
+  return total
+
+
+def hollow_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, image_start: jax.Array, image_index: jax.Array, window: int
+) -> jax.Array:
+  """Causal attention in which an image row sees the text before the image, and of the image only what is near.
+
+  Keys that no row of a block of image queries sees are not computed: what is left is the text and a band of the image.
+
+  Args:
+    q: float[B, S, N, H]; k, v: float[B, S, K, H].
+    image_start: int32[B], -1 for rows without image, whose text must fit into S - P.
+    image_index: int32[B, P], which token of the whole image each image row is, ascending.
+    window: an image row sees those up to `window - 1` before it, itself included.
+
+  Returns:
+    float[B, S, N, H].
+  """
+  num_image = image_index.shape[1]
+  slots = q.shape[1] - num_image
+  text_q, image_q = layout.split_rows(q, image_start, num_image)
+  text_k, image_k = layout.split_rows(k, image_start, num_image)
+  text_v, image_v = layout.split_rows(v, image_start, num_image)
+  place = layout.text_places(image_start, num_image, slots)
+  text = []
+  for start, end in causal_blocks(slots):
+    seen = end + num_image
+    visible = jnp.arange(seen) <= place[:, start:end, None]
+    text.append(jax.nn.dot_product_attention(text_q[:, start:end], k[:, :seen], v[:, :seen], mask=visible[:, None]))
+  image = []
+  size = max(SMALLEST_BLOCK, window // 2)
+  for start in range(0, num_image, size):
+    end, first = min(start + size, num_image), max(start - window + 1, 0)
+    distance = image_index[:, start:end, None] - image_index[:, None, first:end]
+    near = (distance >= 0) & (distance < window)
+    before = jnp.broadcast_to(jnp.arange(slots) < image_start[:, None, None], (*near.shape[:2], slots))
+    keys, values = (jnp.concatenate([t, x[:, first:end]], 1) for t, x in ((text_k, image_k), (text_v, image_v)))
+    visible = jnp.concatenate([before, near], -1)
+    image.append(jax.nn.dot_product_attention(image_q[:, start:end], keys, values, mask=visible[:, None]))
+  return layout.join_rows(jnp.concatenate(text, 1), jnp.concatenate(image, 1), image_start)
 
 
 def policy_attention(q: jax.Array, k: jax.Array, v: jax.Array, policy: jax.Array) -> jax.Array:

@@ -78,5 +78,33 @@ def compact(keep: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-  """x[b, index[b, i]] for x of shape [B, S] or [B, S, D]; indices must be valid."""
-  return jnp.take_along_axis(x, index if x.ndim == 2 else index[..., None], 1, mode='clip')
+  """x[b, index[b, i]] for x of shape [B, S, ...]; indices must be valid."""
+  return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), 1, mode='clip')
+
+
+def text_places(image_start: jax.Array, num_image: int, size: int) -> jax.Array:
+  """Where the first `size` text rows of a sequence stand: int32[B, size]. Its image tokens stand next to each other."""
+  order = jnp.arange(size, dtype=jnp.int32)
+  behind = (image_start[:, None] >= 0) & (order >= image_start[:, None])
+  return order + jnp.where(behind, num_image, 0)
+
+
+def split_rows(x: jax.Array, image_start: jax.Array, num_image: int) -> tuple[jax.Array, jax.Array]:
+  """Text rows [B, S - P, ...] and image rows [B, P, ...] of a sequence [B, S, ...]; `join_rows` is the way back.
+
+  The text of a row without image must fit into S - P; its image rows are arbitrary.
+  """
+  text = text_places(image_start, num_image, x.shape[1] - num_image)
+  image = jnp.minimum(jnp.maximum(image_start, 0)[:, None] + jnp.arange(num_image), x.shape[1] - 1)
+  return gather_rows(x, text), gather_rows(x, image)
+
+
+def join_rows(text: jax.Array, image: jax.Array, image_start: jax.Array) -> jax.Array:
+  """The inverse of `split_rows`; rows without image end with arbitrary padding."""
+  num_image = image.shape[1]
+  places = jnp.arange(text.shape[1] + num_image)[None]
+  slot, is_image = image_slots(places, image_start, num_image)
+  behind = (image_start[:, None] >= 0) & (places >= image_start[:, None])
+  text_slot = jnp.minimum(places - jnp.where(behind, num_image, 0), text.shape[1] - 1)
+  is_image = is_image.reshape(is_image.shape + (1,) * (text.ndim - 2))
+  return jnp.where(is_image, gather_rows(image, slot), gather_rows(text, jnp.maximum(text_slot, 0)))
