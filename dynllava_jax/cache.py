@@ -31,6 +31,8 @@ class StageCache:
     margin: float32[B, C], keep margin of the generated token in each slot, +inf elsewhere.
     generated: int32[B], generated tokens held.
     evicted: int32[B], generated tokens given up because the budget was full.
+    shift: int32[B], how much earlier than `Cache.position` the next token is rotated in this stage, which numbers its tokens
+      anew; None if it does not.
     gated: whether generated tokens are judged. Static.
     budget: generated tokens a row may hold. Static.
   """
@@ -41,6 +43,7 @@ class StageCache:
   margin: jax.Array
   generated: jax.Array
   evicted: jax.Array
+  shift: jax.Array | None
   gated: bool = dataclasses.field(metadata={'static': True})
   budget: int = dataclasses.field(metadata={'static': True})
 
@@ -48,7 +51,7 @@ class StageCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """One `StageCache` per stage and int32[B] `position`: tokens seen so far, the next token's position."""
+  """One `StageCache` per stage and int32[B] `position`: tokens seen so far, the next token's position in the conversation."""
 
   stages: tuple[StageCache, ...]
   position: jax.Array
@@ -82,9 +85,16 @@ def capacity(prompt_slots: int, budget: int, gated: bool, spec: CacheSpec) -> in
 
 
 def from_prompt(
-  k: jax.Array, v: jax.Array, length: jax.Array, *, gated: bool, text_keep_budget: float, spec: CacheSpec
+  k: jax.Array,
+  v: jax.Array,
+  length: jax.Array,
+  *,
+  gated: bool,
+  text_keep_budget: float,
+  spec: CacheSpec,
+  shift: jax.Array | None = None,
 ) -> StageCache:
-  """A cache that holds a prompt's keys and values float[L, B, S, K, H] of true lengths int32[B]."""
+  """A cache that holds a prompt's keys and values float[L, B, S, K, H], int32[B] `length` of them; `shift` as in `StageCache`."""
   budget = generated_budget(gated, text_keep_budget, spec)
   slots = capacity(k.shape[2], budget, gated, spec)
   pad = [(0, 0), (0, 0), (0, slots - k.shape[2]), (0, 0), (0, 0)]
@@ -96,9 +106,15 @@ def from_prompt(
     margin=jnp.full((batch, slots), NEVER_EVICTED, jnp.float32),
     generated=jnp.zeros(batch, jnp.int32),
     evicted=jnp.zeros(batch, jnp.int32),
+    shift=shift,
     gated=gated,
     budget=budget,
   )
+
+
+def rotary_positions(cache: StageCache, position: jax.Array) -> jax.Array:
+  """Positions int32[B, T] in the conversation -> int32[B, T], as the stage numbers them."""
+  return position if cache.shift is None else position - cache.shift[:, None]
 
 
 def append_chunk(cache: StageCache, k: jax.Array, v: jax.Array, count: jax.Array) -> StageCache:

@@ -3,8 +3,22 @@
 from typing import Any
 
 from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, VisionConfig, check_stages
-from dynllava_jax.methods import base, dynamic, everything, fastervlm, random, uniform, visionzip
-from dynllava_jax.methods.base import Origin, Reduced, Reducer, Selector, SelectorInputs, TowerNeeds, TowerOutput
+from dynllava_jax.methods import base, dynamic, everything, fastervlm, fastv, pyramiddrop, random, uniform, visionzip
+from dynllava_jax.methods.base import (
+  Chosen,
+  Compressed,
+  Compressor,
+  LayerKind,
+  Observed,
+  Origin,
+  Reduced,
+  Reducer,
+  Rows,
+  Selector,
+  SelectorInputs,
+  TowerNeeds,
+  TowerOutput,
+)
 
 REDUCERS: dict[str, Reducer] = {
   'fastervlm': fastervlm.REDUCER,
@@ -13,11 +27,13 @@ REDUCERS: dict[str, Reducer] = {
 SELECTORS: dict[str, Selector] = {
   'all': everything.SELECTOR,
   'dynamic': dynamic.SELECTOR,
+  'fastv': fastv.SELECTOR,
+  'pyramiddrop': pyramiddrop.SELECTOR,
   'random': random.SELECTOR,
   'uniform': uniform.SELECTOR,
 }
-LAYER_KINDS: dict[str, Origin] = {}
-COMPRESSORS: dict[str, Origin] = {}
+LAYER_KINDS: dict[str, LayerKind] = {}
+COMPRESSORS: dict[str, Compressor] = {}
 METHODS = {'reducer': REDUCERS, 'selector': SELECTORS, 'layers': LAYER_KINDS, 'compressor': COMPRESSORS}  # by site
 
 
@@ -32,6 +48,16 @@ def get(name: str, site: str = 'selector') -> Any:
 def options_of(piece: Piece, site: str) -> Any:
   """The settings of a piece, as its method's dataclass; ConfigError for one that is unknown or impossible."""
   return get(piece.name, site).read_options(piece, site)
+
+
+def bound(piece: Piece | None, site: str, default: Any = None) -> tuple[Any, Any]:
+  """The piece type that `piece` names and its settings; `default` and None for no piece."""
+  return (get(piece.name, site), options_of(piece, site)) if piece is not None else (default, None)
+
+
+def selector_of(stage: Stage) -> tuple[Selector, Any]:
+  """The selector of a stage and its settings."""
+  return bound(Piece(stage.selector, stage.options), 'selector')
 
 
 def num_image_tokens(model: ModelConfig, reducer: Piece | None = None) -> int:
@@ -59,11 +85,18 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
   """Raises ConfigError, one line with the reason, unless this model can be run so."""
   check_stages(stages, model, num_image_tokens(model, reducer))
   tower_needs(model.vision, reducer)
-  for stage in stages:
-    options_of(Piece(stage.selector, stage.options), 'selector')
-    for site in ('compressor', 'layers'):
-      if piece := getattr(stage, site):
-        options_of(piece, site)
+  ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
+  for stage, end in zip(stages, ends):
+    at = f'stage at layer {stage.start}'
+    selector, _ = selector_of(stage)
+    if selector.attention == 'previous' and stage.start == 0:
+      raise ConfigError(f'{at}: {stage.selector} ranks by the attention of the layer before, and there is none')
+    kind, options = bound(stage.layers, 'layers', LayerKind())
+    for name, marks in kind.flags(model.llama.num_layers, options).items():
+      outside = [i for i, mark in enumerate(marks) if mark and not stage.start <= i < end]
+      if outside:
+        raise ConfigError(f'{at}: {stage.layers.name} names {name} layers {outside}, the stage has {stage.start} to {end - 1}')
+    bound(stage.compressor, 'compressor')
 
 
 __all__ = [
@@ -72,16 +105,25 @@ __all__ = [
   'METHODS',
   'REDUCERS',
   'SELECTORS',
+  'Chosen',
+  'Compressed',
+  'Compressor',
+  'LayerKind',
+  'Observed',
+  'Origin',
   'Reduced',
   'Reducer',
+  'Rows',
   'Selector',
   'SelectorInputs',
   'TowerNeeds',
   'TowerOutput',
   'base',
+  'bound',
   'check_run',
   'get',
   'num_image_tokens',
   'options_of',
+  'selector_of',
   'tower_needs',
 ]

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dynllava_jax.config import ModelConfig, Piece, VisionConfig, from_config_dict
+from dynllava_jax.ops import layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,35 @@ class Reducer(Origin):
   projects_all: bool = False
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Rows:
+  """Where things stand in the sequence that the layers of a stage see. Image rows stand next to each other.
+
+  Attributes:
+    length: int32[B], real rows; padding is behind them.
+    image_start: int32[B], place of the first image row, -1 without image.
+    image_index: int32[B, P], which token of the run's image each image row is; ascending, merged ones behind.
+  """
+
+  length: jax.Array
+  image_start: jax.Array
+  image_index: jax.Array
+
+  @property
+  def num_image(self) -> int:
+    return self.image_index.shape[1]
+
+  def is_image(self, size: int) -> jax.Array:
+    """bool[B, size]."""
+    return layout.image_slots(jnp.arange(size)[None], self.image_start, self.num_image)[1]
+
+  def is_real(self, size: int) -> jax.Array:
+    """bool[B, size], False for padding."""
+    return jnp.arange(size) < self.length[:, None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectorInputs:
   """What a selector may look at.
 
@@ -111,12 +141,35 @@ class SelectorInputs:
     seed: uint32[B], one number per row, so that a random choice does not depend on the row's neighbours.
     image_predictor: float[B, P, D] -> float[B, P, 2], or None if the model has none.
     text_predictor: float[..., D] -> float[..., 2], or None if the model has none.
+    attention: float32[B, N, P], softmax weight that the asked query rows give to each of these image tokens, per query head
+      (over all that a row sees, so they do not add up to 1); None unless the selector asked for it.
   """
 
   image_hidden: jax.Array
   seed: jax.Array
-  image_predictor: Callable[[jax.Array], jax.Array] | None
-  text_predictor: Callable[[jax.Array], jax.Array] | None
+  image_predictor: Callable[[jax.Array], jax.Array] | None = None
+  text_predictor: Callable[[jax.Array], jax.Array] | None = None
+  attention: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen:
+  """What a selector makes of the image tokens that reach it.
+
+  Attributes:
+    index: int32[B, M], those that stay, ascending.
+    vectors: float[B, M, D] that take their place; None leaves them as they are.
+    more: float[B, C, D], new rows behind the kept ones; None for none.
+    more_index: int32[B, C], for each of them a token that it stands for: one that does not stay, each a different one.
+    details: what else a record wants to see, by name; computed only where it is read.
+  """
+
+  index: jax.Array
+  vectors: jax.Array | None = None
+  more: jax.Array | None = None
+  more_index: jax.Array | None = None
+  details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,10 +177,88 @@ class Selector(Origin):
   """Picks the tokens that enter a stage.
 
   Attributes:
-    select: (inputs, budget M) -> int32[B, M], ascending indices of the image tokens to keep.
+    select: (inputs, budget M, options) -> `Chosen`. Scores are compared in float32, ties go to the lowest index.
     text_margin: float[..., D] hidden states of generated tokens, text predictor -> float32[...] keep margin
       (kept when > 0); None if the method keeps every generated token.
+    attention: the layer whose attention `SelectorInputs.attention` shows: 'previous' is the last one of the stage before,
+      'entering' the first one of the selector's own stage, run on what reaches it; '' for none.
+    query_weight: (embeddings float[B, S, D] of the whole prompt, its `Rows`, options) -> float32[B, S], how much the attention of
+      each text row counts; None for that of the last prompt token alone.
+    renumbers: options -> whether rotary positions are 0, 1, 2, ... again for what stays.
+    num_more: (tokens that reach the stage, budget M, options) -> C, rows of `Chosen.more`.
   """
 
-  select: Callable[[SelectorInputs, int], jax.Array]
+  select: Callable[[SelectorInputs, int, Any], Chosen]
   text_margin: Callable[[jax.Array, Callable], jax.Array] | None = None
+  attention: str = ''
+  query_weight: Callable[[jax.Array, Rows, Any], jax.Array] | None = None
+  renumbers: Callable[[Any], bool] = lambda options: False
+  num_more: Callable[[int, int, Any], int] = lambda reached, budget, options: 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKind(Origin):
+  """How the blocks of a stage differ from plain ones, in prefill and uncached decoding; cached decoding runs plain blocks.
+
+  A choice per layer is a vector of flags that is scanned along with the weights: `jax.lax.cond` on a flag, one compilation for all.
+
+  Attributes:
+    flags: (decoder layers, options) -> by name, one bool per decoder layer. A layer with any of them set must lie in the stage.
+    attend: (q float[B, S, N, H], k and v float[B, S, K, H], `Rows`, this layer's flags, options) -> float[B, S, N, H]; q and k are
+      rotated. None for causal attention.
+    mlp: (normalised x float[B, S, D], (gate [D, F], up [D, F], down [F, D]), `Rows`, flags, options) -> (float[B, S, D],
+      details by name). None for the plain one.
+  """
+
+  flags: Callable[[int, Any], dict[str, tuple[bool, ...]]] = lambda layers, options: {}
+  attend: Callable[..., jax.Array] | None = None
+  mlp: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+  """What a layer shows a compressor. Nothing is computed for it: what is derived from these costs only those who derive it.
+
+  Attributes:
+    q: float[B, S, N, H], rotated queries; unrotated: the same before rotation.
+    k, v: float[B, S, K, H], rotated keys, and values.
+    rows: what of it is text, image and padding.
+  """
+
+  q: jax.Array
+  unrotated: jax.Array
+  k: jax.Array
+  v: jax.Array
+  rows: Rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compressed:
+  """What a layer's prompt leaves in the cache.
+
+  Attributes:
+    k, v: float[B, C, K, H], slots in the order of their positions; each head may hold other tokens.
+    length: int32[B], slots in use, the same in all layers of a stage.
+    shift: int32[B], how much earlier than its place in the conversation the next token is rotated; None for not at all.
+    details: what else a record wants to see, by name; computed only where it is read.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  length: jax.Array
+  shift: jax.Array | None = None
+  details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compressor(Origin):
+  """Shrinks a prompt's keys and values, layer by layer inside the scan, before they are cached. Needs a cache to have a meaning.
+
+  Attributes:
+    compress: (`Observed`, options) -> `Compressed`; a row depends on that row alone, and not on its padding.
+    slots: (text slots, image tokens that reach the stage, options) -> C.
+  """
+
+  compress: Callable[[Observed, Any], Compressed]
+  slots: Callable[[int, int, Any], int]

@@ -1,12 +1,12 @@
 """Dynamic-LLaVA (arXiv 2412.00876): learned predictors choose image tokens and judge generated ones."""
 
-from dynllava_jax.methods.base import Selector, SelectorInputs
+from dynllava_jax.methods.base import Chosen, Selector, SelectorInputs
 from dynllava_jax.ops.selection import keep_margin, top_indices
 
 
-def select(inputs: SelectorInputs, budget: int):
+def select(inputs: SelectorInputs, budget: int, options):
   """The `budget` image tokens with the largest keep margin."""
-  return top_indices(keep_margin(inputs.image_predictor(inputs.image_hidden)), budget)
+  return Chosen(index=top_indices(keep_margin(inputs.image_predictor(inputs.image_hidden)), budget))
 
 
 def text_margin(hidden, text_predictor):

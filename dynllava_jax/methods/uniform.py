@@ -2,13 +2,13 @@
 
 import jax.numpy as jnp
 
-from dynllava_jax.methods.base import Selector, SelectorInputs
+from dynllava_jax.methods.base import Chosen, Selector, SelectorInputs
 
 
-def select(inputs: SelectorInputs, budget: int):
+def select(inputs: SelectorInputs, budget: int, options):
   """Indices floor(i * P / M) for i < M, the same in every row."""
   batch, num_image = inputs.image_hidden.shape[:2]
-  return jnp.broadcast_to((jnp.arange(budget) * num_image // budget).astype(jnp.int32), (batch, budget))
+  return Chosen(index=jnp.broadcast_to((jnp.arange(budget) * num_image // budget).astype(jnp.int32), (batch, budget)))
 
 
 SELECTOR = Selector(select=select)

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
-from dynllava_jax.config import DENSE, ModelConfig, Piece, Stage
+from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage
+from dynllava_jax.models import reduction
 from dynllava_jax.models.clip import VisionTower
 from dynllava_jax.models.layers import Dtype
-from dynllava_jax.models.llama import Llama, head_logits
+from dynllava_jax.models.llama import LayerOutput, Llama, head_logits
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector
+from dynllava_jax.models.reduction import Judgement
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.selection import gumbel_keep
 
@@ -44,28 +46,24 @@ class Prompt:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StageTrace:
-  """What happened at the entry of one stage.
+  """What happened at the entry of one stage, and in it.
 
   Attributes:
     entry: float[B, S, D], hidden states before anything was removed.
     kept_image: int32[B, M], image tokens that go on, ascending, counted from the image's start.
-    positions: int32[B, S'], original positions of what goes on.
+    positions: int32[B, S'], places in the full sequence of what goes on, and rotary: int32[B, S'], rotary positions.
     length: int32[B], real entries among them.
+    attention: float32[B, N, P'], what the selector saw of it; None if it did not ask.
+    details: what the pieces of the stage show to records, by name; that of layers is stacked [L, ...].
   """
 
   entry: jax.Array
   kept_image: jax.Array
   positions: jax.Array
+  rotary: jax.Array
   length: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Judgement:
-  """The gate's view of generated tokens: bool `keep` and float32 `margin` (keep minus drop logit)."""
-
-  keep: jax.Array
-  margin: jax.Array
+  attention: jax.Array | None = None
+  details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -160,16 +158,21 @@ class DynLlava(nn.Module):
       (hidden float[B, S', D] of what remains, one `StageTrace` per stage, `Cache`).
     """
     x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
-    state = self._start(x, prompt.length)
-    caches, traces = [], []
-    for i, stage in enumerate(self.stages):
+    state = reduction.start(x, prompt.length, self.num_image)
+    weights = self._query_weights(x, prompt, prompt.length)
+    caches, traces, attention = [], [], None
+    for i in range(len(self.stages)):
       entry = state.x
-      state = self._reduce(stage, state, prompt, answer_start=None)
-      x, (k, v) = self.llama.run_stage(i, state.x, state.positions)
-      traces.append(StageTrace(entry, state.image_index, state.positions, state.length))
-      state = dataclasses.replace(state, x=x)
-      gated, text_keep_budget = self.gate(i)
-      caches.append(kv.from_prompt(k, v, state.length, gated=gated, text_keep_budget=text_keep_budget, spec=spec))
+      state, seen, details = self._reduce(i, state, prompt, attention, weights, answer_start=None)
+      state, out = self._run_stage(i, state, prompt, prompt.length, weights)
+      details = details | out.details
+      traces.append(StageTrace(entry, state.image_index, state.positions, state.rotary, state.length, seen, details))
+      attention = out.attention
+      length, shift = state.length, state.shift
+      if out.length is not None:  # compressed
+        length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
+      gated, budget = self.gate(i)
+      caches.append(kv.from_prompt(out.k, out.v, length, gated=gated, text_keep_budget=budget, spec=spec, shift=shift))
     return state.x, tuple(traces), kv.Cache(tuple(caches), prompt.length)
 
   def extend(self, tokens: jax.Array, count: jax.Array, cache: kv.Cache, judge: bool):
@@ -199,8 +202,10 @@ class DynLlava(nn.Module):
       if judge and text_margin:
         margin = text_margin(x[:, 0], self.text_predictor)
         keep = keep & (margin > 0)
-      x, (k, v) = self.llama.run_stage(i, x, positions, cache=(old.k, old.v), cache_length=old.length)
-      new.append(kv.append_judged(old, k, v, keep, margin, active) if judge else kv.append_chunk(old, k, v, count))
+      rotary = kv.rotary_positions(old, positions)
+      x, out = self.llama.run_stage(i, x, rotary, cache=(old.k, old.v), cache_length=old.length)
+      chunk = old, out.k, out.v
+      new.append(kv.append_judged(*chunk, keep, margin, active) if judge else kv.append_chunk(*chunk, count))
     return x, kv.Cache(tuple(new), cache.position + count), Judgement(keep, margin)
 
   def recompute(self, prompt: Prompt, image: jax.Array, answer_start: jax.Array, text_slots: int):
@@ -220,11 +225,16 @@ class DynLlava(nn.Module):
       being of use to later calls only; keep is True outside the generated tokens).
     """
     x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
-    state = self._start(x, prompt.length)
-    for i, stage in enumerate(self.stages):
-      state = self._reduce(stage, state, prompt, answer_start=answer_start, text_slots=text_slots)
-      x, _ = self.llama.run_stage(i, state.x, state.positions)
-      state = dataclasses.replace(state, x=x)
+    for stage in self.stages:
+      if stage.compressor is not None:
+        raise ConfigError(f'stage at layer {stage.start}: {stage.compressor.name} shrinks a cache, and uncached decoding has none')
+    state = reduction.start(x, prompt.length, self.num_image)
+    weights = self._query_weights(x, prompt, answer_start)
+    attention = None
+    for i in range(len(self.stages)):
+      state, _, _ = self._reduce(i, state, prompt, attention, weights, answer_start=answer_start, text_slots=text_slots)
+      state, out = self._run_stage(i, state, prompt, answer_start, weights)
+      attention = out.attention
     newest = jnp.maximum(state.length - 1, 0)[:, None]
     return layout.gather_rows(state.x, newest)[:, 0], state.judgement
 
@@ -279,68 +289,89 @@ class DynLlava(nn.Module):
     judging = [s for s in self.stages[: index + 1] if methods.get(s.selector).text_margin]
     return (True, judging[-1].text_keep_budget) if judging else (False, 1.0)
 
-  def _start(self, x: jax.Array, length: jax.Array) -> '_State':
-    batch, size = x.shape[:2]
-    every = jnp.broadcast_to(jnp.arange(self.num_image, dtype=jnp.int32), (batch, self.num_image))
-    nothing_judged = Judgement(jnp.ones((batch, size), bool), jnp.full((batch, size), jnp.inf, jnp.float32))
-    positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
-    return _State(x, positions, length, every, nothing_judged)
+  def _query_weights(self, x: jax.Array, prompt: Prompt, prompt_length: jax.Array) -> dict[int, jax.Array | None]:
+    """For each stage whose selector ranks by attention, float32[B, S] weights of the rows that count, None for the last one's."""
+    weights = {}
+    for i, stage in enumerate(self.stages):
+      selector, options = methods.selector_of(stage)
+      if selector.attention:
+        rows = reduction.start(x, prompt_length, self.num_image).rows(prompt.image_start)
+        weights[i] = selector.query_weight(x, rows, options) if selector.query_weight else None
+    return weights
+
+  def _run_stage(
+    self, index: int, state: reduction.State, prompt: Prompt, prompt_length: jax.Array, weights: dict[int, jax.Array | None]
+  ) -> tuple[reduction.State, LayerOutput]:
+    """Runs a stage's layers, and what its pieces and the next stage's selector make them do besides."""
+    stage, queries = self.stages[index], None
+    ranks_next = index + 1 < len(self.stages) and methods.selector_of(self.stages[index + 1])[0].attention == 'previous'
+    if ranks_next:
+      queries = reduction.ranking_queries(state, prompt.image_start, prompt_length, weights[index + 1])
+    rows = state.rows(prompt.image_start) if ranks_next or stage.layers or stage.compressor else None
+    x, out = self.llama.run_stage(index, state.x, state.rotary, rows=rows, queries=queries)
+    last = None if out.attention is None else out.attention[-1]
+    return dataclasses.replace(state, x=x), dataclasses.replace(out, attention=last)
 
   def _reduce(
-    self, stage: Stage, state: '_State', prompt: Prompt, answer_start: jax.Array | None, text_slots: int | None = None
-  ) -> '_State':
-    """Applies a stage's selector to the sequence that reaches it.
+    self,
+    index: int,
+    state: reduction.State,
+    prompt: Prompt,
+    attention: jax.Array | None,
+    weights: dict[int, jax.Array | None],
+    answer_start: jax.Array | None,
+    text_slots: int | None = None,
+  ) -> tuple[reduction.State, jax.Array | None, dict[str, jax.Array]]:
+    """Applies a stage's selector to the sequence that reaches it: (what goes on, the attention it ranked by, its details).
 
     With `answer_start` (no cache) earlier generated tokens are judged too, and `text_slots` is the room
     for text; in a prefill everything but image tokens stays.
     """
-    selector = methods.get(stage.selector)
+    stage = self.stages[index]
     if stage.selector == 'all':
-      return state
-    num_image = self.num_image
+      return state, None, {}
+    selector, options = methods.selector_of(stage)
     reached = state.image_index.shape[1]
-    budget = stage.kept_image_tokens(num_image)
+    budget = stage.kept_image_tokens(self.num_image)
     has_predictors = self.cfg.predictor is not None
+    prompt_length = prompt.length if answer_start is None else answer_start
+    if selector.attention == 'entering':
+      queries = reduction.ranking_queries(state, prompt.image_start, prompt_length, weights[index])
+      rows = state.rows(prompt.image_start)
+      attention = self.llama.entering_attention(index, state.x, state.rotary, rows, queries)
     chosen = selector.select(
       methods.SelectorInputs(
         image_hidden=layout.take_image_rows(state.x, prompt.image_start, reached),
         seed=prompt.seed,
         image_predictor=self.image_predictor if has_predictors else None,
         text_predictor=self.text_predictor if has_predictors else None,
+        attention=attention if selector.attention else None,
       ),
       budget,
+      options,
     )
-    image_index = layout.gather_rows(state.image_index, chosen)
-    keep = layout.keep_mask(state.positions, state.length, prompt.image_start, num_image, image_index)
-    judgement = state.judgement
+    keep = reduction.kept_rows(state, chosen.index, prompt.image_start, self.num_image)
+    more = 0 if chosen.more is None else chosen.more.shape[1]
     if answer_start is None:
-      size = state.x.shape[1] - reached + budget
+      size = state.x.shape[1] - reached + budget + more
     else:
-      size = text_slots + budget
+      size = text_slots + budget + more
       if selector.text_margin:
         margin = selector.text_margin(state.x, self.text_predictor)
         generated = (state.positions >= answer_start[:, None]) & (state.positions < prompt.length[:, None])
         newest = state.positions == prompt.length[:, None] - 1
         keep = keep & (~generated | newest | (margin > 0))
         rows = jnp.arange(keep.shape[0])[:, None]
-        judgement = Judgement(
-          judgement.keep.at[rows, state.positions].set(~generated | (margin > 0), unique_indices=True),
-          judgement.margin.at[rows, state.positions].set(jnp.where(generated, margin, jnp.inf), unique_indices=True),
+        old = state.judgement
+        judgement = reduction.Judgement(
+          old.keep.at[rows, state.positions].set(~generated | (margin > 0), unique_indices=True),
+          old.margin.at[rows, state.positions].set(jnp.where(generated, margin, jnp.inf), unique_indices=True),
         )
-    index, length = layout.compact(keep, size)
-    return _State(layout.gather_rows(state.x, index), layout.gather_rows(state.positions, index), length, image_index, judgement)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _State:
-  """A sequence on its way through the stages; `image_index` names the image tokens still in it."""
-
-  x: jax.Array
-  positions: jax.Array
-  length: jax.Array
-  image_index: jax.Array
-  judgement: Judgement
+        state = dataclasses.replace(state, judgement=judgement)
+    state = reduction.compact(*reduction.choose(state, chosen, keep, prompt.image_start), size)
+    if selector.renumbers(options):
+      state = reduction.renumbered(state, prompt_length)
+    return state, attention if selector.attention else None, chosen.details
 
 
 def answer_mask(positions: jax.Array, length: jax.Array, answer_start: jax.Array, min_answer_len: int) -> jax.Array:

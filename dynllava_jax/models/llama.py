@@ -11,14 +11,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dynllava_jax import methods
 from dynllava_jax.config import LlamaConfig, Stage
+from dynllava_jax.methods import LayerKind, Observed, Rows
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
-from dynllava_jax.ops.attention import cached_attention, causal_attention, policy_attention
+from dynllava_jax.ops import layout
+from dynllava_jax.ops.attention import attention_received, cached_attention, causal_attention, policy_attention
 from dynllava_jax.ops.rope import apply_rope, rope_angles
 
 LINEAR_INIT = nn.initializers.lecun_normal()
 HEADS_INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1))  # [N, D, H]
+LAST = 'last'  # flag of a stage's last layer
 HEADS_OUT_INIT = nn.initializers.lecun_normal(in_axis=(-3, -2))  # [N, H, D]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Queries:
+  """Rows whose attention a selector ranks by: `place` int32[B, R] in the sequence, `weight` float32[B, R]."""
+
+  place: jax.Array
+  weight: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -30,12 +43,37 @@ class Context:
     cos, sin: float32[B, T, H/2] rotary angles.
     policy: float[B, T] keep weight per key (training), or None.
     cache_length: int32[B] visible cache slots, or None without a cache.
+    rows: where text and image stand, for the pieces of the stage; None if it has none.
+    queries: rows that the next stage's selector ranks by, by their attention in the last layer; None if it does not.
   """
 
   cos: jax.Array
   sin: jax.Array
   policy: jax.Array | None = None
   cache_length: jax.Array | None = None
+  rows: Rows | None = None
+  queries: Queries | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerOutput:
+  """What a layer gives besides its stream; of a stage, stacked [L, ...].
+
+  Attributes:
+    k, v: float[B, T, K, H] of these tokens, keys rotated; what a compressor left of them where the stage has one.
+    length: int32[B], how many of them are real, and shift: int32[B], as `Compressed` has them; None without a compressor.
+    attention: float32[B, N, P], what the image rows receive from `Context.queries`, zeros but for the last layer; None if
+      not asked.
+    details: what records look at, by name.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  length: jax.Array | None = None
+  shift: jax.Array | None = None
+  attention: jax.Array | None = None
+  details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 class RMSNorm(nn.Module):
@@ -48,9 +86,14 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """float[..., D] -> float[..., D]."""
     scale = self.param('scale', partitioned(nn.initializers.ones, None), (x.shape[-1],))
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-    return x.astype(self.dtype) * scale.astype(self.dtype)
+    return rms_norm(x, scale, self.eps, self.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: Dtype) -> jax.Array:
+  """float[..., D] -> float[..., D]."""
+  x = x.astype(jnp.float32)
+  x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+  return x.astype(dtype) * scale.astype(dtype)
 
 
 def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -59,50 +102,85 @@ def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-  """One decoder layer."""
+  """One decoder layer, and what the pieces of its stage do to it."""
 
   cfg: LlamaConfig
   dtype: Dtype
+  stage: Stage
 
   def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init=LINEAR_INIT) -> jax.Array:
     return self.param(name, partitioned(init, *axes), shape).astype(self.dtype)
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None):
+  def __call__(self, x: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None, flags: dict[str, jax.Array] | None):
     """Runs the layer.
 
     Args:
       x: float[B, T, D].
       context: see `Context`.
       cache: this layer's (k, v), float[B, C, K, H] each, or None.
+      flags: this layer's, by name: those of the stage's `LayerKind`, and `LAST`; None if nothing needs any.
 
     Returns:
-      (float[B, T, D], (k, v) of the T tokens, float[B, T, K, H] each, keys rotated).
+      (float[B, T, D], `LayerOutput`).
     """
-    cfg = self.cfg
+    cfg, rows = self.cfg, context.rows
     width, heads, kv_heads, head_dim = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    kind, kind_options = methods.bound(self.stage.layers if rows else None, 'layers', default=LayerKind())
+    details = {}
     with jax.named_scope('attention'):
       y = RMSNorm(cfg.rms_norm_eps, self.dtype, name='attention_norm')(x)
       # Heads first: no transposed copy of every layer's weights while decoding on TPU.
       kv_shape, kv_axes = (kv_heads, width, head_dim), ('kv_heads', 'embed', 'head_dim')
       q = self._weight('q', (heads, width, head_dim), ('heads', 'embed', 'head_dim'), HEADS_INIT)
       k, v = (self._weight(name, kv_shape, kv_axes, HEADS_INIT) for name in 'kv')
-      q, k, v = (jnp.einsum('btd,ndh->btnh', y, w) for w in (q, k, v))
-      q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
+      unrotated, k, v = (jnp.einsum('btd,ndh->btnh', y, w) for w in (q, k, v))
+      q, k = apply_rope(unrotated, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
       if cache is not None:
         y = cached_attention(q, k, v, *cache, context.cache_length)
       elif context.policy is not None:
         y = policy_attention(q, k, v, context.policy)
+      elif kind.attend is not None:
+        y = kind.attend(q, k, v, rows, flags, kind_options)
       else:
         y = causal_attention(q, k, v)
       out = self._weight('o', (heads, head_dim, width), ('heads', 'head_dim', 'embed'), HEADS_OUT_INIT)
-      x = x + jnp.einsum('btnh,nhd->btd', y, out)
+      y = jnp.einsum('btnh,nhd->btd', y, out)
+      if kind.attend is not None:
+        details |= {'attention_output': y}
+      x = x + y
     with jax.named_scope('mlp'):
       y = RMSNorm(cfg.rms_norm_eps, self.dtype, name='mlp_norm')(x)
-      gate = y @ self._weight('gate', (width, cfg.mlp_dim), ('embed', 'mlp'))
-      up = y @ self._weight('up', (width, cfg.mlp_dim), ('embed', 'mlp'))
-      x = x + (jax.nn.silu(gate) * up) @ self._weight('down', (cfg.mlp_dim, width), ('mlp', 'embed'))
-    return batch_split(x), (k, v)
+      gate = self._weight('gate', (width, cfg.mlp_dim), ('embed', 'mlp'))
+      up = self._weight('up', (width, cfg.mlp_dim), ('embed', 'mlp'))
+      down = self._weight('down', (cfg.mlp_dim, width), ('mlp', 'embed'))
+      if kind.mlp is not None:
+        y, seen = kind.mlp(y, (gate, up, down), rows, flags, kind_options)
+        details |= seen | {'mlp_output': y}
+        x = x + y
+      else:
+        x = x + (jax.nn.silu(y @ gate) * (y @ up)) @ down
+    attention = None
+    if context.queries is not None:
+      with jax.named_scope('ranking'):
+        attention = jax.lax.cond(
+          flags[LAST],
+          lambda: image_attention(layout.gather_rows(q, context.queries.place), k, context.queries, rows),
+          lambda: jnp.zeros((x.shape[0], heads, rows.num_image), jnp.float32),
+        )
+    output = LayerOutput(k, v, attention=attention, details=details)
+    if rows is not None and self.stage.compressor is not None:
+      with jax.named_scope('compressor'):
+        compressor, options = methods.bound(self.stage.compressor, 'compressor')
+        left = compressor.compress(Observed(q, unrotated, k, v, rows), options)
+        output = LayerOutput(left.k, left.v, left.length, left.shift, attention, details | left.details)
+    return batch_split(x), output
+
+
+def image_attention(q: jax.Array, k: jax.Array, queries: Queries, rows: Rows) -> jax.Array:
+  """What the image rows receive from some query rows: q float[B, R, N, H], k float[B, S, K, H] -> float32[B, N, P]."""
+  received = attention_received(q, k, queries.weight, queries.place)
+  return layout.take_image_rows(received.swapaxes(1, 2), rows.image_start, rows.num_image).swapaxes(1, 2)
 
 
 class Llama(nn.Module):
@@ -120,8 +198,8 @@ class Llama(nn.Module):
     )
     ends = [s.start for s in self.stages[1:]] + [cfg.num_layers]
     for i, (stage, end) in enumerate(zip(self.stages, ends)):
-      block = scan_layers(Block, end - stage.start, (nn.broadcast, 0), self.remat)
-      setattr(self, f'stage_{i}', block(cfg, self.dtype))
+      block = scan_layers(Block, end - stage.start, (nn.broadcast, 0, 0), self.remat)
+      setattr(self, f'stage_{i}', block(cfg, self.dtype, stage))
     self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
     if not cfg.tie_embeddings:
       self.head = self.param('head', partitioned(LINEAR_INIT, 'embed', 'vocab'), (cfg.hidden_size, cfg.vocab_size))
@@ -139,7 +217,9 @@ class Llama(nn.Module):
     policy: jax.Array | None = None,
     cache: tuple[jax.Array, jax.Array] | None = None,
     cache_length: jax.Array | None = None,
-  ):
+    rows: Rows | None = None,
+    queries: Queries | None = None,
+  ) -> tuple[jax.Array, LayerOutput]:
     """Runs the layers of one stage.
 
     Args:
@@ -147,12 +227,32 @@ class Llama(nn.Module):
       x: float[B, T, D]; positions: int32[B, T], rotary positions.
       policy: float[B, T] keep weight per key, for training.
       cache, cache_length: (k, v) float[L, B, C, K, H] each and int32[B] visible slots, for decoding.
+      rows, queries: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without they are plain.
 
     Returns:
-      (float[B, T, D], (k, v) of these tokens, float[L, B, T, K, H] each).
+      (float[B, T, D], `LayerOutput` of all layers, stacked [L, ...]).
     """
+    stage, flags = self.stages[index], {}
+    ends = [s.start for s in self.stages[1:]] + [self.cfg.num_layers]
+    layers = slice(stage.start, ends[index])
+    if rows is not None and stage.layers is not None:
+      kind, options = methods.bound(stage.layers, 'layers')
+      flags |= {name: jnp.asarray(marks[layers]) for name, marks in kind.flags(self.cfg.num_layers, options).items()}
+    if queries is not None:
+      flags[LAST] = jnp.arange(layers.start, layers.stop) == layers.stop - 1
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
-    return getattr(self, f'stage_{index}')(x, Context(cos, sin, policy, cache_length), cache)
+    context = Context(cos, sin, policy, cache_length, rows, queries)
+    return getattr(self, f'stage_{index}')(x, context, cache, flags or None)
+
+  def entering_attention(self, index: int, x: jax.Array, positions: jax.Array, rows: Rows, queries: Queries) -> jax.Array:
+    """What the image rows of a stream that reaches stage `index` would receive in its first layer: float32[B, N, P]."""
+    cfg = self.cfg
+    first = jax.tree.map(lambda w: w[0], nn.unbox(getattr(self, f'stage_{index}').variables['params']))
+    y = rms_norm(x, first['attention_norm']['scale'], cfg.rms_norm_eps, self.dtype)
+    angles = rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    project = lambda y, name, angles: apply_rope(jnp.einsum('btd,ndh->btnh', y, first[name].astype(self.dtype)), *angles)
+    asked = jax.tree.map(lambda a: layout.gather_rows(a, queries.place), (y, angles))
+    return image_attention(project(asked[0], 'q', asked[1]), project(y, 'k', angles), queries, rows)
 
   def output(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """float[..., D] -> (the same after the final norm, the head float[D, V]); `head_logits` of them are the logits."""
