@@ -3,7 +3,7 @@
 from typing import Any
 
 from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, VisionConfig, check_stages
-from dynllava_jax.methods import base, dynamic, everything, fastervlm, fastv, pyramiddrop, random, uniform, visionzip
+from dynllava_jax.methods import base, dynamic, everything, fastervlm, fastv, look_m, pyramiddrop, random, uniform, visionzip
 from dynllava_jax.methods.base import (
   Chosen,
   Compressed,
@@ -33,7 +33,9 @@ SELECTORS: dict[str, Selector] = {
   'uniform': uniform.SELECTOR,
 }
 LAYER_KINDS: dict[str, LayerKind] = {}
-COMPRESSORS: dict[str, Compressor] = {}
+COMPRESSORS: dict[str, Compressor] = {
+  'look_m': look_m.COMPRESSOR,
+}
 METHODS = {'reducer': REDUCERS, 'selector': SELECTORS, 'layers': LAYER_KINDS, 'compressor': COMPRESSORS}  # by site
 
 

@@ -54,7 +54,7 @@ class StageTrace:
     positions: int32[B, S'], places in the full sequence of what goes on, and rotary: int32[B, S'], rotary positions.
     length: int32[B], real entries among them.
     attention: float32[B, N, P'], what the selector saw of it; None if it did not ask.
-    details: what the pieces of the stage show to records, by name; that of layers is stacked [L, ...].
+    of_selector: what else the selector shows to records, by name, and of_layers what the layers' pieces do, stacked [L, ...].
   """
 
   entry: jax.Array
@@ -63,7 +63,8 @@ class StageTrace:
   rotary: jax.Array
   length: jax.Array
   attention: jax.Array | None = None
-  details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  of_selector: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  of_layers: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -165,8 +166,8 @@ class DynLlava(nn.Module):
       entry = state.x
       state, seen, details = self._reduce(i, state, prompt, attention, weights, answer_start=None)
       state, out = self._run_stage(i, state, prompt, prompt.length, weights)
-      details = details | out.details
-      traces.append(StageTrace(entry, state.image_index, state.positions, state.rotary, state.length, seen, details))
+      kept = state.image_index, state.positions, state.rotary, state.length
+      traces.append(StageTrace(entry, *kept, seen, details, out.details))
       attention = out.attention
       length, shift = state.length, state.shift
       if out.length is not None:  # compressed

@@ -67,14 +67,14 @@ def compact(keep: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
   """Indices of the kept entries, in order, followed by arbitrary padding.
 
   Args:
-    keep: bool[B, S]; at most `size` of a row may be set.
+    keep: bool[..., S]; at most `size` of a row may be set.
     size: static length of the result.
 
   Returns:
-    (int32[B, size], int32[B] number of kept entries).
+    (int32[..., size], int32[...] number of kept entries).
   """
   order = jnp.argsort(~keep, axis=-1, stable=True)
-  return order[:, :size].astype(jnp.int32), keep.sum(-1, dtype=jnp.int32)
+  return order[..., :size].astype(jnp.int32), keep.sum(-1, dtype=jnp.int32)
 
 
 def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
