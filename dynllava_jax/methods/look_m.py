@@ -1,8 +1,8 @@
-"""LOOK-M (arXiv 2406.18139): of a prompt's cache all text and a few image entries stay; the others are merged into what is most like them.
+"""LOOK-M (arXiv 2406.18139): of a prompt's cache all text and a few image entries stay, the others are merged into those.
 
-`Stage(compressor=Piece('look_m', dict(hh_ratio=0.1, recent_ratio=0.1)))`. An entry's score is the attention that it receives from the
-whole prompt. Text is told by a mask and images are ranked alone, in float32: the offset of the authors' code, which ranks text first,
-rounds the scores. With grouped queries the scores of a group's heads are added.
+`Stage(compressor=Piece('look_m', dict(hh_ratio=0.1, recent_ratio=0.1)))`. An entry's score is the attention that it receives from
+the whole prompt. Text is told by a mask and images are ranked alone, in float32: the offset by which the authors' code puts text
+first rounds the scores. With grouped queries the scores of a group's heads are added.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Options:
   Attributes:
     hh_ratio: share of the prompt that stays for its score; all text stays even if that is more.
     recent_ratio: share of the prompt, its end, that stays whatever it is.
-    merge: what an evicted entry adds to the kept one that it is most like: 'pivot' the mean of both, 'average' itself, 'weighted' itself
-      times the similarity, and only if that is not below average.
+    merge: what an evicted entry adds to the kept one that it is most like: 'pivot' the mean of both, 'average' itself,
+      'weighted' itself times the similarity, and only if that is not below average.
   """
 
   hh_ratio: float = 0.1
@@ -67,7 +67,7 @@ def choose(scores: jax.Array, seen: Observed, options: Options) -> jax.Array:
 
 def compress(seen: Observed, options: Options) -> Compressed:
   """Keeps and merges, each head on its own."""
-  batch, size, kv_heads, head_dim = seen.k.shape
+  batch, size, kv_heads, _ = seen.k.shape
   num_image = seen.rows.num_image
   real = seen.rows.is_real(size)
   received = attention_received(seen.q, seen.k, real.astype(jnp.float32))
