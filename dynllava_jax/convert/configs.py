@@ -19,9 +19,10 @@ from dynllava_jax.config import (
   from_config_dict,
   to_dict,
 )
+from dynllava_jax.convert.beside import check_images, image_settings
 from dynllava_jax.convert.export_configs import UNPADDED
+from dynllava_jax.convert.inputs import ConversionError, nested
 from dynllava_jax.convert.layouts import Layout
-from dynllava_jax.convert.readers import ConversionError, nested, read_json
 
 # Hugging Face leaves out of `text_config` and `vision_config` what equals the defaults of transformers' LlamaConfig and
 # CLIPVisionConfig. These are they.
@@ -35,6 +36,20 @@ LLAMA_DEFAULTS = dict(
 )
 CLIP_DEFAULTS = dict(
   hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
+)
+# What of a decoder its tensors do not tell, or not all of it.
+ARITHMETIC = (
+  'hidden_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+  'num_key_value_heads',
+  'head_dim',
+  'hidden_act',
+  'rms_norm_eps',
+  'rope_theta',
+  'rope_scaling',
+  'rope_parameters',
+  'tie_word_embeddings',
 )
 # Towers that LLaVA's configs name by their place on the hub; used if only their weights are at hand.
 PUBLISHED_TOWERS = {
@@ -57,7 +72,7 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
   try:
     text = text_config(file, layout, config)
     sparse = nested(file, config, 'sparse_config')
-    _refuse(file, config, text, sparse)
+    _refuse(file, layout, config, text, sparse)
     llama = dict(
       vocab_size=_own_rows(file, config, text['vocab_size']),
       hidden_size=text['hidden_size'],
@@ -67,7 +82,7 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
       num_kv_heads=text.get('num_key_value_heads') or text['num_attention_heads'],
       rms_norm_eps=text['rms_norm_eps'],
       **_rope(file, text),
-      tie_embeddings=bool(config.get('tie_word_embeddings') or text.get('tie_word_embeddings')),
+      tie_embeddings=tied(file, config),
     )
     model = dict(vision=to_dict(vision), llama=llama, projector='mlp2x_gelu' if hf else config.get('mm_projector_type', 'linear'))
     whole = dict(image_aspect=_aspect(file, layout, config), unused_vision_layers=True)
@@ -104,6 +119,18 @@ def text_config(file: pathlib.Path, layout: Layout, config: dict[str, Any]) -> d
   return LLAMA_DEFAULTS | nested(file, config, 'text_config') if layout is Layout.LLAVA_HF else config
 
 
+def tied(file: pathlib.Path, config: dict[str, Any]) -> bool:
+  """Whether the output head is the embedding."""
+  return bool(config.get('tie_word_embeddings') or nested(file, config, 'text_config').get('tie_word_embeddings'))
+
+
+def check_same_arithmetic(base_file: pathlib.Path, base: dict[str, Any], file: pathlib.Path, config: dict[str, Any]) -> None:
+  """ConversionError if the config beside an adapter or projector and that of its base describe two decoders."""
+  for key in ARITHMETIC:
+    if key in base and key in config and base[key] != config[key]:
+      raise ConversionError(f'{file}: {key} is {config[key]!r}, but {base[key]!r} in {base_file}; is it the base of this adapter?')
+
+
 def _aspect(file: pathlib.Path, layout: Layout, config: dict[str, Any]) -> str:
   """How pictures are made square; LLaVA leaves it to CLIP's processor, which cuts the middle out, unless the config says `pad`."""
   # Hugging Face's layout and a bare LLaMA have no such entry; LLaVA-1.5 saw padded pictures.
@@ -131,9 +158,20 @@ def dynamic_stages(model: ModelConfig, start: int, image_keep_rate: float) -> tu
 
 def _rope(file: pathlib.Path, text: dict[str, Any]) -> dict[str, Any]:
   """Fields of `LlamaConfig`: `rope_theta` and `rope_scaling` to transformers 4, `rope_parameters` since 5."""
-  rope = nested(file, text, 'rope_scaling') | nested(file, text, 'rope_parameters')
-  theta = rope.get('rope_theta') or text.get('rope_theta') or 10000.0
-  kind = rope.get('rope_type') or rope.get('type') or 'default'
+  told: dict[str, tuple[str, Any]] = {}
+  for group in ('', 'rope_scaling', 'rope_parameters'):
+    entries = nested(file, text, group) if group else {k: text.get(k) for k in ('rope_theta', 'partial_rotary_factor')}
+    for name, value in entries.items():
+      name, where = 'rope_type' if name == 'type' else name, f'{group}.{name}'.lstrip('.')
+      if value is None:
+        continue
+      if name in told and told[name][1] != value:
+        raise ValueError(f'{told[name][0]} is {told[name][1]!r}, but {where} {value!r}; remove the one that is not meant')
+      told[name] = where, value
+  rope = {name: value for name, (_, value) in told.items()}
+  theta, kind = rope.get('rope_theta', 10000.0), rope.get('rope_type', 'default')
+  if rope.get('partial_rotary_factor', 1) != 1:
+    raise ValueError(f'not supported: partial_rotary_factor {rope["partial_rotary_factor"]!r}, only whole heads are rotated')
   if kind == 'default':
     return dict(rope_theta=theta)
   if kind == 'linear':
@@ -151,7 +189,7 @@ def _rope(file: pathlib.Path, text: dict[str, Any]) -> dict[str, Any]:
   raise ValueError(f'not supported: rope_scaling of type {kind!r}{hint}; default, linear and llama3 are')
 
 
-def _refuse(file: pathlib.Path, config: dict[str, Any], text: dict[str, Any], sparse: dict[str, Any]) -> None:
+def _refuse(file: pathlib.Path, layout: Layout, config: dict[str, Any], text: dict[str, Any], sparse: dict[str, Any]) -> None:
   """ConversionError for what would silently be computed wrong."""
   heads, width, head = (text.get(k) for k in ('num_attention_heads', 'hidden_size', 'head_dim'))
   problems = {
@@ -160,6 +198,7 @@ def _refuse(file: pathlib.Path, config: dict[str, Any], text: dict[str, Any], sp
     'mlp_bias': bool(text.get('mlp_bias')),
     'head_dim other than hidden_size / heads': head is not None and head * heads != width,
     'any-resolution images': str(config.get('image_aspect_ratio')).startswith('anyres') or bool(config.get('image_grid_pinpoints')),
+    'a quantization_config': bool(config.get('quantization_config')) and layout is not Layout.LORA,
     "feature select 'cls_patch'": config.get('mm_vision_select_feature', 'patch') != 'patch',
     "vision_feature_select_strategy other than 'default'": config.get('vision_feature_select_strategy', 'default') != 'default',
     'projector_hidden_act other than gelu': config.get('projector_hidden_act', 'gelu') != 'gelu',
@@ -177,6 +216,8 @@ def select_layer(file: pathlib.Path, layout: Layout, config: dict[str, Any], vis
   """The tower with the layer whose features LLaVA's own config, `file`, asks for."""
   key = 'vision_feature_layer' if layout is Layout.LLAVA_HF else 'mm_vision_select_layer'
   layer = config.get(key, vision.select_layer)
+  if layout is Layout.LLAVA_HF and isinstance(layer, list) and len(layer) == 1:  # transformers joins the features of all it lists
+    layer = layer[0]
   if type(layer) is not int:
     raise ConversionError(f'{file}: {key} is {layer!r}, expected one whole number')
   try:
@@ -185,12 +226,14 @@ def select_layer(file: pathlib.Path, layout: Layout, config: dict[str, Any], vis
     raise ConversionError(f'{file}: {key}: {e}') from None
 
 
-def _image_settings(directory: pathlib.Path) -> dict[str, Any]:
-  """Settings of the image processor, if there are any: a file to transformers 4, a group of the processor's since 5."""
-  file, group = directory / 'preprocessor_config.json', directory / 'processor_config.json'
-  if file.exists():
-    return read_json(file)
-  return nested(group, read_json(group), 'image_processor') if group.exists() else {}
+def _side(file: pathlib.Path, config: dict[str, Any], key: str) -> int:
+  """A size of a square, which transformers also takes as a pair."""
+  value = config[key]
+  if isinstance(value, list):
+    if len(value) != 2 or value[0] != value[1]:
+      raise ConversionError(f'{file}: {key} is {value!r}, expected one number, or a pair of equal ones')
+    return value[0]
+  return value
 
 
 def vision_config(file: pathlib.Path, config: dict[str, Any]) -> VisionConfig:
@@ -206,11 +249,11 @@ def vision_config(file: pathlib.Path, config: dict[str, Any]) -> VisionConfig:
     raise ConversionError(f'{file}: vision tower {kind!r} is not supported, only CLIP')
   if config.get('hidden_act', 'quick_gelu') != 'quick_gelu':
     raise ConversionError(f'{file}: hidden_act {config["hidden_act"]!r} is not supported, only quick_gelu')
-  norm = _image_settings(file.parent)
+  images, norm = image_settings(file.parent)
   try:
     fields = dict(
-      image_size=config['image_size'],
-      patch_size=config['patch_size'],
+      image_size=_side(file, config, 'image_size'),
+      patch_size=_side(file, config, 'patch_size'),
       hidden_size=config['hidden_size'],
       mlp_dim=config['intermediate_size'],
       num_layers=config['num_hidden_layers'],
@@ -219,8 +262,10 @@ def vision_config(file: pathlib.Path, config: dict[str, Any]) -> VisionConfig:
       image_mean=norm.get('image_mean') or CLIP_MEAN,
       image_std=norm.get('image_std') or CLIP_STD,
     )
-    return from_config_dict(VisionConfig, fields, 'vision')
+    vision = from_config_dict(VisionConfig, fields, 'vision')
   except KeyError as e:
     raise ConversionError(f'{file}: key {e} is missing') from None
   except ConfigError as e:
     raise ConversionError(f'{file}: {e}') from None
+  check_images(images, norm, file, vision)
+  return vision

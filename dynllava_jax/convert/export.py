@@ -14,7 +14,8 @@ import tensorstore as ts
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert import export_configs
-from dynllava_jax.convert.convert import DTYPES, check_destination, new_directory, with_progress
+from dynllava_jax.convert.convert import DTYPES, with_progress
+from dynllava_jax.convert.destination import TOWER_FOLDER, check_destination, new_directory
 from dynllava_jax.convert.export_configs import Vocabulary
 from dynllava_jax.convert.layouts import Layout, canonical, to_llava_hf
 from dynllava_jax.convert.plan import Path, slots_by_key
@@ -24,7 +25,6 @@ from dynllava_jax.convert.source import TOWER, VOCAB_KEYS
 from dynllava_jax.convert.writer import PARAMS
 
 LAYOUTS = ('llava-hf', 'llava', 'dynamic-llava')
-TOWER_FOLDER = 'clip'
 PREDICTORS = ('image_predictor', 'text_predictor')
 
 
@@ -114,22 +114,20 @@ def export(
     writers = {
       f: ShardWriter(partial / f, [(o.key, o.shape, o.dtype) for o in plan if o.folder == f]) for f in {o.folder for o in plan}
     }
-    again = {(f, t.key): t for f in writers for t in directory_tensors(partial / f)} if readback else {}
 
     def write(out: Out) -> None:
-      value = np.ascontiguousarray(out.read().astype(out.dtype, copy=False))
-      writers[out.folder].write(out.key, value)
-      if readback and not _same_bits((tensor := again[out.folder, out.key]).load(), value):
-        raise ConversionError(f'{tensor.origin}: {out.key} read back is not what was written; is the disk failing?')
+      value, writer = np.ascontiguousarray(out.read().astype(out.dtype, copy=False)), writers[out.folder]
+      writer.write(out.key, value)
+      if readback and not writer.holds(out.key):
+        raise ConversionError(f'{writer.files[out.key]}: {out.key} read back is not what was written; is the disk failing?')
 
     with_progress('exporting', write, plan, [o.nbytes for o in plan])
+    for folder, writer in writers.items():
+      writer.finish()
+      directory_tensors(partial / folder)  # the headers can be read, and fit
     for name, content in files.items():
       checkpoint.write_atomically(partial / name, content)
   return plan
-
-
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-  return a.dtype == b.dtype and np.array_equal(a.view(f'u{a.itemsize}'), b.view(f'u{b.itemsize}'))
 
 
 def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) -> CheckpointInfo:

@@ -10,9 +10,10 @@ import numpy as np
 
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import MODEL_FILE
+from dynllava_jax.convert.inputs import nested
 from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical, detect
 from dynllava_jax.convert.lora import ADAPTERS, TRAINED_WHOLE
-from dynllava_jax.convert.readers import Tensor, directory_tensors, file_tensors, has_weights, nested
+from dynllava_jax.convert.readers import Tensor, directory_tensors, file_tensors, has_weights
 from dynllava_jax.convert.source import PROJECTOR_FILE
 
 PARTS = (

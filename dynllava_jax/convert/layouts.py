@@ -9,7 +9,7 @@ import pathlib
 import re
 from typing import Any
 
-from dynllava_jax.convert.readers import ConversionError, nested, read_json
+from dynllava_jax.convert.inputs import ConversionError, nested, read_json
 
 
 class Layout(enum.Enum):
@@ -18,7 +18,7 @@ class Layout(enum.Enum):
   LLAVA = 'LLaVA (the authors)'
   DYNAMIC_LLAVA = 'Dynamic-LLaVA (the authors)'
   LLAVA_HF = 'LlavaForConditionalGeneration (Hugging Face)'
-  LORA = 'LoRA adapter with non_lora_trainables'
+  LORA = 'LoRA adapter'
   LLAMA = 'LLaMA, text only'
   CLIP = 'CLIP'
 
@@ -79,12 +79,32 @@ def canonical(layout: Layout, key: str) -> str | None:
         return None
       return f'vision_model.{key}' if key.startswith(TOWER_PARTS) else key
     case Layout.LORA:
-      key = key.removeprefix('base_model.')
-      key = key.removeprefix('model.') if key.startswith(('model.model.', 'model.lm_head.')) else key
+      key = peft_name(key)
+      key = key if key.startswith(TOWER_COPY) else _translate(key, _HF)
   if key.startswith(TOWER_COPY):
     tower = key.removeprefix(TOWER_COPY)
     return f'vision_model.{tower}' if tower.startswith(TOWER_PARTS) else tower
   return key
+
+
+def peft_name(key: str) -> str:
+  """The name that a tensor of an adapter, or of `non_lora_trainables.bin`, has in the model that was trained."""
+  key = key.removeprefix('base_model.model.').removeprefix('base_model.')
+  return (
+    key.removeprefix('model.') if key.startswith(('model.model.', 'model.lm_head.')) else key
+  )  # as LLaVA's training leaves some
+
+
+def spellings(layout: Layout, key: str) -> tuple[str, ...]:
+  """What a model of a layout has called the tensor that is `key` to the converter, the newest name first."""
+  if layout is not Layout.LLAVA_HF:
+    tower = key.removeprefix('vision_model.')
+    return (key,) if tower == key else (f'{TOWER_COPY}{key}', f'{TOWER_COPY}{tower}')
+  old = to_llava_hf(key)
+  new = (
+    old.removeprefix('language_model.') if 'lm_head' in key else f'model.{old.replace("language_model.model.", "language_model.")}'
+  )
+  return tuple(dict.fromkeys((new.replace('vision_tower.vision_model.', 'vision_tower.'), new, old)))
 
 
 def to_llava_hf(key: str) -> str:

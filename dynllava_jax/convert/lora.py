@@ -1,93 +1,177 @@
-"""Merging a LoRA adapter (arXiv 2106.09685) as LLaVA's training saves it: PEFT's files and `non_lora_trainables.bin`."""
+"""Merging a LoRA adapter (arXiv 2106.09685) as PEFT saves it, and `non_lora_trainables.bin` as LLaVA's training adds it."""
 
-import math
 import pathlib
 import re
 
 import numpy as np
 
-from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical
-from dynllava_jax.convert.readers import ConversionError, Tensor, by_name, file_tensors, read_json
+from dynllava_jax.convert.adapter import Adapter
+from dynllava_jax.convert.inputs import ConversionError
+from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical, peft_name, spellings
+from dynllava_jax.convert.readers import FLOATS, Tensor, by_name, check_filled, file_tensors, weights_of
 
 ADAPTERS = ('adapter_model.safetensors', 'adapter_model.bin')
 TRAINED_WHOLE = 'non_lora_trainables.bin'
-NOT_PLAIN = (
-  'use_dora',
-  'fan_in_fan_out',
-  'rank_pattern',
-  'alpha_pattern',
-  'modules_to_save',
-  'layer_replication',
-  'alora_invocation_tokens',
-)
-# The others (PiSSA, OLoRA, CorDA ...) change the base before they train, and their pairs belong to the changed one.
-BASE_UNTOUCHED = (True, False, None, 'gaussian', 'orthogonal', 'eva')
+TIED = ('model.embed_tokens.weight', 'lm_head.weight')
+Pair = dict[str, Tensor]  # by A and B
+WRAPPERS = re.compile(r'\.(base_layer|modules_to_save(\.default)?)(?=\.)')  # PEFT's own levels in a name
 
 
-def merge(directory: pathlib.Path, base: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+def merge(directory: pathlib.Path, base: dict[str, Tensor], layout: Layout, tied: bool, notes: list[str]) -> dict[str, Tensor]:
   """Base tensors by name, with `scale * B A` added where the adapter has a pair; the sum is taken in float32.
 
-  Tensors of `non_lora_trainables.bin` (projector, predictors) take the place of the base's.
+  What the adapter, or `non_lora_trainables.bin` (projector, predictors), holds whole takes the place of the base's.
+
+  Args:
+    directory: the adapter.
+    base: the base's tensors by the converter's names.
+    layout: the base's, in whose names PEFT targets modules.
+    tied: whether the base's head is its embedding.
+    notes: is told what was merged.
 
   Raises:
-    ConversionError: missing file, half a pair, a pair for a weight that the base does not have, or a kind of adapter
-      other than plain LoRA.
+    ConversionError: missing file, half a pair, a pair for a weight that the base does not have, a kind of adapter
+      other than plain LoRA, or settings and matrices that do not belong together.
   """
-  scale = _scale(directory / ADAPTER_CONFIG)
+  adapter = Adapter(directory)
   file = next((directory / n for n in ADAPTERS if (directory / n).exists()), None)
   if file is None:
     raise ConversionError(f'{directory}: has {ADAPTER_CONFIG} but none of {", ".join(ADAPTERS)}')
-  pairs: dict[str, dict[str, Tensor]] = {}
-  for tensor in file_tensors(file):
-    key = canonical(Layout.LORA, tensor.key)
-    found = re.fullmatch(r'(.*)\.lora_([AB])(?:\.default)?\.weight', key)
-    if not found:
-      raise ConversionError(f'{file}: {tensor.key} is no LoRA matrix; only plain LoRA adapters can be merged')
-    pair = pairs.setdefault(f'{found.group(1)}.weight', {})
-    if found.group(2) in pair:
-      raise ConversionError(f'{file}: {tensor.key} is there a second time (after {pair[found.group(2)].key})')
-    pair[found.group(2)] = tensor
-  merged = dict(base)
+  pairs, trained = _split(file, base, layout)
+  beside = directory / TRAINED_WHOLE
+  more = by_name((k, t) for t in _tensors(beside) if (k := canonical(Layout.LORA, t.key)) is not None) if beside.exists() else {}
+  for key in trained.keys() & more.keys():
+    if trained[key].shape != more[key].shape or not np.array_equal(trained[key].load(), more[key].load()):
+      raise ConversionError(
+        f'{beside}: {more[key].key} differs from {trained[key].key} in {file}; remove the one that is not meant'
+      )
+  _check_whole(adapter, base, layout, trained | more, file)
+  whole, touched = (trained | more).keys(), set(TIED) & (pairs.keys() | trained.keys() | more.keys())
+  if tied and touched and not (whole >= set(TIED) and pairs.keys().isdisjoint(TIED)):
+    raise ConversionError(
+      f'{file}: changes {min(touched)}, but the config of the base says that embedding and head are one (tie_word_embeddings); '
+      'merge it with PEFT first, into a base whose head is its own'
+    )
+  merged, scales = base | trained | more, set()
   for key, pair in pairs.items():
-    if key not in base:
-      raise ConversionError(f'{file}: adapts {key}, which the base does not have; is --base the model it was trained on?')
     if len(pair) != 2:
       raise ConversionError(f'{file}: {key} has lora_{min(pair)} but not its other half')
-    merged[key] = _merged(base[key], pair['A'], pair['B'], scale, file)
-  notes.append(f'merged {len(pairs)} LoRA pairs (scale {scale:g}) from {file}')
-  whole = directory / TRAINED_WHOLE
-  if whole.exists():
-    replaced = by_name((k, t) for t in file_tensors(whole) if (k := canonical(Layout.LORA, t.key)) is not None)
-    merged |= replaced
-    notes.append(f'took {len(replaced)} tensors from {whole}')
+    scales.add(scale := _scale(adapter, layout, key, pair, file))
+    merged[key] = _merged(merged[key], pair['A'], pair['B'], scale, file)
+  _check_targets(adapter, base, layout, pairs, file, notes)
+  notes.append(f'merged {len(pairs)} LoRA pairs (scale {" or ".join(f"{s:g}" for s in sorted(scales))}) from {file}')
+  if trained:
+    notes.append(f'took {len(trained)} tensors whole from {file}')
+  if more:
+    notes.append(f'took {len(more)} tensors from {beside}')
+  if adapter.unknown:
+    notes.append(f'{adapter.file}: {", ".join(adapter.unknown)} passed over, as PEFT does, which has no such fields')
+  if other := [f.name for f in weights_of(directory)]:
+    notes.append(f'passed over {", ".join(other)} beside the adapter, as transformers does')
   return merged
 
 
-def _scale(file: pathlib.Path) -> float:
-  config = read_json(file)
-  strange = [n for n in NOT_PLAIN if config.get(n)]
-  start = config.get('init_lora_weights', True)
-  if start not in BASE_UNTOUCHED:
+def _tensors(file: pathlib.Path) -> list[Tensor]:
+  tensors = file_tensors(file)
+  check_filled(tensors)
+  return tensors
+
+
+def _split(file: pathlib.Path, base: dict[str, Tensor], layout: Layout) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+  """(the two matrices of each weight by its name, tensors that are there whole by theirs) of an adapter file."""
+  pairs: dict[str, Pair] = {}
+  whole, bare = [], set()
+  for tensor in _tensors(file):
+    found = re.fullmatch(r'(.*)\.lora_([AB])(?:\.default)?\.weight', tensor.key)
+    name = WRAPPERS.sub('', f'{found.group(1)}.weight' if found else tensor.key)
+    key = canonical(Layout.LORA, name)
+    if key is None or '.original_module.' in name:
+      continue
+    if not found and 'lora_' in name:
+      raise ConversionError(f'{file}: {tensor.key} is no LoRA matrix; only plain LoRA adapters can be merged')
+    if found and key not in base:
+      raise ConversionError(f'{file}: adapts {key}, which the base does not have; is --base the model it was trained on?')
+    if key in base and peft_name(name) not in (names := spellings(layout, key)):
+      raise ConversionError(
+        f'{file}: {tensor.key} is named as in another layout; the base calls it {names[0]}, and PEFT passes it over'
+      )
+    if not found:
+      whole.append((key, tensor))
+      bare |= {key} if name == tensor.key else set()
+      continue
+    pair = pairs.setdefault(key, {})
+    if found.group(2) in pair:
+      raise ConversionError(f'{file}: {tensor.key} is there a second time (after {pair[found.group(2)].key})')
+    pair[found.group(2)] = tensor
+  if both := sorted(pairs.keys() & bare):
+    raise ConversionError(f'{file}: holds {both[0]} whole and as a LoRA pair; PEFT reads a whole one only as base_layer.weight')
+  return pairs, by_name(whole)
+
+
+def _check_whole(adapter: Adapter, base: dict[str, Tensor], layout: Layout, trained: dict[str, Tensor], file: pathlib.Path) -> None:
+  """ConversionError unless everything that modules_to_save names is there."""
+  there = {m for key in trained for m in adapter.saves((*spellings(layout, key), key))}
+  lost = [k for k in base if k not in trained and adapter.saves(spellings(layout, k))]
+  absent = [m for m in adapter.modules_to_save if m not in there]
+  if absent or lost:
     raise ConversionError(
-      f'{file}: init_lora_weights is {start!r}, so the adapter belongs to a base that its training changed first; save it with '
-      'PEFT as plain LoRA of the original base (path_initial_model_for_weight_conversion)'
+      f'{adapter.file}: modules_to_save is {adapter.modules_to_save}, but {file} holds no tensor of {(absent or lost)[0]}; '
+      'save the adapter again, or correct the list'
     )
-  if config.get('peft_type', 'LORA') != 'LORA' or config.get('bias', 'none') != 'none' or strange:
+
+
+def _scale(adapter: Adapter, layout: Layout, key: str, pair: Pair, file: pathlib.Path) -> float:
+  """The factor of a pair; ConversionError if the settings are about another rank, or not about this weight."""
+  name = peft_name(pair['A'].key).partition('.lora_A')[0]
+  names = _modules(layout, key)
+  if not adapter.targeted((name, *names)):
     raise ConversionError(
-      f'{file}: only plain LoRA adapters can be merged, this one sets {", ".join(strange) or "peft_type or bias"}'
+      f'{adapter.file}: its target_modules and what narrows them leave out {name}, but {file} adapts it; PEFT would pass it over'
     )
-  try:
-    rank, alpha = config['r'], config['lora_alpha']
-  except KeyError as e:
-    raise ConversionError(f'{file}: key {e} is missing') from None
-  if not (type(rank) is int and rank > 0 and type(alpha) in (int, float)):
-    raise ConversionError(f'{file}: r is {rank!r} and lora_alpha {alpha!r}, expected a positive whole number and a number')
-  return alpha / (math.sqrt(rank) if config.get('use_rslora') else rank)
+  rank, scale = adapter.rank_and_scale(names, name)
+  if len(pair['A'].shape) == 2 and pair['A'].shape[0] != rank:
+    raise ConversionError(
+      f'{adapter.file}: says rank {rank} for {name}, but {pair["A"].key} in {file} has shape {pair["A"].shape}; the scale depends '
+      'on the rank, so one of the two files is not of this adapter'
+    )
+  return scale
+
+
+def _check_targets(
+  adapter: Adapter,
+  base: dict[str, Tensor],
+  layout: Layout,
+  pairs: dict[str, Pair],
+  file: pathlib.Path,
+  notes: list[str],
+) -> None:
+  """ConversionError if the decoder has a weight that should be adapted and is not; a note if the tower has one."""
+  if adapter.targets is None:
+    return
+  linear = [
+    k for k, t in base.items() if k.endswith('.weight') and len(t.shape) == 2 and k not in TIED[:1] and 'embedding' not in k
+  ]
+  lost = [k for k in linear if k not in pairs and adapter.targeted(_modules(layout, k))]
+  inside = [k for k in lost if k.startswith('model.layers.')]
+  if inside:
+    raise ConversionError(
+      f'{adapter.file}: its target_modules name {inside[0].removesuffix(".weight")}, for which {file} has no pair ({len(inside)} '
+      'such weights); is the file whole?'
+    )
+  if lost:
+    notes.append(f'{adapter.file} also targets {len(lost)} weights for which the adapter has no pair, such as {lost[0]}')
+
+
+def _modules(layout: Layout, key: str) -> tuple[str, ...]:
+  return tuple(n.removesuffix('.weight') for n in spellings(layout, key))
 
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, file: pathlib.Path) -> Tensor:
-  if weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
+  if not len(a.shape) == len(b.shape) == 2 or weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
     raise ConversionError(f'{file}: {b.key} {b.shape} times {a.key} {a.shape} does not fit {weight.key} {weight.shape}')
+  for tensor in (a, b):
+    if tensor.dtype not in FLOATS:
+      raise ConversionError(f'{file}: {tensor.key} is stored as {tensor.dtype}; only floating point adapters are supported')
 
   def read() -> np.ndarray:
     merged = b.load().astype(np.float32) @ a.load().astype(np.float32)

@@ -96,6 +96,17 @@ def slots_by_key(info: CheckpointInfo) -> dict[str, tuple[Rule, tuple[int, ...],
   }
 
 
+def _check_layers(info: CheckpointInfo, tensors: list[tuple[str, Tensor]]) -> None:
+  """ConversionError if a config asks for more layers than there are tensors, before anything is made for each of them."""
+  model = info.model
+  layers = {'the decoder': model.llama.num_layers, 'the tower': model.vision.num_layers}
+  layers |= {'the image predictor': model.predictor.num_layers} if model.predictor else {}
+  for part, count in layers.items():
+    if count > len(tensors):
+      origin = tensors[0][1].origin if tensors else 'the source'
+      raise ConversionError(f'{origin}: {len(tensors)} tensors in all, but the config asks for {count:,} layers of {part} alone')
+
+
 def assign(info: CheckpointInfo, tensors: list[tuple[str, Tensor]], dtype: np.dtype | None) -> list[Assignment]:
   """Gives every tensor its slot.
 
@@ -107,6 +118,7 @@ def assign(info: CheckpointInfo, tensors: list[tuple[str, Tensor]], dtype: np.dt
   Raises:
     ConversionError: one message that lists every unknown, duplicate, ill-shaped and missing tensor.
   """
+  _check_layers(info, tensors)
   expected, rules = slots_by_key(info), rules_of(info)
   filled: dict[str, Tensor] = {}
   leaf_dtypes: dict[Path, np.dtype] = {}

@@ -11,8 +11,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
 
+from dynllava_jax.convert.inputs import ConversionError, check_file, read_json
 from dynllava_jax.files import read_array
 
 SAFETENSORS_DTYPES = {
@@ -30,13 +32,11 @@ SAFETENSORS_DTYPES = {
 NUMPY_NAMES = {np.dtype(d).name for d in SAFETENSORS_DTYPES.values()}
 FLOATS = tuple(np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
+INDEX = '.index.json'
+DIGESTS = 'xxh3_128'  # our entry of a header's metadata: the digest of every tensor's bytes, as JSON
 LFS_POINTER = b'version https://git-lfs'
 ZIP = b'PK\x03\x04'  # what a `.bin` file begins with since torch 1.6; older ones cannot be mapped
 REMAP_BYTES = 2**28  # a mapped file counts as memory in use once read; it is mapped anew after so many bytes
-
-
-class ConversionError(RuntimeError):
-  """A checkpoint that cannot be converted; the message names file and key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,27 +70,6 @@ class Tensor:
     return value
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON file; ConversionError if it is missing or broken."""
-  try:
-    content = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise ConversionError(f'{path}: missing') from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as e:
-    raise ConversionError(f'{path}: not valid JSON ({e})') from None
-  if not isinstance(content, dict):
-    raise ConversionError(f'{path}: holds a {type(content).__name__}, expected an object with named entries')
-  return content
-
-
-def nested(path: pathlib.Path, config: dict[str, Any], key: str) -> dict[str, Any]:
-  """The group of entries `key` of a config, empty if it is not there; ConversionError if it is something else."""
-  value = config.get(key) or {}
-  if not isinstance(value, dict):
-    raise ConversionError(f'{path}: {key} is {value!r}, expected an object with named entries')
-  return value
-
-
 def by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
   """Tensors by the converter's names; ConversionError if one is there twice."""
   found: dict[str, Tensor] = {}
@@ -103,25 +82,44 @@ def by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
   return found
 
 
+def check_filled(tensors: Iterable[Tensor]) -> None:
+  """ConversionError if one of the tensors holds no number at all."""
+  for tensor in tensors:
+    if 0 in tensor.shape:
+      raise ConversionError(
+        f'{tensor.origin}: {tensor.key} is empty (shape {tensor.shape}), as DeepSpeed ZeRO-3 leaves weights that were not gathered '
+        "before saving; save it again with stage3_gather_16bit_weights_on_model_save, or with DeepSpeed's zero_to_fp32.py"
+      )
+
+
 def has_weights(directory: pathlib.Path) -> bool:
   """Whether a checkpoint directory holds weight files or an index of them."""
-  return any((directory / f'{name}{end}').exists() for name in WEIGHTS for end in ('', '.index.json'))
+  return bool(weights_of(directory))
 
 
-def directory_tensors(directory: pathlib.Path) -> list[Tensor]:
-  """Every tensor of a checkpoint directory, safetensors before `.bin`.
+def weights_of(directory: pathlib.Path) -> list[pathlib.Path]:
+  """Weight files and indices of a directory; the first is the one that transformers 5 reads: a whole file before an index."""
+  names = [f'{name}{end}' for name in WEIGHTS for end in ('', INDEX)]
+  return [directory / n for n in names if (directory / n).exists()]
+
+
+def directory_tensors(directory: pathlib.Path, notes: list[str] | None = None) -> list[Tensor]:
+  """Every tensor of a checkpoint directory, from the file that transformers would read (`weights_of`).
+
+  Args:
+    directory: the checkpoint.
+    notes: is told what other weights lie there.
 
   Raises:
     ConversionError: no weights, a shard that the index names is missing or damaged, or a shard lacks a key that the
       index places in it.
   """
-  for name in WEIGHTS:
-    index = directory / f'{name}.index.json'
-    if index.exists():
-      return _sharded(directory, index)
-    if (directory / name).exists():
-      return file_tensors(directory / name)
-  raise ConversionError(f'{directory}: no weights found; expected {" or ".join(WEIGHTS)}, whole or sharded with an index')
+  found = weights_of(directory)
+  if not found:
+    raise ConversionError(f'{directory}: no weights found; expected {" or ".join(WEIGHTS)}, whole or sharded with an index')
+  if found[1:] and notes is not None:
+    notes.append(f'read {found[0]} and passed over {", ".join(f.name for f in found[1:])} beside it, as transformers does')
+  return _sharded(directory, found[0]) if found[0].name.endswith(INDEX) else file_tensors(found[0])
 
 
 def _sharded(directory: pathlib.Path, index: pathlib.Path) -> list[Tensor]:
@@ -129,6 +127,9 @@ def _sharded(directory: pathlib.Path, index: pathlib.Path) -> list[Tensor]:
   if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
     raise ConversionError(f'{index}: has no weight_map from keys to file names')
   names = sorted(set(placed.values()))
+  outside = [n for n in names if n != pathlib.PurePath(n).name]
+  if outside:
+    raise ConversionError(f'{index}: names {outside[0]!r}; expected names of files beside it')
   absent = [n for n in names if not (directory / n).exists()]
   if absent:
     raise ConversionError(
@@ -149,8 +150,12 @@ def file_tensors(path: pathlib.Path) -> list[Tensor]:
   Raises:
     ConversionError: truncated or unreadable file, or a pickle that holds anything but tensors.
   """
-  with path.open('rb') as f:
-    start = f.read(len(LFS_POINTER))
+  check_file(path)
+  try:
+    with path.open('rb') as f:
+      start = f.read(len(LFS_POINTER))
+  except OSError as e:
+    raise ConversionError(f'{path}: cannot be read ({e.strerror})') from None
   if not start:
     raise ConversionError(f'{path}: empty; fetch or copy it again')
   if start == LFS_POINTER:
@@ -164,15 +169,8 @@ def _safetensors(path: pathlib.Path) -> list[Tensor]:
   The library maps the file: what was read would stay in memory, the interpreter lock is held while the disk is waited for, and a
   disk error would end the process.
   """
-  try:
-    with safe_open(path, 'numpy'):  # checks the header, and that the file is as long as it says
-      pass
-    with path.open('rb') as f:
-      (size,) = struct.unpack('<Q', f.read(8))
-      header = json.loads(f.read(size))
-  except (SafetensorError, OSError) as e:
-    raise ConversionError(f'{path}: unreadable, truncated or not safetensors ({e})') from None
-  header.pop('__metadata__', None)
+  header, start = _header(path)
+  digests = _digests(path, header.pop('__metadata__', None) or {}, header.keys())
   found = []
   for key, entry in sorted(header.items()):
     if not isinstance(entry, dict):  # the library takes a list of the values too
@@ -181,13 +179,43 @@ def _safetensors(path: pathlib.Path) -> list[Tensor]:
       raise ConversionError(f'{path}: {key} is stored as {entry["dtype"]}; quantised checkpoints are not supported')
     dtype, shape = np.dtype(SAFETENSORS_DTYPES[entry['dtype']]), tuple(entry['shape'])
     begin, end = entry['data_offsets']
-    read = functools.partial(_stored, path, 8 + size + begin, end - begin, shape, dtype)
+    read = functools.partial(_stored, path, key, start + begin, end - begin, shape, dtype, digests.get(key))
     found.append(Tensor(key, shape, dtype, str(path), read))
   return found
 
 
-def _stored(path: pathlib.Path, offset: int, nbytes: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  return read_array(path, offset, nbytes).view(dtype).reshape(shape)
+def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
+  """(header of a safetensors file, offset of its numbers); ConversionError if the library does not take the file."""
+  try:
+    with safe_open(path, 'numpy'):  # checks the header, and that the file is as long as it says
+      pass
+    with path.open('rb') as f:
+      (size,) = struct.unpack('<Q', f.read(8))
+      return json.loads(f.read(size)), 8 + size
+  except (SafetensorError, OSError, ValueError, RecursionError) as e:
+    raise ConversionError(f'{path}: unreadable, truncated or not safetensors ({e})') from None
+
+
+def _digests(path: pathlib.Path, metadata: dict[str, str], keys: Iterable[str]) -> dict[str, str]:
+  """The digest of every tensor, if the file is an export of ours; none otherwise."""
+  if DIGESTS not in metadata:
+    return {}
+  try:
+    digests = json.loads(metadata[DIGESTS])
+    if digests.keys() == set(keys):
+      return digests
+  except (ValueError, RecursionError, AttributeError):
+    pass
+  raise ConversionError(f'{path}: damaged, the digests in its header are not those of its tensors; copy or export it again')
+
+
+def _stored(
+  path: pathlib.Path, key: str, offset: int, nbytes: int, shape: tuple[int, ...], dtype: np.dtype, digest: str | None
+) -> np.ndarray:
+  value = read_array(path, offset, nbytes)
+  if digest is not None and xxhash.xxh3_128_hexdigest(value.data) != digest:
+    raise ConversionError(f'{path}: {key} is damaged, its digest is not the one it was exported with; copy or export it again')
+  return value.view(dtype).reshape(shape)
 
 
 class _Pickle:

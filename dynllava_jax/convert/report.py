@@ -7,7 +7,8 @@ import sys
 import time
 
 from dynllava_jax import checkpoint
-from dynllava_jax.convert.convert import REPORT_FILE, convert
+from dynllava_jax.convert.convert import convert
+from dynllava_jax.convert.destination import REPORT_FILE
 from dynllava_jax.convert.export import export
 from dynllava_jax.convert.records.base import load_case
 from dynllava_jax.convert.records.dynamic_llava import check_case
@@ -23,9 +24,11 @@ def run_conversion(request: Request, dst: pathlib.Path, dtype: str, overwrite: b
     ConversionError: nothing was written, or the case is unusable.
   """
   recorded = load_case(case) if case else None
+  told: list[str] = []
 
   def opened(source: Source) -> None:
     print(f'layout: {source.layout}', *(printable(f'note: {note}') for note in source.notes), sep='\n', flush=True)
+    told.extend(source.notes)
     if recorded:  # a wrong case should not cost a conversion
       check_case(source.info, recorded, case)
 
@@ -39,7 +42,7 @@ def run_conversion(request: Request, dst: pathlib.Path, dtype: str, overwrite: b
     + ', '.join(f'{n} {part}' for part, n in parts.items())
     + f' ({", ".join(stored)}); every one is listed in {REPORT_FILE}'
   )
-  print(_effort(seconds, readback))
+  print(*(printable(f'note: {note}') + '\n' for note in source.notes[len(told) :]), _effort(seconds, readback), sep='')
   if not recorded:
     return True
   quantities = verify(source.info, checkpoint.load_params(dst), case)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -10,58 +9,31 @@ import numpy as np
 
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import TOKENIZER_FILES, ConfigError, ModelConfig, PredictorConfig, SparsityConfig, VisionConfig
-from dynllava_jax.convert.configs import PUBLISHED_TOWERS, dynamic_stages, model_info, select_layer, text_config, vision_config
-from dynllava_jax.convert.export_configs import TOWER_TRAINED, UNPADDED
-from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical, detect
-from dynllava_jax.convert.lora import merge
+from dynllava_jax.convert.beside import check_tokenizer
+from dynllava_jax.convert.configs import (
+  PUBLISHED_TOWERS,
+  dynamic_stages,
+  model_info,
+  select_layer,
+  text_config,
+  vision_config,
+)
+from dynllava_jax.convert.destination import CARRIED
+from dynllava_jax.convert.export_configs import TOWER_TRAINED, UNPADDED, has_vocabulary
+from dynllava_jax.convert.inputs import ConversionError, nested, read_json, read_small
+from dynllava_jax.convert.layouts import Layout, detect
+from dynllava_jax.convert.parts import NEW, PROJECTOR, PROJECTOR_FILE, Request, base_directory, named, on_base, projector_tensors
 from dynllava_jax.convert.readers import (
-  ConversionError,
   Tensor,
-  by_name,
   directory_tensors,
-  file_tensors,
   has_weights,
-  nested,
-  read_json,
 )
 from dynllava_jax.convert.tables import predictor_rules, projector_rules
 from dynllava_jax.models.params import init_predictors, init_projector
 
-CARRIED = (
-  'config.json',
-  'generation_config.json',
-  'preprocessor_config.json',
-  'processor_config.json',
-  'chat_template.json',
-  'chat_template.jinja',
-)
 TOWER_CARRIED = ('config.json', 'preprocessor_config.json')
-PROJECTOR_FILE = 'mm_projector.bin'
-NEW = 'new'
 TOWER = 'vision_model.'
-PROJECTOR = 'model.mm_projector.'
 EMBEDDING, HEAD = VOCAB_KEYS = ('model.embed_tokens.weight', 'lm_head.weight')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-  """What the command line asks for.
-
-  Attributes:
-    src: the checkpoint directory.
-    vision: CLIP directory; by default the config's `mm_vision_tower`.
-    base: the model that a LoRA adapter or a lone projector in `src` belongs to.
-    projector: `mm_projector.bin`, or 'new' for a random one.
-    add_predictors: make a dense model dynamic with random predictors.
-    seed: of whatever is random.
-  """
-
-  src: pathlib.Path
-  vision: pathlib.Path | None = None
-  base: pathlib.Path | None = None
-  projector: str | None = None
-  add_predictors: bool = False
-  seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +62,8 @@ def open_source(request: Request) -> Source:
     ConversionError: what is missing, not understood or not supported.
   """
   layout, config = detect(request.src)
+  kind = layout.value
+  file = request.src / 'config.json'
   notes: list[str] = []
   if layout is Layout.CLIP:
     raise ConversionError(f'{request.src}: a CLIP tower alone; give it with --vision, and the language model with --src')
@@ -97,10 +71,10 @@ def open_source(request: Request) -> Source:
   if request.base and not partial:
     raise ConversionError(f'{request.src}: a whole model, which needs no --base; leave it out')
   if partial:
-    found, config = _on_base(request, layout, config, notes)
-    directories = [_base_directory(request), request.src]
+    found, layout, config, file = on_base(request, layout, config, notes)
+    directories = [base_directory(request), request.src]
   else:
-    found = _named(layout, directory_tensors(request.src), notes)
+    found = named(layout, directory_tensors(request.src, notes), notes)
     directories = [request.src]
   if request.projector:
     found, config = _with_projector(request, found, config, notes)
@@ -109,7 +83,6 @@ def open_source(request: Request) -> Source:
       f'{request.src}: a text-only LLaMA, not a LLaVA (no projector, no vision tower). To start LLaVA training from it, '
       f'give --vision=CLIP_DIRECTORY and --projector={PROJECTOR_FILE} (or --projector={NEW} for a random one)'
     )
-  file = request.src / 'config.json'
   inside = sum(k.startswith(TOWER) for k, _ in found)
   vision, tower_dir = _tower(request, file, layout, config, bool(inside))
   vision = select_layer(file, layout, config, vision)
@@ -118,23 +91,45 @@ def open_source(request: Request) -> Source:
   elif tower_dir is not None:
     if inside:
       notes.append(f'passed over {inside} tensors of the tower inside the checkpoint; {tower_dir} was read instead')
-    found = [(k, t) for k, t in found if not k.startswith(TOWER)] + _named(Layout.CLIP, directory_tensors(tower_dir), notes)
+    found = [(k, t) for k, t in found if not k.startswith(TOWER)] + named(Layout.CLIP, directory_tensors(tower_dir, notes), notes)
   info = model_info(file, layout, config, vision)
   if UNPADDED in config:
     rows, own = text_config(file, layout, config)['vocab_size'], info.model.llama.vocab_size
     found = [(k, _first_rows(t, rows, own, file) if k in VOCAB_KEYS else t) for k, t in found]
     notes.append(f'left out the rows of the vocabulary from {own} on, which an export added')
+  names = {k for k, _ in found}
   if info.model.llama.tie_embeddings:
     found = _without_tied_head(found, file, notes)
+  elif HEAD not in names and EMBEDDING in names:
+    raise ConversionError(
+      f'{dict(found)[EMBEDDING].origin}: holds no {HEAD}, but {file} does not say that the head is the embedding; if it is, set '
+      'tie_word_embeddings to true there'
+    )
   if info.model.predictor is not None and info.model.predictor.instruct:
     notes.append('the instruction predictor is kept for the way back; it is not run here, so no prompt text is dropped')
+  if request.add_predictors or request.projector == NEW:
+    _check_widths(info.model, found)
+  if request.projector == NEW:
+    params = init_projector(info.model, jax.random.key(request.seed))
+    fresh = _fresh(params, projector_rules(info.model), _dtype(found), request.seed)
+    found += fresh
+    notes.append(f'added {len(fresh)} tensors of an untrained projector (seed {request.seed})')
   if request.add_predictors:
     info, fresh = _add_predictors(request, info, found)
     found += fresh
     notes.append(f'added {len(fresh)} tensors of untrained predictors (seed {request.seed})')
   tokenizer, assets = _carried(directories, tower_dir)
-  name = layout.value + (f', merged into {_base_directory(request)}' if partial else '')
+  check_tokenizer(tokenizer, directories[-1], file, text_config(file, layout, config)['vocab_size'])
+  name = kind + (f', merged into {base_directory(request)}' if partial else '')
   return Source(name, info, found, tokenizer, assets, notes)
+
+
+def _check_widths(model: ModelConfig, found: list[tuple[str, Tensor]]) -> None:
+  """ConversionError if a config's widths are not those of the tensors, before anything of that size is made."""
+  tensors = dict(found)
+  for key, width in {'model.norm.weight': model.llama.hidden_size, f'{TOWER}pre_layrnorm.weight': model.vision.hidden_size}.items():
+    if key in tensors and (tensor := tensors[key]).shape != (width,):
+      raise ConversionError(f'{tensor.origin}: {tensor.key} has shape {tensor.shape}, the config asks for {(width,)}')
 
 
 def _first_rows(tensor: Tensor, rows: int, count: int, file: pathlib.Path) -> Tensor:
@@ -147,7 +142,10 @@ def _first_rows(tensor: Tensor, rows: int, count: int, file: pathlib.Path) -> Te
 def _without_tied_head(found: list[tuple[str, Tensor]], file: pathlib.Path, notes: list[str]) -> list[tuple[str, Tensor]]:
   """Leaves out a head that is stored although it is tied to the embedding; ConversionError if the two differ."""
   tensors = dict(found)
-  if HEAD not in tensors or EMBEDDING not in tensors:
+  if HEAD in tensors and EMBEDDING not in tensors:  # transformers ties the two either way round
+    notes.append(f'took {tensors[HEAD].key} as the embedding, to which it is tied')
+    return [(EMBEDDING if k == HEAD else k, t) for k, t in found]
+  if HEAD not in tensors:
     return found
   if not np.array_equal(tensors[HEAD].load(), tensors[EMBEDDING].load()):
     raise ConversionError(
@@ -158,76 +156,21 @@ def _without_tied_head(found: list[tuple[str, Tensor]], file: pathlib.Path, note
   return [(k, t) for k, t in found if k != HEAD]
 
 
-def _named(layout: Layout, tensors: list[Tensor], notes: list[str]) -> list[tuple[str, Tensor]]:
-  named = [(canonical(layout, t.key), t) for t in tensors]
-  skipped = sum(k is None for k, _ in named)
-  if skipped:
-    notes.append(f'passed over {skipped} tensors that are computed or not part of LLaVA (rotary frequencies, ids, CLIP text side)')
-  return [(k, t) for k, t in named if k is not None]
-
-
-def _base_directory(request: Request) -> pathlib.Path:
-  file = request.src / ADAPTER_CONFIG
-  named = request.base or (read_json(file).get('base_model_name_or_path') if file.exists() else None)
-  if named and pathlib.Path(str(named)).is_dir():
-    return pathlib.Path(str(named))
-  raise ConversionError(
-    f'{request.src}: an adapter or projector alone; give the directory of the model it belongs to with --base'
-    + (f' ({named} is not here)' if named else '')
-  )
-
-
-def _on_base(
-  request: Request, layout: Layout, config: dict[str, Any], notes: list[str]
-) -> tuple[list[tuple[str, Tensor]], dict[str, Any]]:
-  """The base's tensors with the adapter and the separately trained weights of `src` put in, and the config of the whole."""
-  base = _base_directory(request)
-  base_layout, base_config = detect(base)
-  if base_layout not in (Layout.LLAMA, Layout.LLAVA, Layout.DYNAMIC_LLAVA):
-    raise ConversionError(f'{base}: {base_layout.value}; expected a LLaMA or LLaVA checkpoint as --base')
-  found = by_name(_named(base_layout, directory_tensors(base), notes))
-  if layout is Layout.LORA:
-    found = merge(request.src, found, notes)
-  elif not request.projector:
-    trained = _projector_tensors(request.src / PROJECTOR_FILE)
-    found |= trained
-    notes.append(f'took {len(trained)} tensors from {request.src / PROJECTOR_FILE}')
-  return list(found.items()), base_config | config
-
-
-def _projector_tensors(path: pathlib.Path) -> dict[str, Tensor]:
-  if not path.exists():
-    raise ConversionError(f'{path}: missing; expected a projector file ({PROJECTOR_FILE})')
-  named = by_name((re.sub(r'.*mm_projector\.', PROJECTOR, t.key), t) for t in file_tensors(path))
-  strange = [t.key for k, t in named.items() if not k.startswith(PROJECTOR)]
-  if strange or not named:
-    raise ConversionError(f'{path}: holds {strange[0] if strange else "nothing"}; expected only the tensors of a projector')
-  return named
-
-
 def _with_projector(
   request: Request, found: list[tuple[str, Tensor]], config: dict[str, Any], notes: list[str]
 ) -> tuple[list[tuple[str, Tensor]], dict[str, Any]]:
-  """Puts in the projector of `--projector` in place of any that is there."""
+  """Puts in the projector of `--projector` in place of any that is there; a new one follows when its sizes are known."""
   rest = [(k, t) for k, t in found if not k.startswith(PROJECTOR)]
   if request.projector == NEW:
     kind = config.get('mm_projector_type', 'mlp2x_gelu')
     if request.vision is None:
       raise ConversionError(f'--projector={NEW} needs --vision, whose width it starts from')
-    vision = _tower_config(request.vision)
-    model = ModelConfig(vision=vision, projector=kind, llama=_llama_of(request, config))
-    fresh = _fresh(init_projector(model, jax.random.key(request.seed)), projector_rules(model), _dtype(found), request.seed)
-    notes.append(f'added {len(fresh)} tensors of an untrained projector (seed {request.seed})')
-    return rest + fresh, config | {'mm_projector_type': kind}
-  trained = _projector_tensors(pathlib.Path(request.projector))
+    return rest, config | {'mm_projector_type': kind}
+  trained = projector_tensors(pathlib.Path(request.projector))
   depth = sum(k.endswith('.weight') for k in trained)
   linear = f'{PROJECTOR}weight' in trained
   notes.append(f'took {len(trained)} tensors from {request.projector}')
   return [*rest, *trained.items()], config | {'mm_projector_type': 'linear' if linear else f'mlp{depth}x_gelu'}
-
-
-def _llama_of(request: Request, config: dict[str, Any]):
-  return model_info(request.src / 'config.json', Layout.LLAMA, config, VisionConfig()).model.llama
 
 
 def _tower(
@@ -294,15 +237,16 @@ def _fresh(params: dict[str, Any], rules, dtype: np.dtype, seed: int) -> list[tu
 
 
 def _carried(directories: list[pathlib.Path], tower: pathlib.Path | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
-  """(the tokenizer's files, other files to carry along); later directories win."""
+  """(the files of the last tokenizer, other files to carry along); later directories win."""
   tokenizer, assets = {}, {}
   for directory in directories:
     assets |= _read_present(directory, CARRIED)
-    tokenizer |= _read_present(directory, TOKENIZER_FILES)
+    own = _read_present(directory, TOKENIZER_FILES)
+    tokenizer = own if has_vocabulary(own) or not tokenizer else tokenizer  # not files of two tokenizers
   if tower is not None:
     assets |= {f'vision/{n}': content for n, content in _read_present(tower, TOWER_CARRIED).items()}
   return tokenizer, assets
 
 
 def _read_present(directory: pathlib.Path, names: tuple[str, ...]) -> dict[str, bytes]:
-  return {n: (directory / n).read_bytes() for n in names if (directory / n).is_file()}
+  return {n: read_small(directory / n) for n in names if (directory / n).exists()}

@@ -125,36 +125,41 @@ def test_truncated_case_file(tmp_path):
     load_case(tmp_path / 'case.npz')
 
 
-def test_duplicate_key_across_shards(source):
-  weights = load_file(source / 'model.safetensors')
-  save_file({'model.norm.weight': weights['model.norm.weight']}, source / 'extra.safetensors')
-  index = {'weight_map': dict.fromkeys(weights, 'model.safetensors') | {'model.norm.weight': 'extra.safetensors'}}
-  (source / 'model.safetensors.index.json').write_text(json.dumps(index))
+@pytest.fixture
+def shards(source):
+  """The same checkpoint with its one file named as a shard."""
+  (source / 'model.safetensors').rename(source / 'model-00001-of-00001.safetensors')
+  return source
+
+
+def test_duplicate_key_across_shards(shards):
+  weights = load_file(shards / 'model-00001-of-00001.safetensors')
+  save_file({'model.norm.weight': weights['model.norm.weight']}, shards / 'extra.safetensors')
+  index = {'weight_map': dict.fromkeys(weights, 'model-00001-of-00001.safetensors') | {'model.norm.weight': 'extra.safetensors'}}
+  (shards / 'model.safetensors.index.json').write_text(json.dumps(index))
   with pytest.raises(
     ConversionError,
-    match=r'! model.norm.weight: fills llama/norm/scale a second time \(.*model.safetensors, after .*extra.safetensors',
+    match=r'! model.norm.weight: fills llama/norm/scale a second time \(.*model-00001\S+safetensors, after .*extra.safetensors',
   ):
-    plan(source)
+    plan(shards)
 
 
-def test_index_that_names_an_absent_shard(source):
-  index = {'weight_map': {'model.norm.weight': 'model-00009-of-00009.safetensors'}}
-  (source / 'model.safetensors.index.json').write_text(json.dumps(index))
-  with pytest.raises(ConversionError, match='names model-00009-of-00009.safetensors'):
-    plan(source)
-
-
-def test_index_that_places_a_key_in_the_wrong_shard(source):
-  index = {'weight_map': {'model.norm.weight': 'model.safetensors', 'model.other.weight': 'model.safetensors'}}
-  (source / 'model.safetensors.index.json').write_text(json.dumps(index))
-  with pytest.raises(ConversionError, match='places model.other.weight in model.safetensors, which does not hold it'):
-    plan(source)
-
-
-def test_index_whose_map_names_no_files(source):
-  (source / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': {'model.norm.weight': 3}}))
-  with pytest.raises(ConversionError, match='index.json: has no weight_map from keys to file names'):
-    plan(source)
+@pytest.mark.parametrize(
+  'placed, message',
+  [
+    ({'model.norm.weight': 'model-00009-of-00009.safetensors'}, 'names model-00009-of-00009.safetensors, which is not in'),
+    (
+      {'model.norm.weight': 'model-00001-of-00001.safetensors', 'model.other.weight': 'model-00001-of-00001.safetensors'},
+      'places model.other.weight in model-00001-of-00001.safetensors, which does not hold it',
+    ),
+    ({'model.norm.weight': 3}, 'index.json: has no weight_map from keys to file names'),
+    ({'model.norm.weight': '../clip/model.safetensors'}, "names '../clip/model.safetensors'; expected names of files beside it"),
+  ],
+)
+def test_index_that_does_not_fit_the_shards(shards, placed, message):
+  (shards / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': placed}))
+  with pytest.raises(ConversionError, match=message):
+    plan(shards)
 
 
 def test_pointer_that_git_lfs_left(source):

@@ -108,9 +108,9 @@ def test_destination_that_exists(source, out):
   convert(Request(src=source), out)
   with pytest.raises(ConversionError, match='exists and is not empty; choose another --dst, or replace it with --overwrite'):
     convert(Request(src=source), out)
-  (out / 'old').touch()
+  (out / 'tokenizer.model').touch()  # of an earlier source
   convert(Request(src=source), out, overwrite=True)
-  assert not (out / 'old').exists() and checkpoint.load_params(out) and not out.with_name('.out.old').exists()
+  assert not (out / 'tokenizer.model').exists() and checkpoint.load_params(out) and not out.with_name('.out.old').exists()
   with pytest.raises(ConversionError, match='is, holds or lies in the source'):
     convert(Request(src=source), source.parent, overwrite=True)
 
@@ -122,26 +122,45 @@ def test_what_may_not_be_overwritten(source, out):
 
 
 @pytest.mark.parametrize(
-  'files, replaceable',
+  'files, reason',
   [
-    (['photos/1.jpg'], False),
-    (['config.json'], False),
-    (['model.json'], False),
-    (['config.json', 'metrics.jsonl', 'model.safetensors'], False),  # a training run
-    (['config.json', 'checkpoints/model.json'], False),
-    (['config.json', 'model.safetensors'], True),
-    (['model.json', '7/params/x'], True),
+    (['photos/1.jpg'], 'is no checkpoint'),
+    (['config.json'], 'is no checkpoint'),
+    (['model.json'], 'is no checkpoint'),
+    (['config.json', 'metrics.jsonl', 'model.safetensors'], 'it holds metrics.jsonl'),  # a training run
+    (['config.json', 'checkpoints/model.json'], 'it holds checkpoints'),
+    (['model.json', '500/params/x', '500/optimizer/x'], 'holds 500, of a training run'),  # its checkpoints
+    (['model.json', '7/params/x'], 'holds 7, of a training run'),
+    (['model.json', 'conversion.json', '0/params/x', '0/optimizer/x'], 'holds 0/optimizer, of a training run'),
+    (['model.json', 'conversion.json', '0/params/x', '500/params/x'], 'holds 500, of a training run'),
+    (['model.json', 'conversion.json', '0/params/x', 'checkpoints/model.json'], 'it holds checkpoints'),  # a run started in it
+    (['model.json', 'conversion.json', '0/params/x', 'notes.txt'], 'it holds notes.txt'),
+    (['config.json', 'model.safetensors', 'trainer_state.json'], 'it holds trainer_state.json'),  # a run of PyTorch's
+    (['config.json', 'model.safetensors', 'checkpoint-500/model.safetensors'], 'it holds checkpoint-500'),
+    (['config.json', 'model.safetensors', 'clip/config.json', 'clip/mine.txt'], 'it holds clip/mine.txt'),
+    (['config.json', 'model.safetensors', 'clip/config.json'], None),
+    (['config.json', 'model-00001-of-00002.safetensors', 'model.safetensors.index.json', 'tokenizer.model'], None),
+    (['model.json', 'conversion.json', 'assets/vision/config.json', '0/params/x', '0/integrity.json'], None),
   ],
 )
-def test_only_checkpoints_are_overwritten(tmp_path, files, replaceable):
+def test_only_conversions_and_exports_are_overwritten(tmp_path, files, reason):
   for name in files:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
-  if replaceable:
+  if reason is None:
     check_destination(tmp_path, True)
     return
-  with pytest.raises(ConversionError, match='is no checkpoint, and --overwrite replaces only those'):
+  with pytest.raises(ConversionError, match=f'{reason}.*and --overwrite replaces only those'):
     check_destination(tmp_path, True)
+
+
+@pytest.mark.parametrize('name', ['.out.old', '.out.partial'])
+def test_only_leftovers_of_a_conversion_are_removed(source, out, name):
+  """Someone else's directory that has such a name stays."""
+  (out.with_name(name) / 'photos').mkdir(parents=True)
+  with pytest.raises(ConversionError, match=r'is not what an interrupted conversion leaves \(it holds photos\); move it away'):
+    convert(Request(src=source), out)
+  assert (out.with_name(name) / 'photos').exists() and not out.exists()
 
 
 def test_checkpoint_set_aside_by_a_killed_overwrite_comes_back(source, out):

@@ -239,13 +239,15 @@ def test_adapters_of_another_base(lora, vicuna, setting, message):
 
 def test_tensors_that_are_there_twice(lora, vicuna):
   save_file({'model.norm.weight': LLAMA['model.norm.weight']}, vicuna / 'extra.safetensors')
-  index = {'weight_map': dict.fromkeys(LLAMA, 'model.safetensors') | {'model.norm.weight': 'extra.safetensors'}}
+  (vicuna / 'model.safetensors').rename(vicuna / 'model-1.safetensors')
+  index = {'weight_map': dict.fromkeys(LLAMA, 'model-1.safetensors') | {'model.norm.weight': 'extra.safetensors'}}
   (vicuna / 'model.safetensors.index.json').write_text(json.dumps(index))
   with pytest.raises(
-    ConversionError, match=r'model.safetensors: model.norm.weight is there a second time \(after .*extra.safetensors'
+    ConversionError, match=r'model-1.safetensors: model.norm.weight is there a second time \(after .*extra.safetensors'
   ):
     open_source(Request(src=lora[0], base=vicuna))
   (vicuna / 'model.safetensors.index.json').unlink()
+  (vicuna / 'model-1.safetensors').rename(vicuna / 'model.safetensors')
   pair = f'{next(iter(lora[1])).removesuffix(".weight")}'
   save_file(lora[1] | {f'{pair}.default.weight': lora[1][f'{pair}.weight']}, lora[0] / 'adapter_model.safetensors')
   with pytest.raises(ConversionError, match=r'adapter_model.safetensors: \S+ is there a second time'):
