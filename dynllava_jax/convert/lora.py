@@ -37,7 +37,7 @@ def merge(directory: pathlib.Path, base: dict[str, Tensor], layout: Layout, tied
   file = next((directory / n for n in ADAPTERS if (directory / n).exists()), None)
   if file is None:
     raise ConversionError(f'{directory}: has {ADAPTER_CONFIG} but none of {", ".join(ADAPTERS)}')
-  pairs, trained = _split(file, base, layout)
+  pairs, trained = _split(adapter, file, base, layout)
   beside = directory / TRAINED_WHOLE
   more = by_name((k, t) for t in _tensors(beside) if (k := canonical(Layout.LORA, t.key)) is not None) if beside.exists() else {}
   for key in trained.keys() & more.keys():
@@ -77,7 +77,9 @@ def _tensors(file: pathlib.Path) -> list[Tensor]:
   return tensors
 
 
-def _split(file: pathlib.Path, base: dict[str, Tensor], layout: Layout) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+def _split(
+  adapter: Adapter, file: pathlib.Path, base: dict[str, Tensor], layout: Layout
+) -> tuple[dict[str, Pair], dict[str, Tensor]]:
   """(the two matrices of each weight by its name, tensors that are there whole by theirs) of an adapter file."""
   pairs: dict[str, Pair] = {}
   whole, bare = [], set()
@@ -103,8 +105,12 @@ def _split(file: pathlib.Path, base: dict[str, Tensor], layout: Layout) -> tuple
     if found.group(2) in pair:
       raise ConversionError(f'{file}: {tensor.key} is there a second time (after {pair[found.group(2)].key})')
     pair[found.group(2)] = tensor
-  if both := sorted(pairs.keys() & bare):
-    raise ConversionError(f'{file}: holds {both[0]} whole and as a LoRA pair; PEFT reads a whole one only as base_layer.weight')
+  for key in sorted(bare):
+    if key in pairs or (adapter.targets is not None and adapter.targeted(n.rpartition('.')[0] for n in spellings(layout, key))):
+      raise ConversionError(
+        f'{file}: holds {key} whole, but {adapter.file} targets its module, so that PEFT would pass it over; if it was trained, its '
+        'name must end in base_layer.' + key.rpartition('.')[2]
+      )
   return pairs, by_name(whole)
 
 
