@@ -124,7 +124,7 @@ def train(topology: str, mesh_shape: tuple[int, int, int], model: ModelConfig, b
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = Mesh(np.array(devices).reshape(mesh_shape), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
   stages = DYNAMIC if model.predictor else DENSE
-  cfg = TrainConfig(model=model, stages=stages, batch_size=batch, steps=1000, dtype='bfloat16', remat=True, frozen=frozen)
+  cfg = TrainConfig(model=model, stages=stages, batch_size=batch, steps=1000, dtype='bfloat16', remat='block', frozen=frozen)
   optimizer = make_optimizer(OptimizerConfig(), cfg.steps)
   with sharding.on_mesh(mesh):
     step = make_train_step(cfg, optimizer, mesh)

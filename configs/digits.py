@@ -42,7 +42,7 @@ def base() -> dict:
     seed=0,
     init_from='',
     frozen=(),
-    remat=False,
+    remat='none',
     **HARDWARE,
   )
 
@@ -69,7 +69,7 @@ def dynamic() -> dict:
     log_every=10,
     save_every=100,
     seed=1,
-    remat=False,
+    remat='none',
     **HARDWARE,
   )
 

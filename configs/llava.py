@@ -22,7 +22,7 @@ from dynllava_jax.config import to_dict
 COMMON = dict(
   mesh=dict(data=1, fsdp=-1, tensor=1),
   dtype='bfloat16',
-  remat=True,
+  remat='block',
   log_every=10,
   save_every=500,
   seed=0,

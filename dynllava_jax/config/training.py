@@ -6,6 +6,10 @@ from dynllava_jax.config.model import ModelConfig
 from dynllava_jax.config.parsing import Path, require, require_positive, require_seed
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages
 
+FLOATS = ('float32', 'bfloat16')
+OPTIMIZERS = ('adamw', 'adafactor')
+REMAT = ('none', 'block', 'dots', 'offload')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -64,16 +68,32 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW, cosine with linear warm-up, one peak learning rate per parameter group."""
+  """Cosine with linear warm-up, one peak learning rate per parameter group.
 
+  Attributes:
+    name: 'adamw', or 'adafactor' (arXiv 1804.04235; rows and columns of second moments, no first ones: almost no memory).
+    learning_rate: peak for everything but the predictors; predictor_learning_rate: theirs.
+    warmup_share: of the steps.
+    weight_decay: per step and learning rate; norms and biases have none.
+    decay_embeddings: whether token, class and position embeddings have.
+    b2: decay of AdamW's second moments.
+    clip_norm: of the gradients of all groups together.
+    moment_dtype: what moments are stored as. bfloat16 halves them; they are rounded up or down at random.
+  """
+
+  name: str = 'adamw'
   learning_rate: float = 5e-6
   predictor_learning_rate: float = 2e-4
   warmup_share: float = 0.03
   weight_decay: float = 0.0
+  decay_embeddings: bool = True
   b2: float = 0.999
   clip_norm: float = 1.0
+  moment_dtype: str = 'float32'
 
   def __post_init__(self):
+    require(self.name in OPTIMIZERS, f'optimizer.name is {self.name!r}, expected one of {", ".join(OPTIMIZERS)}')
+    require(self.moment_dtype in FLOATS, f'optimizer.moment_dtype is {self.moment_dtype!r}, expected float32 or bfloat16')
     require(0 < self.b2 < 1, f'optimizer.b2 is {self.b2}, expected a number in (0, 1)')
     require_positive(self, 'optimizer: ', 'clip_norm')
     require(0 <= self.warmup_share < 1, f'optimizer.warmup_share is {self.warmup_share}, expected [0, 1)')
@@ -114,7 +134,17 @@ class SparsityConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """One training run."""
+  """One training run.
+
+  Attributes:
+    init_from: checkpoint directory to start from; '' initialises at random.
+    frozen: top-level parameter groups that are not trained.
+    accumulate: parts in which each device computes its rows, one after the other: the same update, less memory.
+    dtype: of the computation.
+    param_dtype: of what is trained. bfloat16 halves it; updates are then rounded up or down at random, so that small ones count.
+    remat: what decoder layers keep for the way back: 'none' of it is computed again, 'block' keeps their input alone, 'dots' also
+      matrix products with weights, 'offload' these in the host's memory.
+  """
 
   model: ModelConfig
   stages: tuple[Stage, ...] = DENSE
@@ -123,14 +153,15 @@ class TrainConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   sparsity: SparsityConfig = SparsityConfig()
   mesh: MeshConfig = MeshConfig()
-  init_from: Path = ''  # checkpoint directory to start from; '' initialises at random
-  frozen: tuple[str, ...] = ()  # top-level parameter groups that are not trained
+  init_from: Path = ''
+  frozen: tuple[str, ...] = ()
   batch_size: int = 64
-  accumulate: int = 1  # parts in which each device computes its rows, one after the other: same update, less memory
+  accumulate: int = 1
   steps: int = 1000
   seed: int = 0
   dtype: str = 'float32'
-  remat: bool = False
+  param_dtype: str = 'float32'
+  remat: str = 'none'
   log_every: int = 20
   save_every: int = 500
 
@@ -146,7 +177,9 @@ class TrainConfig:
         stage.selector != 'dynamic' or stage.image_keep_rate == self.sparsity.image_keep_rate,
         f'sparsity.image_keep_rate is {self.sparsity.image_keep_rate}, but the dynamic stage keeps {stage.image_keep_rate}',
       )
-    require(self.dtype in ('float32', 'bfloat16'), f'dtype {self.dtype!r}: expected float32 or bfloat16')
+    for name in ('dtype', 'param_dtype'):
+      require(getattr(self, name) in FLOATS, f'{name} {getattr(self, name)!r}: expected float32 or bfloat16')
+    require(self.remat in REMAT, f'remat {self.remat!r}: expected one of {", ".join(REMAT)}')
     groups = ('vision', 'vision_tail', 'projector', 'llama', 'image_predictor', 'text_predictor')
     for group in self.frozen:
       require(group in groups, f'frozen: {group!r} is no parameter group; expected some of {", ".join(groups)}')

@@ -101,7 +101,7 @@ class DynLlava(nn.Module):
   cfg: ModelConfig
   stages: tuple[Stage, ...] = DENSE
   dtype: Dtype = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
   reducer: Piece | None = None
 
   def setup(self):

@@ -59,10 +59,18 @@ def gelu(x: jax.Array) -> jax.Array:
   return jax.nn.gelu(x, approximate=False)
 
 
-def scan_layers(block: type[nn.Module], length: int, in_axes, remat: bool = False) -> type[nn.Module]:
+# What of a block is kept for the way back, by `TrainConfig.remat`; the rest is computed again.
+REMAT = {
+  'block': None,  # its input alone
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'offload': jax.checkpoint_policies.offload_dot_with_no_batch_dims('device', 'pinned_host'),
+}
+
+
+def scan_layers(block: type[nn.Module], length: int, in_axes, remat: str = 'none') -> type[nn.Module]:
   """`block` repeated `length` times over stacked parameters [length, ...]."""
-  if remat:
-    block = nn.remat(block, prevent_cse=False)
+  if remat != 'none':
+    block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
   return nn.scan(
     block,
     variable_axes={'params': 0},

@@ -189,7 +189,7 @@ class Llama(nn.Module):
   cfg: LlamaConfig
   stages: tuple[Stage, ...]
   dtype: Dtype
-  remat: bool = False
+  remat: str = 'none'
 
   def setup(self):
     cfg = self.cfg

@@ -200,8 +200,8 @@ def initial_state(
   draw = lambda: {k: v for k, v in sharding.unboxed(init_params(cfg.model, jax.random.key(cfg.seed))).items() if k in boxed}
   fresh = jax.jit(draw, out_shardings=sharding.shardings(boxed, mesh))()
   trained, frozen = split_frozen(cut_params(loaded | fresh, cfg.stages), cfg.frozen)
-  # Converted checkpoints are often bfloat16, in which the small steps of fine-tuning round to nothing.
-  trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+  # Converted checkpoints are often bfloat16, in which the small steps of fine-tuning round to nothing unless rounded at random.
+  trained = jax.tree.map(lambda x: x.astype(cfg.param_dtype), trained)
   opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trained)
   return State(jax.device_put(jnp.int32(0), places.step), trained, opt_state), frozen
 
@@ -212,7 +212,10 @@ def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   if not file.exists():
     return
   try:
-    started = from_config_dict(TrainConfig, json.loads(file.read_text()))  # settings that it does not know have their defaults
+    written = json.loads(file.read_text())  # settings that it does not know have their defaults
+    if isinstance(written, dict):
+      written = {k: v for k, v in written.items() if k not in MAY_CHANGE}
+    started = from_config_dict(TrainConfig, written)
   except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as e:
     raise ConfigError(
       f'{file}: not the settings of a run ({e}); put them back, or remove the file if you are sure of yours'

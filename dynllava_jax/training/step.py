@@ -1,6 +1,7 @@
 """The training step: state, optimiser, schedules and the one jitted function."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,8 +16,11 @@ from dynllava_jax.losses import count, training_losses
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.ops.images import normalize
+from dynllava_jax.training.precision import in_float32, moments_in, store
 
 PREDICTORS = ('image_predictor', 'text_predictor')
+EMBEDDINGS = ('embedding', 'class_embedding', 'position_embedding')
+ROUNDING = 2**31  # what the key of parameters' rounding is made with
 NEVER_TRAINED = ('vision_tail', 'instruct_predictor')
 
 
@@ -42,16 +46,37 @@ def schedule(peak: float, steps: int, cfg: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """AdamW with one learning rate for the predictors and one for everything else, gradients clipped together."""
+  """One learning rate for the predictors and one for everything else, gradients clipped together, all of it in float32."""
+  decayed = functools.partial(decays, embeddings=cfg.decay_embeddings) if cfg.weight_decay else None
 
-  def adamw(peak):
-    return optax.adamw(schedule(peak, steps, cfg), b2=cfg.b2, weight_decay=cfg.weight_decay)
+  def rule(peak):
+    if cfg.name == 'adamw':
+      return optax.adamw(schedule(peak, steps, cfg), b2=cfg.b2, weight_decay=cfg.weight_decay, mask=decayed)
+    return optax.chain(
+      optax.scale_by_factored_rms(),
+      optax.clip_by_block_rms(1.0),
+      optax.add_decayed_weights(cfg.weight_decay, decayed),
+      optax.scale_by_learning_rate(schedule(peak, steps, cfg)),
+    )
 
   def label(params):
     return {group: 'predictor' if group in PREDICTORS else 'model' for group in params}
 
-  groups = {'model': adamw(cfg.learning_rate), 'predictor': adamw(cfg.predictor_learning_rate)}
-  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), optax.multi_transform(groups, label))
+  groups = {'model': rule(cfg.learning_rate), 'predictor': rule(cfg.predictor_learning_rate)}
+  optimizer = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), optax.multi_transform(groups, label))
+  if cfg.moment_dtype != 'float32':
+    optimizer = moments_in(jnp.dtype(cfg.moment_dtype), optimizer)
+  return in_float32(optimizer)
+
+
+def decays(params: Any, embeddings: bool) -> Any:
+  """Which parameters weight decay is for, as a tree of bools: all but norms and biases, and `embeddings` if they are to be."""
+
+  def decayed(path, _):
+    name = path[-1].key
+    return not (name == 'scale' or name.endswith('bias') or (name in EMBEDDINGS and not embeddings))
+
+  return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def split_frozen(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -67,11 +92,15 @@ def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
   whole = sharding.replicated(mesh)
   by_path = dict(jax.tree_util.tree_leaves_with_path(params))
 
-  def like_its_parameter(path, leaf):
-    # A moment's path ends in its parameter's path; counters match none.
-    return next((by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path), whole)
+  shapes = sharding.unboxed(boxed)
+  shape_of = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
 
-  opt_state = jax.eval_shape(optimizer.init, sharding.unboxed(boxed))
+  def like_its_parameter(path, leaf):
+    # A moment's path ends in its parameter's path; counters match none, sums of rows and columns have another shape.
+    own = next((path[i:] for i in range(len(path)) if path[i:] in by_path), None)
+    return by_path[own] if shape_of.get(own) == leaf.shape else whole
+
+  opt_state = jax.eval_shape(optimizer.init, shapes)
   return State(whole, params, jax.tree_util.tree_map_with_path(like_its_parameter, opt_state))
 
 
@@ -161,7 +190,8 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
         'text_keep': losses.text_keep,
         'tau': tau,
       }
-    return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, state.params, updates)
+    return State(state.step + 1, store(jax.random.fold_in(key, ROUNDING), moved, state.params), opt_state), metrics
 
   frozen_boxed = split_frozen(cut_abstract(cfg), cfg.frozen)[1]
   return jax.jit(

@@ -44,7 +44,7 @@ def test_a_prepared_data_set_trains_from_the_command_line(tmp_path):
     f'--config.data.path={tmp_path / "out"}',
     '--config.data.images_only=False',
     '--config.dtype=float32',
-    '--config.remat=False',
+    '--config.remat=none',
   ]
   overrides += ['--config.batch_size=8', '--config.steps=2', '--config.log_every=1', '--config.stages[1].image_keep_rate=0.5']
   overrides += ['--config.sparsity.image_keep_rate=0.5', '--config.sparsity.min_answer_len=3']
