@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import pathlib
+import stat
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -34,6 +35,33 @@ def write_atomically(path: Given, content: bytes) -> None:
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   temporary.write_bytes(content)
   os.replace(temporary, path)
+
+
+def read_regular(path: pathlib.Path, at_most: int) -> bytes:
+  """The content of a small file.
+
+  Raises:
+    OSError: says why; also for what may never end (a pipe, a device) and for more than `at_most` bytes, before anything is read.
+  """
+  with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe waits for its writer
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode):
+      raise OSError(errno.EINVAL, 'it is no regular file', str(path))
+    if found.st_size > at_most:
+      raise OSError(errno.EFBIG, f'it has {found.st_size:,} bytes, at most {at_most:,} are read', str(path))
+    return file.read()
+
+
+def below(root: pathlib.Path, name: str) -> pathlib.Path:
+  """The place of a file that some other file names, relative to a folder.
+
+  Raises:
+    ValueError: says why: it lies outside of `root`, by `..`, as an absolute path or through a link; or it is no path at all.
+  """
+  path = root / name
+  if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), '')):
+    raise ValueError(f'it lies outside of {root}')
+  return path
 
 
 def write_array(path: pathlib.Path, value: np.ndarray, offset: int = 0) -> None:

@@ -29,6 +29,7 @@ class DataConfig:
     images_only: leave samples without image out.
     image_aspect: 'pad' (LLaVA-1.5) or 'square', see `data.images.preprocess`.
     rotate_images: turn pictures as their EXIF orientation says; LLaVA does not.
+    allow_outside: paths of image files may lead out of `images`: by `..`, as absolute paths, through links.
     shuffle: a new permutation every epoch; off where the source's order is a curriculum.
     workers: grain worker processes; 0 reads in threads.
   """
@@ -46,6 +47,7 @@ class DataConfig:
   images_only: bool = False
   image_aspect: str = 'pad'
   rotate_images: bool = False
+  allow_outside: bool = False
   shuffle: bool = True
   workers: int = 0
 

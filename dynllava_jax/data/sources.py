@@ -58,7 +58,7 @@ def training_source(data: DataConfig, seed: int) -> Source:
   """Random-access source of training conversations; ConfigError for an unknown name or a missing folder."""
   _check(data)
   if data.source == PREPARED:
-    return Store(data.path, data.images, data.rotate_images)
+    return Store(data.path, data.images, data.rotate_images, data.allow_outside)
   return digits.TrainingScenes('train', seed, MIXES[data.source])
 
 

@@ -1,13 +1,13 @@
 """Prepared data on disk: ArrayRecord shards that TFDS reads, without TensorFlow.
 
 DIR/dataset_info.json, features.json    written last: without them the store is not finished
+DIR/prepared.json                       settings, and a digest of every file, see `integrity`
 DIR/llava-train.array_record-00003-of-00120
 DIR/sources.json                        name, weight and number of samples of each source, in the order of the records
 DIR/index-<key>.npz                     lengths for one tokenizer and template, see `index`
 """
 
 import dataclasses
-import json
 import pathlib
 import threading
 from typing import Any, SupportsIndex
@@ -16,12 +16,12 @@ import numpy as np
 
 from dynllava_jax.config import ConfigError
 from dynllava_jax.data.images import decode
+from dynllava_jax.data.integrity import INFO_FILE, REMEDY, open_folder
 from dynllava_jax.data.order import Part
 from dynllava_jax.data.records import Record, read_image
-from dynllava_jax.data.samples import Sample
+from dynllava_jax.data.samples import DataError, Sample
+from dynllava_jax.display import printable
 
-NAME, SPLIT = 'llava', 'train'
-SOURCES_FILE, INFO_FILE = 'sources.json', 'dataset_info.json'
 
 
 def features() -> Any:
@@ -48,62 +48,83 @@ def to_example(record: Record, image: bytes) -> dict[str, Any]:
 class Store:
   """Random-access source of `Sample`s from a prepared folder; picklable, safe to read from threads and many processes."""
 
-  def __init__(self, path: str, images: str = '', rotate: bool = False):
+  def __init__(self, path: str, images: str = '', rotate: bool = False, allow_outside: bool = False):
     """Args:
 
       path: the prepared folder.
       images: where the image files lie, if the store holds paths.
       rotate: see `images.decode`.
+      allow_outside: image paths may lead out of `images`, see `records.read_image`.
 
     Raises:
-      ConfigError: there is no finished store.
+      ConfigError: there is no finished store, or a file of it is damaged.
     """
     folder = pathlib.Path(path)
     if not (folder / INFO_FILE).exists():
       hint = 'prepare it first, or start an interrupted preparation again: python -m dynllava_jax.data.prepare'
       raise ConfigError(f'config.data.path: {path or "(empty)"} is no finished data set, {INFO_FILE} is missing; {hint}')
-    self.folder, self.images, self._rotate = folder, pathlib.Path(images), rotate
-    self._lock, self._opened = threading.Lock(), None
-    if (folder / SOURCES_FILE).exists():
-      self.sources = json.loads((folder / SOURCES_FILE).read_text())
-    else:  # written by TFDS itself, see `tfds_builder`
-      self.sources = [{'name': NAME, 'weight': 1.0, 'samples': len(self._reader())}]
+    self.folder, self.images, self._rotate, self._allow_outside = folder, pathlib.Path(images), rotate, allow_outside
+    self.opened = open_folder(folder)
+    self._ends = np.cumsum(self.opened.lengths)
+    self._lock, self._readers, self._features = threading.Lock(), {}, None
 
   def __len__(self) -> int:
-    return sum(s['samples'] for s in self.sources)
+    return int(self._ends[-1])
 
   @property
   def parts(self) -> tuple[Part, ...]:
     """One part per source, with its weight."""
-    ends = np.cumsum([s['samples'] for s in self.sources]).tolist()
-    return tuple(Part(end - s['samples'], end, s['weight']) for s, end in zip(self.sources, ends))
+    ends = np.cumsum([s['samples'] for s in self.opened.sources]).tolist()
+    return tuple(Part(end - s['samples'], end, s['weight']) for s, end in zip(self.opened.sources, ends))
 
   def record(self, index: SupportsIndex) -> tuple[Record, bytes]:
-    """(record, image bytes or b''), nothing decoded."""
-    example = self._reader()[int(index)]
-    turns = zip(example['conversations']['from'], example['conversations']['value'])
-    conversations = tuple({'from': who.decode(), 'value': text.decode()} for who, text in turns)
-    names = (example[key].decode() for key in ('id', 'source', 'image_path'))
-    return Record(*names, conversations), example['image']
+    """(record, image bytes or b''), nothing decoded.
+
+    Raises:
+      DataError: the record is damaged.
+    """
+    index = int(index)
+    if not 0 <= index < len(self):
+      raise IndexError(f'record {index} of {len(self)}')
+    shard = int(np.searchsorted(self._ends, index, 'right'))
+    place = index - int(self._ends[shard]) + self.opened.lengths[shard]
+    try:
+      reader = self._reader(shard)
+      example = self._features.deserialize_example_np(reader.read([place])[0])
+      turns = zip(example['conversations']['from'], example['conversations']['value'], strict=True)
+      conversations = tuple({'from': who.decode(), 'value': text.decode()} for who, text in turns)
+      names = [example[key].decode() for key in ('id', 'source', 'image_path')]
+      return Record(*names, conversations), example['image']
+    except DataError:
+      raise
+    except Exception as e:  # ArrayRecord, protobuf and TFDS each have their own
+      why = printable(str(e).strip().partition('\n')[0][:200] or type(e).__name__)
+      raise DataError(f'{self.folder / self.opened.shards[shard]}: record {place} cannot be read ({why}); {REMEDY}') from None
 
   def __getitem__(self, index: SupportsIndex) -> Sample:
     record, content = self.record(index)
     image = None
     if record.image_path:
-      content = content or read_image(record.id, record.image_path, self.images)
-      image = decode(content, f'sample {record.id}: image {record.image_path}', self._rotate)
+      content = content or read_image(record.id, record.image_path, self.images, self._allow_outside)
+      image = decode(content, f'sample {record.id}: image {printable(record.image_path)}', self._rotate)
     return Sample(record.id, image, record.conversations)
 
-  def _reader(self) -> Any:
+  def _reader(self, shard: int) -> Any:
+    """ArrayRecord's reader of a shard, opened once. It may be used by several threads at a time."""
     with self._lock:
-      if self._opened is None:
-        import tensorflow_datasets as tfds
+      if shard not in self._readers:
+        from array_record.python.array_record_module import ArrayRecordReader
 
-        self._opened = tfds.builder_from_directory(self.folder).as_data_source(SPLIT)
-    return self._opened
+        self._features = self._features or features()
+        name, expected = self.opened.shards[shard], self.opened.lengths[shard]
+        reader = ArrayRecordReader(str(self.folder / name))
+        if reader.num_records() != expected:
+          raise DataError(f'{self.folder / name}: holds {reader.num_records():,} records instead of {expected:,}; {REMEDY}')
+        self._readers[shard] = reader
+      return self._readers[shard]
 
   def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if k not in ('_lock', '_opened')}
+    return {k: v for k, v in self.__dict__.items() if k not in ('_lock', '_readers', '_features')}
 
   def __setstate__(self, state):
-    self.__dict__ |= state | {'_lock': threading.Lock(), '_opened': None}
+    self.__dict__ |= state | {'_lock': threading.Lock(), '_readers': {}, '_features': None}

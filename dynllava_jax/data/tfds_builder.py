@@ -14,8 +14,9 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
+from dynllava_jax.data.integrity import SPLIT
 from dynllava_jax.data.records import parse, read_image, read_json
-from dynllava_jax.data.store import SPLIT, features, to_example
+from dynllava_jax.data.store import features, to_example
 
 
 class Llava(tfds.core.ShardBasedBuilder):
