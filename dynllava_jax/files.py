@@ -37,19 +37,19 @@ def write_atomically(path: Given, content: bytes) -> None:
   os.replace(temporary, path)
 
 
-def read_regular(path: pathlib.Path, at_most: int) -> bytes:
-  """The content of a small file.
+def check_regular(path: pathlib.Path, at_most: int | None = None) -> None:
+  """OSError for what is not there, may never end (a pipe, a device) or has more than so many bytes, before anything is read."""
+  found = os.stat(path)
+  if not stat.S_ISREG(found.st_mode):
+    raise OSError(errno.EINVAL, 'it is no regular file', str(path))
+  if at_most is not None and found.st_size > at_most:
+    raise OSError(errno.EFBIG, f'it has {found.st_size:,} bytes, at most {at_most:,} are read', str(path))
 
-  Raises:
-    OSError: says why; also for what may never end (a pipe, a device) and for more than `at_most` bytes, before anything is read.
-  """
-  with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe waits for its writer
-    found = os.fstat(file.fileno())
-    if not stat.S_ISREG(found.st_mode):
-      raise OSError(errno.EINVAL, 'it is no regular file', str(path))
-    if found.st_size > at_most:
-      raise OSError(errno.EFBIG, f'it has {found.st_size:,} bytes, at most {at_most:,} are read', str(path))
-    return file.read()
+
+def read_regular(path: pathlib.Path, at_most: int) -> bytes:
+  """The content of a file; OSError as `check_regular` says, and if it cannot be read."""
+  check_regular(path, at_most)
+  return path.read_bytes()
 
 
 def below(root: pathlib.Path, name: str) -> pathlib.Path:

@@ -53,7 +53,8 @@ class DataConfig:
 
   def __post_init__(self):
     require_positive(self, 'data: ', 'text_length')
-    require(self.workers >= 0, f'data: workers is {self.workers}, expected 0 or more')
+    require(0 <= self.workers <= 1024, f'data: workers is {self.workers}, expected 0 to 1024')
+    require(self.text_length <= 2**24, f'data: text_length is {self.text_length}, expected at most {2**24:,} tokens')
     lengths = (0, *self.buckets, self.text_length)
     require(
       list(lengths) == sorted(set(lengths)),

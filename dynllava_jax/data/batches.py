@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from dynllava_jax.config import IGNORE, IMAGE_ID, VisionConfig
-from dynllava_jax.data.conversation import IMAGE_TOKEN, Encoded, Template, as_trained, check_special, encode, render
+from dynllava_jax.data.conversation import IMAGE_TOKEN, ROLES, Encoded, Template, as_trained, check_special, encode, render
+from dynllava_jax.data.fields import other_mark
 from dynllava_jax.data.images import preprocess
 from dynllava_jax.data.samples import DataError, Sample
 from dynllava_jax.data.tokenizer import Tokenizer
@@ -53,6 +54,10 @@ def render_turns(
   turns = as_trained(turns, sample_id)
   text, spans = render(turns, style, sample_id)
   check_special(turns, special, sample_id)
+  for i, turn in enumerate(turns):
+    if turn['from'] == ROLES[0] and (mark := other_mark(turn['value'])):
+      message = f'sample {sample_id}, turn {i}: {mark} stands for content that this model does not take; only {IMAGE_TOKEN} is'
+      raise DataError(message, 'other_content')
   placeholders = text.count(IMAGE_TOKEN)
   if has_image and not placeholders:
     raise DataError(f'sample {sample_id}: has an image but no {IMAGE_TOKEN}', 'image_without_placeholder')

@@ -19,7 +19,7 @@ from dynllava_jax import paths
 from dynllava_jax.config import DataConfig
 from dynllava_jax.data import conversation
 from dynllava_jax.data.index import CODES, Index, fit
-from dynllava_jax.data.records import Finding, Record, entry_name, examine, parse, read_json
+from dynllava_jax.data.records import Finding, Record, entry_name, examine, parse, read_json, unused_fields
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.data.workers import parallel_map
@@ -29,8 +29,9 @@ from dynllava_jax.progress import progress
 
 REPORT_FILE, HISTOGRAM_FILE = 'report.json', 'lengths.png'
 CHUNK = 500  # records per piece of work
+MOST_FIELDS = 50  # names of unused fields that a report tells
 NAMED = 3  # ids shown in the table
-OF_FILES = ('missing_image', 'undecodable_image')  # what can be mended while the JSON stays the same
+OF_FILES = ('missing_image', 'undecodable_image', 'outside_image')  # what can be mended while the JSON stays the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +55,25 @@ class Scan:
   processes: int
 
 
-def read_sources(scan: Scan) -> list[Record | Finding]:
-  """All entries, source by source; those without LLaVA's structure as findings.
+def read_sources(scan: Scan) -> tuple[list[Record | Finding], dict[str, dict[str, int]]]:
+  """All entries, source by source, and how often each source has fields that are not used.
+
+  Entries without LLaVA's structure, or with content that the model does not take, are findings.
 
   Raises:
     DataError: a file that is no list of samples.
   """
-  out = []
+  out, fields = [], {}
   for source, path in scan.json.items():
+    counts = collections.Counter()
     for number, entry in enumerate(read_json(path)):
       try:
         out.append(parse(entry, source, number))
+        counts.update(unused_fields(entry))
       except DataError as e:
         out.append(Finding(entry_name(entry, source, number), source, e.reason, str(e)))
-  return out
+    fields[source] = dict(counts.most_common(MOST_FIELDS))
+  return out, fields
 
 
 def examine_all(scan: Scan, entries: Sequence[Record | Finding], folder: pathlib.Path) -> list[Finding]:
@@ -79,7 +85,7 @@ def examine_all(scan: Scan, entries: Sequence[Record | Finding], folder: pathlib
   jobs = []
   for number, start in enumerate(range(0, len(entries), CHUNK)):
     jobs.append((scan, entries[start : start + CHUNK], folder / f'scan-{number:06d}.json'))
-  todo = [job for job in jobs if not job[2].exists() or any(f.reason in OF_FILES for f in _read_part(job[2]))]
+  todo = [job for job in jobs if (known := _read_part(job[2], len(job[1]))) is None or any(f.reason in OF_FILES for f in known)]
   done = len(entries) - sum(len(job[1]) for job in todo)
   with (
     parallel_map(_examine_chunk, todo, scan.processes) as sizes,
@@ -87,7 +93,7 @@ def examine_all(scan: Scan, entries: Sequence[Record | Finding], folder: pathlib
   ):
     for size in sizes:
       advance(size)
-  return [finding for job in jobs for finding in _read_part(job[2])]
+  return [finding for job in jobs for finding in _read_part(job[2], len(job[1])) or ()]
 
 
 def forget(folder: pathlib.Path) -> None:
@@ -96,20 +102,25 @@ def forget(folder: pathlib.Path) -> None:
     path.unlink()
 
 
-def _read_part(path: pathlib.Path) -> list[Finding]:
-  return [Finding(**f) for f in json.loads(path.read_text())]
+def _read_part(path: pathlib.Path, size: int) -> list[Finding] | None:
+  """What a scan left; None if there is nothing, or nothing that can be read."""
+  try:
+    found = [Finding(**f) for f in json.loads(path.read_text())]
+  except (OSError, ValueError, TypeError):
+    return None
+  return found if len(found) == size else None
 
 
 def _examine_chunk(job: tuple[Scan, Sequence[Record | Finding], pathlib.Path]) -> int:
   scan, entries, path = job
   style = conversation.template(scan.data.conversation)
   tokenizer = load_tokenizer(scan.tokenizer) if scan.tokenizer else None
-  findings = _read_part(path) if path.exists() else [None] * len(entries)
+  findings = _read_part(path, len(entries)) or [None] * len(entries)
   for i, entry in enumerate(entries):
     if isinstance(entry, Finding):
       findings[i] = entry
     elif findings[i] is None or findings[i].reason in OF_FILES:
-      findings[i] = examine(entry, style=style, tokenizer=tokenizer, images=scan.images)
+      findings[i] = examine(entry, style=style, tokenizer=tokenizer, images=scan.images, allow_outside=scan.data.allow_outside)
   temporary = path.with_suffix(f'.{os.getpid()}')
   temporary.write_text(json.dumps([dataclasses.asdict(f) for f in findings]))
   os.replace(temporary, path)
@@ -132,8 +143,8 @@ def with_buckets(scan: Scan, findings: Sequence[Finding]) -> list[Finding]:
   return out
 
 
-def report(scan: Scan, findings: Sequence[Finding]) -> dict:
-  """The content of `report.json`."""
+def report(scan: Scan, findings: Sequence[Finding], fields: Mapping[str, Mapping[str, int]]) -> dict:
+  """The content of `report.json`. `fields`: see `read_sources`."""
   sources = {}
   for name, path in scan.json.items():
     own = [f for f in findings if f.source == name]
@@ -146,6 +157,7 @@ def report(scan: Scan, findings: Sequence[Finding]) -> dict:
       'samples': len(own),
       'with_image': sum(f.has_image for f in own),
       'usable': sum(not f.reason for f in own),
+      'unused_fields': fields[name],
       'problems': {r: {'count': len(p), 'samples': p} for r, p in sorted(problems.items())},
     }
   lengths = np.array([f.tokens - f.has_image for f in findings if f.tokens])

@@ -82,6 +82,9 @@ TEMPLATES = {
 }
 
 
+ALIASES = {'v1': 'vicuna_v1', 'v0_plain': 'plain', 'mistral_direct': 'chatml_direct'}  # LLaVA's other names for the same
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
   """int32[N] ids, with `IMAGE_ID` where the image goes, and int32[N] labels, `IGNORE` where not supervised."""
@@ -91,7 +94,8 @@ class Encoded:
 
 
 def template(name: str) -> Template:
-  """The template called `name`; ConfigError with the known names otherwise."""
+  """The template called `name`, by LLaVA's other names too; ConfigError with the known names otherwise."""
+  name = ALIASES.get(name, name)
   if name not in TEMPLATES:
     raise ConfigError(f'config.data.conversation: {name!r} is unknown; expected one of {", ".join(sorted(TEMPLATES))}')
   return TEMPLATES[name]

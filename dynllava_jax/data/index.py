@@ -19,10 +19,13 @@ from dynllava_jax.data.store import Store
 from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.display import Terminal
+from dynllava_jax.files import check_regular
 from dynllava_jax.progress import progress
 
 CODES = ('', *REASONS)
 CHUNK = 1000  # records examined at a time
+AT_MOST = 16  # bytes that a sample takes in the file, with room to spare
+RULES = '2:'  # changes whenever `examine` finds more than before, so that older indexes are made again
 SMALL = 4 * CHUNK  # stores up to this size are not worth starting processes for
 
 
@@ -55,22 +58,42 @@ def index_path(folder: pathlib.Path, files: Mapping[str, bytes], template: str) 
   return folder / f'index-{index_key(files, template)}.npz'
 
 
-def write_index(path: pathlib.Path, index: Index) -> None:
-  """Writes under a temporary name, then renames."""
+def write_index(path: pathlib.Path, index: Index, identity: str) -> None:
+  """Writes under a temporary name, then renames. `identity`: of the store, see `integrity.Opened`."""
   temporary = path.with_name(f'.{path.name}.{os.urandom(6).hex()}.npz')  # hosts that share the folder may share a process id
-  np.savez_compressed(temporary, **dataclasses.asdict(index))
+  np.savez_compressed(temporary, identity=np.array(RULES + identity), **dataclasses.asdict(index))
   os.replace(temporary, path)
+
+
+def read_index(path: pathlib.Path, size: int, identity: str) -> Index | None:
+  """An index of `size` samples; None if the file is damaged or belongs to other data, so that it is made again."""
+  expected = {'tokens': np.int32, 'reach': np.int32, 'has_image': np.bool_, 'reason': np.uint8}
+  try:
+    check_regular(path, AT_MOST * (size + 1000))
+    with np.load(path) as stored:
+      if sum(member.file_size for member in stored.zip.infolist()) > AT_MOST * (size + 1000):  # before anything is allocated
+        return None
+      arrays = dict(stored)
+  except Exception:  # zipfile, zlib and numpy each have their own
+    return None
+  if str(arrays.pop('identity', '')) != RULES + identity or arrays.keys() != expected.keys():
+    return None
+  if any(arrays[k].shape != (size,) or arrays[k].dtype != kind for k, kind in expected.items()):
+    return None
+  return Index(**arrays) if (arrays['reason'] < len(CODES)).all() else None
 
 
 def load_index(store: Store, files: Mapping[str, bytes], template: str) -> Index:
   """Reads the index of a store, or makes it and leaves it there (if the folder can be written to)."""
   path = index_path(store.folder, files, template)
   if path.exists():
-    with np.load(path) as stored:
-      return Index(**stored)
+    index = read_index(path, len(store), store.opened.identity)
+    if index is not None:
+      return index
+    Terminal(stderr=True).print(f'{path}: is damaged, of other data or of an earlier version; the samples are measured again')
   index = _make_index(store, dict(files), template)
   if os.access(store.folder, os.W_OK):
-    write_index(path, index)
+    write_index(path, index, store.opened.identity)
   return index
 
 

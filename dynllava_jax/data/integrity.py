@@ -10,7 +10,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from dynllava_jax.config import ConfigError
@@ -131,7 +131,7 @@ def check_shard(folder: pathlib.Path, name: str, known: Mapping[str, Any] | None
 
 def damaged(folder: pathlib.Path, name: str, why: str) -> ConfigError:
   """The error about a file of a prepared folder."""
-  return ConfigError(printable(f'config.data.path: {folder / name} is missing or damaged ({why}); {REMEDY}'))
+  return ConfigError(printable(f'{folder / name}: is missing or damaged ({why}); {REMEDY}'))
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -185,7 +185,10 @@ def _is_source(source: Any) -> bool:
   return whole and isinstance(weight, (int, float)) and math.isfinite(weight) and weight > 0
 
 
-def whole(folder: pathlib.Path, names: Sequence[str]) -> list[str]:
-  """The names of those files whose every byte is not as `prepared.json` says."""
-  known = read_settings(folder)[FILES]
-  return [name for name in names if digests(folder / name) != known[name]]
+def damaged_whole(job: tuple[pathlib.Path, str, Mapping[str, Any]]) -> str:
+  """A line about a file whose bytes are not as `prepared.json` says, '' if they are. The job: folder, name, digests."""
+  folder, name, known = job
+  try:
+    return '' if digests(folder / name) == known else f'{folder / name}: its content has changed'
+  except OSError as e:
+    return f'{folder / name}: {e.strerror}'

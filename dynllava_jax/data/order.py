@@ -10,7 +10,14 @@ import numpy as np
 
 from dynllava_jax.config import ConfigError
 
+MAX_EPOCH = 2**31  # rows of an epoch: 16 GiB for their order alone
 GROUPED_BATCHES = 50  # rows of so many batches are sorted by length together, as LLaVA's grouping sampler does
+
+
+def check_epoch(rows: float) -> None:
+  """Raises ConfigError, before anything is allocated, for an epoch of more rows than an order can be made of."""
+  if not rows < MAX_EPOCH:
+    raise ConfigError(f'an epoch would draw {rows:.3g} samples, at most {MAX_EPOCH:,} can be; give smaller weights (--weight)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Order:
     """
     if need is None and (len(buckets) > 1 or group):
       raise ConfigError('config.data: this source does not know its lengths, so it takes one bucket and no grouping')
+    check_epoch(sum(float(p.stop - p.start) * p.weight for p in parts))
     self._parts = tuple(self._members(p, usable) for p in parts)
     self._weights = tuple(p.weight for p in parts)
     self._batch_size, self._seed, self._shuffle, self._group = batch_size, seed, shuffle, group

@@ -36,19 +36,35 @@ from dynllava_jax.data.check import (
 )
 from dynllava_jax.data.conversation import check_template, template
 from dynllava_jax.data.index import Index, index_key, index_path, write_index
+from dynllava_jax.data.integrity import (
+  FEATURES_FILE,
+  INFO_FILE,
+  NAME,
+  SEAL,
+  SETTINGS_FILE,
+  SOURCES_FILE,
+  SPLIT,
+  digests,
+  open_folder,
+  read_settings,
+  sealed,
+  settings_of,
+  shard_names,
+)
+from dynllava_jax.data.order import check_epoch
 from dynllava_jax.data.records import Finding, Record, read_image
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.data.store import INFO_FILE, NAME, SOURCES_FILE, SPLIT, features, to_example
+from dynllava_jax.data.store import features, to_example
 from dynllava_jax.data.tokenizer import load_tokenizer, read_files
 from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.display import Terminal
-from dynllava_jax.files import write_atomically
+from dynllava_jax.files import check_regular, write_atomically
 from dynllava_jax.progress import progress
 from dynllava_jax.workspace import workspace
 
 UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on
-SETTINGS_FILE = 'prepared.json'
 PLAN_FILE = 'shards.json'
+MAX_SHARDS = 99_999  # their names have five digits
 SHARD_OPTIONS = 'group_size:1,uncompressed'  # one record per chunk for random access; JPEG does not shrink
 
 
@@ -69,19 +85,24 @@ def prepare(
   check_resumable(out, settings)
   unfinished = out / UNFINISHED
   if not only_check and (out / INFO_FILE).exists():
+    open_folder(out)
     console.print(f'{out}: prepared already')
     shutil.rmtree(unfinished, ignore_errors=True)
     return True
-  entries = read_sources(scan)
+  entries, fields = read_sources(scan)
+  check_epoch(sum(w * sum(e.source == name for e in entries) for name, w in zip(scan.json, weights)))
   if not (unfinished / SETTINGS_FILE).exists():  # a removal was interrupted; the rest may be another command's
     shutil.rmtree(unfinished, ignore_errors=True)
   write(unfinished / SETTINGS_FILE, settings)
   findings = with_buckets(scan, examine_all(scan, entries, unfinished))
-  content = report(scan, findings)
+  content = report(scan, findings, fields)
   write(out / REPORT_FILE, content)
   if scan.tokenizer:
     histogram(scan, findings).savefig(out / HISTOGRAM_FILE, dpi=120)
   console.print(table(content))
+  for name, counts in fields.items():
+    if counts:
+      console.print(f'{name}: fields that are not used: {", ".join(f"{field} ({n:,})" for field, n in counts.items())}')
   bad = sum(bool(f.reason) for f in findings)
   if bad:
     console.print(f'{bad:,} of {len(findings):,} samples cannot be used; all ids in {out / REPORT_FILE}')
@@ -106,7 +127,7 @@ def describe(scan: Scan, weights: Sequence[float], image_bytes: bool, shard_samp
   """Everything the content of the folder depends on."""
   return {
     'sources': list(scan.json),  # in the order of the samples
-    'json': {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in scan.json.items()},
+    'json': {name: sha256_of(path) for name, path in scan.json.items()},
     'weights': list(weights),
     'images': str(scan.images.absolute()) if paths.is_local(scan.images) else str(scan.images),
     'image_bytes': image_bytes,
@@ -117,12 +138,30 @@ def describe(scan: Scan, weights: Sequence[float], image_bytes: bool, shard_samp
   }
 
 
+def sha256_of(path: pathlib.Path) -> str:
+  """Of a regular file; DataError for anything else."""
+  try:
+    check_regular(path)
+    with path.open('rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  except OSError as e:
+    raise DataError(f'{path}: cannot be read ({e.strerror}); expected a JSON or JSONL file') from None
+
+
 def check_resumable(out: pathlib.Path, settings: dict) -> None:
   """Raises ConfigError if `out` was begun or finished with other settings."""
-  for path in (out / SETTINGS_FILE, out / UNFINISHED / SETTINGS_FILE):
-    if path.exists():
-      before, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
-      before = {'sources': now['sources']} | before  # folders of earlier versions do not tell the order
+  for folder in (out, out / UNFINISHED):
+    if (folder / SETTINGS_FILE).exists():
+      try:
+        before, now = settings_of(read_settings(folder)), json.loads(json.dumps(settings))
+      except ConfigError:
+        if folder == out:
+          raise
+        shutil.rmtree(folder)  # what a disk left of an interrupted run is not worth keeping
+        continue
+      # Folders of earlier versions do not tell the order of the sources, nor settings that came later.
+      data = before['data'] if isinstance(before.get('data'), dict) else {}
+      before = {'sources': now['sources']} | before | {'data': json.loads(json.dumps(dataclasses.asdict(DataConfig()))) | data}
       if found := first_difference(before, now):
         key, old, new = found
         raise ConfigError(f'--out: {out} was made with {key} {old!r}, now it is {new!r}; choose another or remove it')
@@ -130,7 +169,12 @@ def check_resumable(out: pathlib.Path, settings: dict) -> None:
 
 def write(path: pathlib.Path, content: dict | list) -> None:
   """JSON, under a temporary name first."""
-  write_atomically(path, (json.dumps(content, indent=1) + '\n').encode())
+  write_atomically(path, as_json(content).encode())
+
+
+def as_json(content: dict | list) -> str:
+  """As it stands in the files."""
+  return json.dumps(content, indent=1) + '\n'
 
 
 def write_store(
@@ -144,17 +188,19 @@ def write_store(
 ) -> None:
   """Shards that are not there yet, then the files that make them a data set."""
   starts = range(0, len(good), shard_samples)
+  if len(starts) > MAX_SHARDS:
+    raise ConfigError(f'--shard_samples: {shard_samples} makes {len(starts):,} shards, at most {MAX_SHARDS:,} can be; raise it')
   root = scan.images if image_bytes else None
   jobs = []
-  for k, start in enumerate(starts):
-    path = out / f'{NAME}-{SPLIT}.array_record-{k:05d}-of-{len(starts):05d}'
-    jobs.append((path, [record for record, _ in good[start : start + shard_samples]], root))
+  for name, start in zip(shard_names(len(starts)), starts):
+    records = [record for record, _ in good[start : start + shard_samples]]
+    jobs.append((out / name, records, root, scan.data.allow_outside))
   for left in out.glob('*.tmp'):  # of writers that were killed
     left.unlink()
   # Shards of another attempt stay only if they hold the same samples: images may have been mended or lost in between.
   plan = {'sha256': hashlib.sha256(json.dumps([settings, [dataclasses.astuple(r) for r, _ in good]]).encode()).hexdigest()}
   plan_file = out / UNFINISHED / PLAN_FILE
-  if not plan_file.exists() or json.loads(plan_file.read_text()) != plan:
+  if not plan_file.exists() or plan_file.read_text() != as_json(plan):
     for shard in out.glob(f'{NAME}-{SPLIT}.array_record-*'):
       shard.unlink()
   write(plan_file, plan)
@@ -169,24 +215,34 @@ def write_store(
   counts = [sum(r.source == name for r, _ in good) for name in scan.json]
   sources = [{'name': n, 'weight': w, 'samples': c} for n, w, c in zip(scan.json, weights, counts)]
   write(out / SOURCES_FILE, sources)
+  write_metadata(out, [job[0] for job in jobs], [len(job[1]) for job in jobs])
+  unfinished = out / UNFINISHED
+  files = [*(job[0] for job in jobs), out / SOURCES_FILE, unfinished / FEATURES_FILE, unfinished / INFO_FILE]
+  with parallel_map(digests, files, scan.processes) as found, progress(Terminal(), 'reading back', len(files)) as advance:
+    known = {}
+    for path, digest in zip(files, found):
+      known[path.name] = digest
+      advance(1)
+  content = sealed(settings, known)
   if scan.tokenizer:
     path = index_path(out, scan.tokenizer, scan.data.conversation)
-    write_index(path, Index.of(f for _, f in good))
-  write(out / SETTINGS_FILE, settings)
-  write_metadata(out, [job[0] for job in jobs], [len(job[1]) for job in jobs])
+    write_index(path, Index.of(f for _, f in good), content[SEAL])
+  write(out / SETTINGS_FILE, content)
+  for name in (FEATURES_FILE, INFO_FILE):
+    os.replace(unfinished / name, out / name)
 
 
-def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None]) -> int:
+def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None, bool]) -> int:
   """Writes one shard whole or not at all; returns its number of samples. OSError if there is no room."""
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  path, records, images = job
+  path, records, images, allow_outside = job
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
     writer, form = ArrayRecordWriter(str(temporary), SHARD_OPTIONS), features()
     try:
       for record in records:
-        image = read_image(record.id, record.image_path, images) if images and record.image_path else b''
+        image = read_image(record.id, record.image_path, images, allow_outside) if images and record.image_path else b''
         writer.write(form.serialize_example(to_example(record, image)))
     finally:
       writer.close()
@@ -199,7 +255,7 @@ def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None])
 
 
 def write_metadata(out: pathlib.Path, shards: Sequence[pathlib.Path], lengths: Sequence[int]) -> None:
-  """`features.json` and `dataset_info.json`, each whole when it appears."""
+  """`features.json` and `dataset_info.json`, among the files of what is not finished."""
   import tensorflow_datasets as tfds
   from etils import epath
 
@@ -220,8 +276,6 @@ def write_metadata(out: pathlib.Path, shards: Sequence[pathlib.Path], lengths: S
   tfds.folder_dataset.write_metadata(
     data_dir=folder, features=features(), split_infos=[info], filename_template=template, check_data=False
   )
-  for name in ('features.json', INFO_FILE):
-    os.replace(out / UNFINISHED / name, out / name)
 
 
 def define_flags() -> None:
@@ -236,10 +290,11 @@ def define_flags() -> None:
   flags.DEFINE_string('conversation', 'vicuna_v1', 'Template.')
   flags.DEFINE_integer('text_length', 1472, 'Largest text bucket; 1472 and 576 image tokens make 2048.')
   flags.DEFINE_multi_integer('bucket', [], 'Further, smaller text buckets, for the histogram.')
-  flags.DEFINE_integer('image_tokens', 576, 'Positions an image takes.', lower_bound=1)
+  flags.DEFINE_integer('image_tokens', 576, 'Positions an image takes.', lower_bound=1, upper_bound=2**20)
   flags.DEFINE_bool('truncate', False, 'Samples longer than the largest bucket will be cut in training: no problem.')
+  flags.DEFINE_bool('allow_outside', False, 'Image paths may lead out of --images: by .., as absolute paths, through links.')
   flags.DEFINE_enum('on_bad_sample', 'error', ['error', 'skip'], 'Stop at bad samples, or leave them out.')
-  flags.DEFINE_integer('processes', os.cpu_count(), 'Worker processes.', lower_bound=1)
+  flags.DEFINE_integer('processes', os.cpu_count(), 'Worker processes.', lower_bound=1, upper_bound=1024)
   flags.DEFINE_integer('shard_samples', 5000, 'Samples per shard: 700 MB with the images of mix665k.', lower_bound=1)
 
 
@@ -266,6 +321,7 @@ def main(_) -> None:
       buckets=tuple(given.bucket),
       truncate=given.truncate,
       on_bad_sample=given.on_bad_sample,
+      allow_outside=given.allow_outside,
     )
     scan = Scan(
       json=dict(zip(names, files)),

@@ -20,6 +20,8 @@ REASONS = {
   'several_images': 'more than one image',
   'missing_image': 'the image file does not exist',
   'undecodable_image': 'the image file cannot be read as a picture',
+  'other_content': 'video, audio or other content that the model does not take',
+  'outside_image': 'the image file lies outside of the folder of images',
 }
 
 

@@ -23,7 +23,6 @@ from dynllava_jax.data.samples import DataError, Sample
 from dynllava_jax.display import printable
 
 
-
 def features() -> Any:
   """TFDS features of a record. `image` holds the file's bytes, or b'' where only the path is stored or there is none."""
   import tensorflow_datasets as tfds  # here, because it takes a third of a second

@@ -51,4 +51,6 @@ def faults(root):
     'several_images': good | {'conversations': turns('<image>\nWhat?', 'A bus.', '<image>\nAnd now?', 'Two.')},
     'missing_image': good | {'image': 'pictures/none.jpg'},
     'undecodable_image': good | {'image': 'pictures/cut.jpg'},
+    'other_content': good | {'video': 'clips/1.mp4'},
+    'outside_image': good | {'image': '../elsewhere.jpg'},
   }

@@ -17,6 +17,7 @@ import llava_files
 import numpy as np
 import pytest
 from conftest import GOLDEN, ROOT
+from PIL import Image
 from rich.console import Console
 
 from dynllava_jax.config import ConfigError, DataConfig
@@ -268,7 +269,7 @@ def test_a_full_disk_is_one_message(root, tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
   try:
     with pytest.raises(OSError, match=r'shard: cannot be written \(.*\); once that is mended'):
-      prepare.write_shard((tmp_path / 'shard', entries, root))
+      prepare.write_shard((tmp_path / 'shard', entries, root, False))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert not (tmp_path / 'shard').exists()
@@ -335,21 +336,21 @@ def test_command_line_checks_in_parallel_and_fails_by_exit_status(root, tmp_path
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
 def test_ctrl_c_is_one_line_and_ends_the_workers(tmp_path):
   """In a terminal: all processes of the group get the signal, while one of them is in the middle of a sample."""
-  os.mkfifo(tmp_path / 'fifo.jpg')  # who reads it waits
+  Image.new('RGB', (4000, 4000)).save(tmp_path / 'large.jpg')  # so many of them take a minute
+  large = [llava_files.sample(1) | {'image': 'large.jpg'}] * check.CHUNK
   text = [llava_files.sample(i, image=False) for i in range(check.CHUNK)]
-  path = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(1) | {'image': 'fifo.jpg'}, *text])
+  path = llava_files.write_json(tmp_path / 'mix.json', large + text + large)
   command = [sys.executable, '-m', 'dynllava_jax.data.prepare', '--processes=2', f'--json={path}', f'--images={tmp_path}']
   command += [f'--out={tmp_path / "out"}']
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
   started = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=heed, **pipes)
   try:
-    deadline, write_end = time.monotonic() + 300, None
-    while write_end is None and time.monotonic() < deadline:
-      try:
-        write_end = os.open(tmp_path / 'fifo.jpg', os.O_WRONLY | os.O_NONBLOCK)
-      except OSError:  # nobody reads yet
-        time.sleep(0.1)
+    deadline = time.monotonic() + 300
+    second = tmp_path / 'out' / prepare.UNFINISHED / 'scan-000001.json'
+    while not second.exists() and time.monotonic() < deadline:  # then both workers are at large pictures
+      time.sleep(0.1)
+    assert second.exists()
     os.killpg(started.pid, signal.SIGINT)
     out, error = started.communicate(timeout=300)
   finally:

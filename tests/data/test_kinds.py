@@ -1,0 +1,308 @@
+"""Samples of another kind than the model takes are told apart, and what other tools write is read."""
+
+import codecs
+import json
+import os
+import subprocess
+import sys
+import time
+
+import llava_files
+import pytest
+from conftest import ROOT
+from test_prepare import SKIP, ids, run, scan
+
+from dynllava_jax.config import ConfigError, DataConfig
+from dynllava_jax.data import check, records
+from dynllava_jax.data.conversation import TEMPLATES, template
+from dynllava_jax.data.fields import other_mark
+from dynllava_jax.data.order import Order, Part
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.data.store import Store
+
+JPEG2000 = ROOT.parent / 'shared' / 'cases' / 'jpeg2000'
+GOOD = llava_files.sample(1)
+TEXT = {'id': 't', 'conversations': llava_files.turns('Hello?', 'Hi.')}
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('kinds')
+  llava_files.write_pictures(folder)
+  return folder
+
+
+def reason(entry, root):
+  """Why an entry cannot be used, '' if it can."""
+  try:
+    record = records.parse(entry, 'mix', 0)
+  except DataError as e:
+    return e.reason
+  return records.examine(record, style=TEMPLATES['vicuna_v1'], tokenizer=None, images=root).reason
+
+
+@pytest.mark.parametrize(
+  'extra',
+  [
+    {'video': 'a.mp4'},
+    {'Videos': ['a.mp4', 'b.mp4']},
+    {'audio': {'path': 'a.wav'}},
+    {'speech': 'x'},
+    {'audio_path': 'x'},
+    {'images': ['pictures/1.jpg', 'pictures/2.jpg']},
+    {'image2': 'pictures/2.jpg'},
+    {'image_1': 'pictures/2.jpg'},
+    {'second': 'pictures/2.jpg'},
+    {'extra_file': 'scan.pdf'},
+    {'point_cloud': 'a'},
+    {'clip': 'recording.webm'},
+    {'system': 'You are a pirate.'},
+    {'tools': [{'name': 'search'}]},
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize('base', [GOOD, TEXT], ids=['image', 'text'])
+def test_fields_with_other_content_are_refused(root, extra, base):
+  assert reason(base, root) == '' and reason(base | extra, root) == 'other_content'
+
+
+@pytest.mark.parametrize(
+  'extra',
+  [
+    {'video': None},
+    {'images': []},
+    {'audio': ''},
+    {'model': ''},
+    {'source': 'coco'},
+    {'width': 640, 'video_id': 7, 'image_size': [640, 480]},
+    {'file_name': GOOD['image']},
+    {'video': float('nan')},
+    {'split': 'train', 'score': 0.5, 'ok': True},
+  ],
+  ids=str,
+)
+def test_notes_and_empty_fields_do_no_harm(root, extra):
+  assert reason(GOOD | extra, root) == ''
+
+
+def test_content_in_a_turn_is_refused(root):
+  turns = llava_files.turns('<image>\nWhat?', 'A bus.')
+  turns[0] |= {'video': 'a.mp4'}
+  assert reason(GOOD | {'conversations': turns}, root) == 'other_content'
+
+
+@pytest.mark.parametrize(
+  'question',
+  [
+    '<video>\nWhat?',
+    'What is in <video>?',
+    '<audio> What?',
+    '<speech>',
+    'See <image_1> and <image_2>.',
+    '<Image>\nWhat?',
+    '<|video_pad|> What?',
+    '<VIDEO>',
+    '<point_cloud>\nWhat?',
+    '<|vision_start|><|image_pad|>',
+    '[IMG] What?',
+    '<img>\nWhat?',
+  ],
+)
+def test_marks_of_other_content_are_refused(root, question):
+  assert reason({'conversations': llava_files.turns(question, 'A bus.')}, root) == 'other_content'
+  with_picture = llava_files.turns(f'<image>\n{question}', 'A bus.')
+  assert reason(GOOD | {'conversations': with_picture}, root) == 'other_content'
+
+
+@pytest.mark.parametrize(
+  'question',
+  [
+    'What does the <video> tag do?',
+    'Use `<audio>` here.',
+    '```\n<video>\n```',
+    '<video><source src="a"></video>',
+    '<b>Why?</b>',
+    'a < b and c > d',
+    '<video controls>',
+    'see [1]',
+    '<table>',
+  ],
+)
+def test_html_and_code_are_text(question):
+  assert other_mark(question) == ''
+
+
+def test_answers_may_hold_anything(root):
+  assert reason({'conversations': llava_files.turns('Which element?', 'Use <video>.')}, root) == ''
+
+
+def test_unused_fields_are_counted(root, tmp_path, capsys):
+  turns = llava_files.turns('Hello?', 'Hi.')
+  turns[1] |= {'weight': 0}
+  samples = [TEXT | {'model': 'x'}, TEXT | {'model': ''}, {'conversations': turns, 'mo\x1bdel': 1}]
+  path = llava_files.write_json(tmp_path / 'mix.json', samples)
+  assert run(scan(root, {'mix': path}), tmp_path / 'out', only_check=True)
+  content = json.loads((tmp_path / 'out' / check.REPORT_FILE).read_text())
+  assert content['sources']['mix']['unused_fields'] == {'model': 1, 'mo\x1bdel': 1, 'turn.weight': 1}
+  printed = capsys.readouterr().out
+  assert 'fields that are not used: ' in printed and 'mo\\x1bdel (1)' in printed
+
+
+@pytest.mark.parametrize('empty', [None, '', [], float('nan')], ids=str)
+def test_an_empty_image_field_is_none(root, empty):
+  assert reason(TEXT | {'image': empty, 'id': empty}, root) == ''
+  assert reason(GOOD | {'image': empty}, root) == 'placeholder_without_image'
+
+
+@pytest.mark.parametrize('code', ['utf-8-sig', 'utf-16', 'utf-16-be', 'utf-32'])
+@pytest.mark.parametrize('name', ['mix.json', 'mix.jsonl', 'mix.ndjson'])
+def test_byte_order_marks_are_read(tmp_path, code, name):
+  entries = [TEXT | {'id': 'é'}, TEXT]
+  text = json.dumps(entries) if name == 'mix.json' else '\r\n'.join(map(json.dumps, entries))
+  content = (codecs.BOM_UTF16_BE if code == 'utf-16-be' else b'') + text.encode(code)
+  (tmp_path / name).write_bytes(content)
+  assert records.read_json(tmp_path / name) == entries
+
+
+def test_marks_inside_a_joined_file_are_passed_over(tmp_path):
+  line = json.dumps(TEXT).encode()
+  (tmp_path / 'two.jsonl').write_bytes(codecs.BOM_UTF8 + line + b'\n' + codecs.BOM_UTF8 + line)
+  assert records.read_json(tmp_path / 'two.jsonl') == [TEXT, TEXT]
+
+
+def test_lines_called_json_are_told_the_way_on(tmp_path):
+  (tmp_path / 'mix.json').write_text('{"id": 1}\n{"id": 2}\n')
+  with pytest.raises(DataError, match='mix.json, line 2: .*one object per line is read from a file called .jsonl'):
+    records.read_json(tmp_path / 'mix.json')
+
+
+@pytest.mark.parametrize('alias, name', [('v1', 'vicuna_v1'), ('v0_plain', 'plain'), ('mistral_direct', 'chatml_direct')])
+def test_other_names_of_templates(alias, name):
+  assert template(alias) == TEMPLATES[name]
+
+
+@pytest.mark.skipif(not JPEG2000.exists(), reason='needs ../shared/cases')
+def test_jpeg_2000_and_avif_are_read(tmp_path):
+  assert run(scan(JPEG2000, {'data': JPEG2000 / 'data.json'}), tmp_path / 'out')
+  assert ids(Store(str(tmp_path / 'out'))) == ['a.jp2', 'b.avif']
+
+
+@pytest.fixture
+def odd_paths(tmp_path):
+  """A folder of images, and what lies outside."""
+  inside = tmp_path / 'images'
+  llava_files.write_pictures(inside)
+  picture = (inside / 'pictures' / '1.jpg').read_bytes()
+  (tmp_path / 'secret.jpg').write_bytes(picture)
+  (inside / 'link.jpg').symlink_to(tmp_path / 'secret.jpg')
+  (inside / 'inner.jpg').symlink_to('pictures/1.jpg')
+  (tmp_path / 'images_too').mkdir()
+  (tmp_path / 'images_too' / '1.jpg').write_bytes(picture)
+  (inside / 'elsewhere').symlink_to(tmp_path / 'images_too')
+  os.mkfifo(inside / 'pipe.jpg')
+  (inside / 'device.jpg').symlink_to('/dev/zero')
+  with open(inside / 'huge.jpg', 'wb') as file:
+    file.truncate(2**40)
+  return inside
+
+
+@pytest.mark.parametrize(
+  'path', ['../secret.jpg', 'link.jpg', 'elsewhere/1.jpg', '../images_too/1.jpg', 'pictures/../../secret.jpg', 'ABSOLUTE']
+)
+def test_paths_that_lead_out_are_refused_unless_allowed(odd_paths, tmp_path, path):
+  path = str(tmp_path / 'secret.jpg') if path == 'ABSOLUTE' else path
+  with pytest.raises(DataError, match='sample s: image .*lies outside of .*--allow_outside') as caught:
+    records.read_image('s', path, odd_paths)
+  assert caught.value.reason == 'outside_image'
+  assert records.read_image('s', path, odd_paths, allow_outside=True)
+
+
+@pytest.mark.parametrize('path', ['pictures/1.jpg', './pictures/../pictures/1.jpg', 'inner.jpg', 'pictures//1.jpg'])
+def test_paths_that_stay_inside_are_read(odd_paths, path):
+  assert records.read_image('s', path, odd_paths)
+
+
+@pytest.mark.parametrize('path', ['pipe.jpg', 'device.jpg', 'huge.jpg', 'pictures', 'no\x1b[31m\u202e.jpg', 'a\0b', 'x' * 5000])
+def test_what_never_ends_is_one_line_at_once(odd_paths, path):
+  start = time.monotonic()
+  with pytest.raises(DataError) as caught:
+    records.read_image('s', path, odd_paths, allow_outside=True)
+  assert time.monotonic() - start < 5 and caught.value.reason == 'missing_image'
+  assert str(caught.value).isprintable()
+
+
+def test_stores_with_paths_follow_the_same_rule(odd_paths, tmp_path):
+  path = llava_files.write_json(tmp_path / 'mix.json', [GOOD, GOOD | {'id': 'out', 'image': 'link.jpg'}])
+  what = scan(odd_paths, {'mix': path})
+  assert run(what, tmp_path / 'out') is False
+  outside = DataConfig(conversation='vicuna_v1', text_length=120, allow_outside=True)
+  assert run(scan(odd_paths, {'mix': path}, data=outside), tmp_path / 'all', image_bytes=False)
+  with pytest.raises(DataError, match='sample out: image link.jpg'):
+    Store(str(tmp_path / 'all'), str(odd_paths))[1]
+  assert Store(str(tmp_path / 'all'), str(odd_paths), allow_outside=True)[1].image.size == (40, 31)
+
+
+@pytest.mark.parametrize(
+  'name', ['pipe.json', 'device.json', 'folder.json', 'huge.json', 'none.json', 'deep.json', 'deep.jsonl', 'binary.json']
+)
+def test_files_that_are_no_data_are_one_line_within_seconds(root, tmp_path, name):
+  path = tmp_path / name
+  if name == 'pipe.json':
+    os.mkfifo(path)
+  elif name == 'device.json':
+    path.symlink_to('/dev/zero')
+  elif name == 'folder.json':
+    path.mkdir()
+  elif name == 'huge.json':
+    with open(path, 'wb') as file:
+      file.truncate(2**40)
+  elif name.startswith('deep'):
+    path.write_text('[' * 10**6)
+  elif name == 'binary.json':
+    path.write_bytes(bytes(range(256)) * 10)
+  start = time.monotonic()
+  with pytest.raises(DataError, match=name) as caught:
+    records.read_json(path)
+  assert time.monotonic() - start < 5 and len(str(caught.value).splitlines()) == 1
+  if name in ('pipe.json', 'device.json', 'folder.json', 'none.json'):
+    with pytest.raises(DataError, match=name):
+      run(scan(root, {'mix': path}), tmp_path / 'out')
+
+
+def nested(depth):
+  out = 'x'
+  for _ in range(depth):
+    out = [out]
+  return out
+
+
+@pytest.mark.parametrize('place', ['id', 'image', 'video', 'note', 'turn'])
+def test_deep_values_are_findings(root, place):
+  """Deep enough for `repr` to give up, not for the JSON reader."""
+  deep = nested(900)
+  entry = TEXT | ({'conversations': [deep]} if place == 'turn' else {place: deep})
+  found = reason(entry, root)
+  assert found == {'id': '', 'note': '', 'video': 'other_content', 'image': 'malformed', 'turn': 'malformed'}[place]
+
+
+def test_ids_are_cleaned_and_short(root, tmp_path):
+  path = llava_files.write_json(tmp_path / 'mix.json', [TEXT | {'id': 'a\x1b[2J\nb'}, TEXT | {'id': 'x' * 10**6}])
+  assert run(scan(root, {'mix': path}, data=SKIP), tmp_path / 'out')
+  first, second = ids(Store(str(tmp_path / 'out')))
+  assert first == 'a\\x1b[2J\\nb' and second.endswith('... (mix#1)') and len(second) < 250
+
+
+@pytest.mark.parametrize('weight', [1e12, 1e300])
+def test_absurd_epochs_are_refused_before_they_are_made(root, tmp_path, weight):
+  with pytest.raises(ConfigError, match='an epoch would draw .* samples'):
+    Order((Part(0, 100, weight),), 8, 0, (10,))
+  with pytest.raises(ConfigError, match='an epoch would draw'):
+    Order((Part(0, 10**12),), 8, 0, (10,))
+
+
+def test_absurd_numbers_of_the_command_line_are_one_line(root, tmp_path):
+  path = llava_files.write_json(tmp_path / 'mix.json', [TEXT] * 3)
+  command = [sys.executable, '-m', 'dynllava_jax.data.prepare', f'--json={path}', f'--images={root}', f'--out={tmp_path / "out"}']
+  for flag in ('--weight=1e12', '--processes=1000000', '--text_length=1000000000000', '--image_tokens=1000000000000'):
+    done = subprocess.run([*command, flag], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1, (flag, done.stderr)
