@@ -6,7 +6,11 @@ Started again with the same workdir it goes on where it stopped. On several host
 command on each of them with --multihost and a workdir that all of them see.
 """
 
+# ruff: noqa: E402
+import signal
 import sys
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are loaded ends at once; `loop.train` does better
 
 from absl import flags
 
@@ -22,9 +26,11 @@ MULTIHOST = flags.DEFINE_bool('multihost', False, 'One of several processes, one
 def main(_) -> None:
   with command_line.readable_errors():
     cfg = command_line.parse(TrainConfig, CONFIG.value)
-    with workspace(command_line.path(WORKDIR), '--workdir', multihost=MULTIHOST.value) as workdir:
-      from dynllava_jax.training import loop  # jax starts only after the flags are known to be right
+    path = command_line.output_directory(WORKDIR)
+    from dynllava_jax.training import loop  # jax starts only after the flags are known to be right
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with workspace(path, '--workdir', multihost=MULTIHOST.value) as workdir:
       if MULTIHOST.value:
         command_line.join_hosts()
       try:

@@ -18,10 +18,13 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -45,11 +48,15 @@ FORMAT = 1
 MODEL_FILE = 'model.json'
 INTEGRITY_FILE = 'integrity.json'
 ASSETS = 'assets'
-UNFINISHED = '.orbax-checkpoint-tmp'  # what Orbax adds to the name of a step that it is writing
+STEP_NAME = re.compile('0|[1-9][0-9]*')
 
 
 class CheckpointError(RuntimeError):
   """A checkpoint that cannot be read or written; the message names the path and what to do."""
+
+
+class DamagedError(CheckpointError):
+  """A step whose files are not the ones it was sealed with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,14 +79,30 @@ def write_info(
   assets: Mapping[str, bytes] | None = None,
 ) -> None:
   """Writes `model.json` and, if given, the files of the tokenizer and the assets (by their path below `assets/`)."""
-  files = {f'{ASSETS}/{name}': content for name, content in (assets or {}).items()} | dict(tokenizer or {})
-  for name, content in files.items():
+  for name, content in _named_files(tokenizer, assets).items():
     write_atomically(directory / name, content)
-  content = {'format': FORMAT} | to_dict(info) | {'files': {n: hashlib.sha256(c).hexdigest() for n, c in sorted(files.items())}}
-  write_atomically(directory / MODEL_FILE, json.dumps(content | {'sha256': _digest(content)}, indent=1).encode())
+  write_description(directory, describe(info, tokenizer, assets))
 
 
-def _digest(content: dict[str, Any]) -> str:
+def describe(
+  info: CheckpointInfo, tokenizer: Mapping[str, bytes] | None = None, assets: Mapping[str, bytes] | None = None
+) -> dict[str, Any]:
+  """What `model.json` says, without its own checksum."""
+  files = {n: hashlib.sha256(c).hexdigest() for n, c in sorted(_named_files(tokenizer, assets).items())}
+  return {'format': FORMAT} | to_dict(info) | {'files': files}
+
+
+def write_description(directory: pathlib.Path, content: dict[str, Any]) -> None:
+  """Writes `model.json` alone."""
+  write_atomically(directory / MODEL_FILE, json.dumps(content | {'sha256': json_digest(content)}, indent=1).encode())
+
+
+def _named_files(tokenizer: Mapping[str, bytes] | None, assets: Mapping[str, bytes] | None) -> dict[str, bytes]:
+  return {f'{ASSETS}/{name}': content for name, content in (assets or {}).items()} | dict(tokenizer or {})
+
+
+def json_digest(content: dict[str, Any]) -> str:
+  """SHA-256 of plain values, whatever their order."""
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -118,7 +141,7 @@ def _on_this_machine(text: str) -> pathlib.Path:
 
 def all_steps(directory: pathlib.Path) -> list[int]:
   """Finished steps, ascending."""
-  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+  return sorted(int(p.name) for p in directory.iterdir() if STEP_NAME.fullmatch(p.name)) if directory.is_dir() else []
 
 
 def read_info(path: str | pathlib.Path) -> CheckpointInfo:
@@ -128,48 +151,55 @@ def read_info(path: str | pathlib.Path) -> CheckpointInfo:
     CheckpointError: no checkpoint there, or a description that is damaged or of another format.
   """
   directory = locate(path)[0]
-  content = _read_model_file(directory)
-  del content['files']
+  content = read_description(directory)
+  del content['files'], content['format']
   try:
     return from_config_dict(CheckpointInfo, content, 'config')
   except ConfigError as e:
     raise CheckpointError(f'{directory / MODEL_FILE}: unreadable ({e}); write the checkpoint again') from e
 
 
-def _read_model_file(directory: pathlib.Path) -> dict[str, Any]:
+def read_description(directory: pathlib.Path) -> dict[str, Any]:
+  """The content of `model.json`, see `describe`; CheckpointError if it is missing, damaged or of another format."""
   file = directory / MODEL_FILE
   try:
     content = json.loads(file.read_text())
     found = content['format']
     stated = content.pop('sha256', None)
-  except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+  except (OSError, ValueError, RecursionError, KeyError, TypeError) as e:
     raise CheckpointError(f'{file}: unreadable ({e}); write the checkpoint again') from e
   if found != FORMAT:
     raise CheckpointError(f'{file}: checkpoint format {found}, this version reads {FORMAT}')
-  if stated not in (None, _digest(content)):
+  if stated not in (None, json_digest(content)):
     raise CheckpointError(
       f'{file}: does not match its own checksum; it is damaged (copy or write it again) or was edited (then remove its "sha256")'
     )
-  del content['format']
   return {'files': {}} | content
+
+
+def weights_digest(path: str | pathlib.Path) -> str:
+  """One SHA-256 for all parameters of DIR or DIR/STEP, from its list of checksums."""
+  directory, step = locate(path)
+  files = _sealed_files(directory / str(step) / INTEGRITY_FILE)
+  return json_digest({name: digest for name, (_, digest) in files.items() if name.split('/')[0] == 'params'})
 
 
 def read_tokenizer(path: str | pathlib.Path) -> dict[str, bytes] | None:
   """The files of the tokenizer stored with a checkpoint, for `data.tokenizer.load_tokenizer`; None if it has none."""
   directory = locate(path)[0]
-  listed = _read_model_file(directory)['files']
+  listed = read_description(directory)['files']
   return {name: _read_file(directory, name) for name in TOKENIZER_FILES if name in listed or (directory / name).exists()} or None
 
 
 def read_assets(path: str | pathlib.Path) -> dict[str, bytes]:
   """Files of the PyTorch checkpoint that this one came from, by their path below `assets/`."""
   directory = locate(path)[0]
-  names = (n for n in _read_model_file(directory)['files'] if n.startswith(f'{ASSETS}/'))
+  names = (n for n in read_description(directory)['files'] if n.startswith(f'{ASSETS}/'))
   return {n.removeprefix(f'{ASSETS}/'): _read_file(directory, n) for n in names}
 
 
 def _read_file(directory: pathlib.Path, name: str) -> bytes:
-  stated = _read_model_file(directory)['files'].get(name)
+  stated = read_description(directory)['files'].get(name)
   try:
     content = (directory / name).read_bytes()
   except OSError as e:
@@ -193,20 +223,7 @@ def seal(step_dir: pathlib.Path, known: dict[str, str] | None = None) -> None:
     digests = pool.map(lambda n: known.get(n) or file_sha256(step_dir / n), names)
     table = {n: {'size': p.stat().st_size, 'sha256': d} for n, p, d in zip(names, files, digests)}
   content = {'files': table}
-  write_atomically(step_dir / INTEGRITY_FILE, json.dumps(content | {'sha256': _digest(content)}, indent=0).encode())
-
-
-def sealing_context(directory: pathlib.Path) -> ocp.Context:
-  """Orbax settings for a `Checkpointer` over `directory`: each step is sealed before Orbax gives it its final name."""
-
-  def seal_unfinished() -> None:
-    if jax.process_index() == 0:
-      for temporary in directory.glob(f'*{UNFINISHED}'):
-        seal(temporary)
-
-  context = ocp.Context()
-  context.asynchronous.post_finalization_callback = seal_unfinished
-  return context
+  write_atomically(step_dir / INTEGRITY_FILE, json.dumps(content | {'sha256': json_digest(content)}, indent=0).encode())
 
 
 def file_sha256(path: pathlib.Path) -> str:
@@ -231,7 +248,7 @@ def check_integrity(step_dir: pathlib.Path, part: str | None = None, *, contents
   file = step_dir / INTEGRITY_FILE
   stated = {n: v for n, v in _sealed_files(file).items() if part in (None, n.split('/')[0])}
   if not stated:
-    raise CheckpointError(f'{file}: damaged, it lists no file of {part or "the step"}; copy the checkpoint again')
+    raise DamagedError(f'{file}: damaged, it lists no file of {part or "the step"}; copy the checkpoint again')
   parts = [step_dir / part] if part else [p for p in step_dir.iterdir() if p.is_dir()]
   present = {p.relative_to(step_dir).as_posix() for folder in parts for p in folder.rglob('*') if p.is_file()}
   strange = sorted(present - stated.keys())
@@ -249,8 +266,10 @@ def check_integrity(step_dir: pathlib.Path, part: str | None = None, *, contents
   with concurrent.futures.ThreadPoolExecutor() as pool:
     problems = [p for p in pool.map(problem, share) if p]
   problems += [f'{step_dir / n}: not listed in {INTEGRITY_FILE}' for n in strange]
+  if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(len(problems))).any() and not problems:
+    problems = ['a file that another host has checked']  # all must come to the same end
   if problems:
-    raise CheckpointError(f'{step_dir}: damaged; copy or write it again:\n  ' + '\n  '.join(problems))
+    raise DamagedError(f'{step_dir}: damaged; copy or write it again:\n  ' + '\n  '.join(problems))
 
 
 def _sealed_files(file: pathlib.Path) -> dict[str, tuple[int, str]]:
@@ -260,11 +279,11 @@ def _sealed_files(file: pathlib.Path) -> dict[str, tuple[int, str]]:
     stated = content.pop('sha256', None)
     files = {n: (v['size'], v['sha256']) for n, v in content['files'].items()}
   except FileNotFoundError:
-    raise CheckpointError(f'{file}: missing, the step is damaged or incomplete; copy or write it again') from None
-  except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-    raise CheckpointError(f'{file}: damaged ({e}); copy the checkpoint again') from e
-  if stated not in (None, _digest(content)):
-    raise CheckpointError(f'{file}: damaged, it does not match its own checksum; copy the checkpoint again')
+    raise DamagedError(f'{file}: missing, the step is damaged or incomplete; copy or write it again') from None
+  except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
+    raise DamagedError(f'{file}: damaged ({e}); copy the checkpoint again') from e
+  if stated not in (None, json_digest(content)):
+    raise DamagedError(f'{file}: damaged, it does not match its own checksum; copy the checkpoint again')
   return files
 
 
@@ -278,12 +297,13 @@ def stored_params(path: str | pathlib.Path) -> dict[str, Any]:
     raise CheckpointError(f'{step_dir}: not a readable checkpoint step ({e})') from e
 
 
-def load_params(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
+def load_params(path: str | pathlib.Path, mesh: Mesh | None = None, *, checked: bool = False) -> dict[str, Any]:
   """Parameters in checkpoint form, in the dtype they are stored in.
 
   Args:
     path: DIR or DIR/STEP.
     mesh: where to put them (see `sharding.shardings`); the first device if None.
+    checked: `check_integrity` has just read the step.
 
   Raises:
     CheckpointError: missing, damaged, or its arrays are not those that its `model.json` describes.
@@ -294,7 +314,8 @@ def load_params(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str,
   place = shardings(boxed, mesh) if mesh else SingleDeviceSharding(jax.local_devices()[0])
   wanted = _by_path(unboxed(boxed))
   step_dir = directory / str(step)
-  check_integrity(step_dir, 'params')
+  if not checked:
+    check_integrity(step_dir, 'params')
   stored = stored_params(path)
   differences = [f'- {k}: missing' for k in wanted.keys() - stored.keys()]
   differences += [f'+ {k}: not part of the model' for k in stored.keys() - wanted.keys()]

@@ -14,6 +14,7 @@ from dynllava_jax import paths, remote
 from dynllava_jax.config import ConfigError, from_config_dict
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import printable
+from dynllava_jax.files import require_writable
 
 
 def define_config() -> flags.FlagHolder:
@@ -54,6 +55,18 @@ def parse(cls: type, value: Any) -> Any:
   except OSError as e:  # ml_collections hands out a value that fails when it is used
     raise ConfigError(f'--config: {_one_line(e)}') from None
   return from_config_dict(cls, value)
+
+
+def output_directory(flag: flags.FlagHolder) -> paths.Given:
+  """The folder that a flag gives, which need not exist yet; ConfigError if nothing can be written there."""
+  given = path(flag)
+  if paths.is_local(given):
+    try:
+      require_writable(given)
+    except OSError as e:
+      why = f'{e.strerror}: {e.filename}'
+      raise ConfigError(f'--{flag.name}={flag.value}: cannot be written ({why}); choose another, or mend that one') from None
+  return given
 
 
 def expected(error: Exception) -> bool:
@@ -116,6 +129,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     main(argv)
 
   logging.set_verbosity(logging.WARNING)  # what jax and orbax say of themselves is not for users
+  logging.get_absl_handler().addFilter(lambda record: 'orbax' not in record.pathname)  # its errors come as exceptions, too
   app.run(without_strays, flags_parser=parser)
 
 

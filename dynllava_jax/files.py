@@ -64,6 +64,17 @@ def below(root: pathlib.Path, name: str) -> pathlib.Path:
   return path
 
 
+def require_writable(directory: pathlib.Path) -> None:
+  """Raises OSError, with the path at fault, if nothing can be written in a directory that may not exist yet. Makes nothing."""
+  existing = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+  if not existing.is_dir():
+    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+  if os.statvfs(existing).f_flag & os.ST_RDONLY:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(existing))
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+
+
 def write_array(path: pathlib.Path, value: np.ndarray, offset: int = 0) -> None:
   """Writes all bytes of a contiguous array into a file that exists; returns when the disk has them.
 

@@ -28,7 +28,7 @@ from dynllava_jax.remote import StoreError
 PERIOD = 10.0  # seconds between uploads
 SMALL = 8 * 2**20  # bytes; files up to this size are compared by content before they are uploaded again
 # What says that other files are whole, in the order in which it is uploaded.
-MARKERS = ('integrity.json', 'features.json', 'config.json', 'model.json', 'dataset_info.json')
+MARKERS = ('integrity.json', 'features.json', 'run.json', 'metrics.jsonl', 'config.json', 'model.json', 'dataset_info.json')
 # Hidden names that are no temporary ones: what an interrupted preparation goes on with, and files of zarr.
 KEPT = ('.unfinished', '.zarray', '.zattrs', '.zgroup')
 Name = str  # of a file, relative to the folder

@@ -7,12 +7,12 @@ import shutil
 import jax
 import pytest
 from conftest import GOLDEN
-from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint, presets
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.source import Request
+from dynllava_jax.training.saving import Saver
 
 
 @pytest.fixture(scope='module')
@@ -21,9 +21,9 @@ def written(tmp_path_factory, tiny_params):
   converted, trained = tmp_path_factory.mktemp('converted') / 'c', tmp_path_factory.mktemp('trained') / 't'
   convert(Request(src=GOLDEN / 'public_b' / 'checkpoint'), converted)
   checkpoint.write_info(trained, CheckpointInfo(model=presets.TINY), {'tokenizer.model': b'tokenizer'}, {'config.json': b'{}'})
-  with ocp.training.Checkpointer(trained, context=checkpoint.sealing_context(trained)) as saver:
+  with Saver(trained, keep=2) as saver:
     for step in (1, 2):
-      saver.save_checkpointables_async(step, {'params': tiny_params, 'optimizer': {'step': jax.numpy.int32(step)}}, force=True)
+      saver.save(step, {'params': tiny_params, 'optimizer': {'step': jax.numpy.int32(step)}})
   return {'converted': converted, 'trained': trained}
 
 

@@ -167,13 +167,14 @@ class TrainConfig:
   remat: str = 'none'
   log_every: int = 20
   save_every: int = 500
+  keep: int = 3  # so many of the newest saved steps stay
 
   def __post_init__(self):
     if self.reducer is None:  # else `methods.check_run`, which knows how many image tokens there are
       check_stages(self.stages, self.model)
     check_trainable_stages(self.stages)
     require(not (self.init_from and self.data.tokenizer), 'data.tokenizer: init_from brings its own; leave one of them empty')
-    require_positive(self, '', 'batch_size', 'accumulate', 'steps', 'log_every', 'save_every')
+    require_positive(self, '', 'batch_size', 'accumulate', 'steps', 'log_every', 'save_every', 'keep')
     require_seed(self.seed)
     for stage in self.stages:
       require(

@@ -128,7 +128,14 @@ def new_tokenizer(data: DataConfig, vocab_size: int) -> dict[str, bytes]:
     raise ConfigError('config.data.tokenizer: is empty and init_from brings no tokenizer; give the folder of a Hugging Face model')
   else:
     files = {MODEL_FILE: digits.tokenizer_model()}
+  require_vocabulary(files, vocab_size)
+  return files
+
+
+def require_vocabulary(files: Mapping[str, bytes], vocab_size: int) -> None:
+  """Raises ConfigError if a tokenizer has more tokens than the model."""
   size = len(load_tokenizer(files))
   if size > vocab_size:
-    raise ConfigError(f'config.model.llama.vocab_size: {vocab_size}, but the tokenizer has {size} tokens')
-  return files
+    raise ConfigError(
+      f'config.model.llama.vocab_size: {vocab_size}, but the tokenizer has {size} tokens; give the one that belongs to the weights'
+    )

@@ -4,23 +4,29 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from dynllava_jax import checkpoint, methods, sharding
+from dynllava_jax import checkpoint, locks, methods, sharding
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
-from dynllava_jax.config import TOKENIZER_FILES, ConfigError, TrainConfig, first_difference, from_config_dict, to_dict
+from dynllava_jax.config import IGNORE, IMAGE_ID, TOKENIZER_FILES, ConfigError, TrainConfig, first_difference, to_dict
+from dynllava_jax.data.batches import Batch
 from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
-from dynllava_jax.data.sources import TrainingData, new_tokenizer, training_data
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.data.sources import TrainingData, new_tokenizer, require_vocabulary, training_data
+from dynllava_jax.display import Terminal
 from dynllava_jax.models.params import abstract_params, cut_params, init_params, join_params
-from dynllava_jax.training.metrics import Display, MetricsLog
+from dynllava_jax.training import limits
+from dynllava_jax.training import record as records
+from dynllava_jax.training.metrics import Display, MetricsLog, unreadable_lines
+from dynllava_jax.training.record import CHECKPOINTS
+from dynllava_jax.training.saving import Saver, check_path
 from dynllava_jax.training.step import (
   NEVER_TRAINED,
   PREDICTORS,
@@ -30,12 +36,9 @@ from dynllava_jax.training.step import (
   split_frozen,
   state_shardings,
 )
+from dynllava_jax.training.stopping import StopRequest
 
-CHECKPOINTS = 'checkpoints'
-CONFIG_FILE = 'config.json'
 SKIPPED_FILE = 'skipped.json'  # samples left out, by reason
-DATA_MAY_CHANGE = ('workers', 'images')
-MAY_CHANGE = ('mesh', 'log_every', 'save_every', 'init_from', 'remat', 'accumulate')  # between start and resumption
 
 
 class Interrupted(Exception):
@@ -46,34 +49,52 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
   """Runs or resumes a training run.
 
   Raises:
-    ConfigError: something in the config cannot be run here.
+    ConfigError: something in the config cannot be run here, or what it names has changed since the run was started.
+    CheckpointError: a step cannot be written.
+    BusyError: another process trains in `workdir`.
     Interrupted: SIGINT or SIGTERM; the last finished step is saved, and starting again goes on from it. With several hosts
       that is the next step that is logged.
-    FloatingPointError: the loss is not a number.
+    FloatingPointError: a weight or the loss is not a number.
   """
-  # 1. Mesh and data.
+  with contextlib.ExitStack() as stack:
+    stop = StopRequest()
+    stack.callback(stop.restore)
+    check_path((workdir / CHECKPOINTS).absolute())
+    if jax.process_index() == 0:
+      stack.enter_context(locks.sole_use(workdir, '--workdir'))
+    _train(cfg, workdir, stop, stack)
+
+
+def _train(cfg: TrainConfig, workdir: pathlib.Path, stop: StopRequest, stack: contextlib.ExitStack) -> None:
+  # 1. Mesh, what is there of this run, and data.
   methods.check_run(cfg.model, cfg.stages, cfg.reducer)
   first_host = jax.process_index() == 0  # it alone writes, but for the arrays, and shows
+  say = Terminal(quiet=not first_host).print
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_batch(cfg.batch_size, mesh, cfg.accumulate)
+  limits.require_room(cfg, mesh)
   hosts, host = sharding.batch_hosts(mesh)
   directory = (workdir / CHECKPOINTS).absolute()
-  if checkpoint.all_steps(directory):
-    check_same_run(cfg, workdir)
+  started, first = records.find(cfg, workdir, say)
+  if started and first:
     tokenizer, assets = checkpoint.read_tokenizer(directory), checkpoint.read_assets(directory)
   elif cfg.init_from:
     tokenizer, assets = inherited_tokenizer(cfg.init_from), checkpoint.read_assets(cfg.init_from)
   else:
     tokenizer, assets = new_tokenizer(cfg.data, cfg.model.llama.vocab_size), {}
+  require_vocabulary(tokenizer, cfg.model.llama.vocab_size)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
   training = training_data(cfg.data, num_image, tokenizer, batch_size=cfg.batch_size, seed=cfg.seed)
   layout = LayOut(cfg.data, cfg.model.vision, tokenizer, num_image)
+  inputs = records.inputs(cfg, training.source, tokenizer)
+  if started and first:
+    records.check_same_inputs(cfg, started, inputs, workdir)
 
   # 2. State: the run's own newest step, else `init_from`, else random numbers.
   optimizer = make_optimizer(cfg.optimizer, cfg.steps)
   with sharding.on_mesh(mesh):
     state, frozen = initial_state(cfg, optimizer, mesh, directory)
-    first = int(state.step)
+    limits.check_weights(state.params | frozen, str(directory if first else cfg.init_from or 'the random weights'))
     # The top of a CLIP tower and the instruction predictor, never run: no use for the step, but an export needs them.
     tail = {k: frozen.pop(k) for k in NEVER_TRAINED if k in frozen}
     info = CheckpointInfo(
@@ -85,75 +106,91 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
       image_aspect=cfg.data.image_aspect,
       unused_vision_layers='vision_tail' in tail,
     )
+    record = records.begin(cfg, started, first, inputs, checkpoint.describe(info, tokenizer, assets))
     if first_host:
+      record.write(workdir)
       checkpoint.write_info(directory, info, tokenizer, assets)
-      checkpoint.write_atomically(workdir / CONFIG_FILE, json.dumps(to_dict(cfg), indent=1).encode())
 
     # 3. The step, and what watches it.
     train_step = make_train_step(cfg, optimizer, mesh)
-    policies = ocp.training.preservation_policies
-    saver = ocp.training.Checkpointer(
-      directory,
-      preservation_policy=policies.LatestN(1),
-      cleanup_tmp_directories=True,
-      context=checkpoint.sealing_context(directory),
-    )
-    stop = _StopRequest()
-    log = MetricsLog(workdir, first) if first_host else None
+    saver = stack.enter_context(Saver(directory, cfg.keep))
+    log = stack.enter_context(contextlib.closing(MetricsLog(workdir, first))) if first_host else None
+    if damaged := unreadable_lines(workdir):
+      say(damaged)
 
     def save(state: State) -> None:
-      # force: by default Orbax passes over a step while the one before is still being written, the last one too.
-      saver.save_checkpointables_async(
+      saver.save(
         int(state.step),
         {'params': join_params(state.params | frozen) | tail, 'optimizer': {'step': state.step, 'opt_state': state.opt_state}},
-        force=True,
       )
 
     # 4. The loop: batch, step, log, save.
-    try:
-      batches = training_batches(training, layout, batch_size=cfg.batch_size, step=first, hosts=hosts, host=host)
-      with contextlib.closing(batches), Display(workdir.name, cfg.steps, first, quiet=not first_host) as display:
-        if first_host:
-          write_skipped(training, workdir)
-        display.say(describe_data(training, workdir))
-        if first:
-          display.say(f'{workdir}: ' + ('finished already' if first >= cfg.steps else f'goes on from step {first}'))
+    batches = stack.enter_context(
+      contextlib.closing(training_batches(training, layout, batch_size=cfg.batch_size, step=first, hosts=hosts, host=host))
+    )
+    if first_host:
+      write_skipped(training, workdir)
+    say(describe_data(training, workdir))
+    if first:
+      say(f'{workdir}: ' + ('finished already' if first >= cfg.steps else f'goes on from step {first}'))
+    display = stack.enter_context(Display(workdir.name, cfg.steps, first, quiet=not first_host))
+    stop.in_loop()
+    since, tokens, unseen = time.monotonic(), 0, []
+    step = first
+    for step in range(first + 1, cfg.steps + 1):
+      batch = next(batches)
+      check_tokens(batch, cfg.model.llama.vocab_size, step)
+      tokens += int(np.sum(batch.length)) * hosts
+      state, metrics = train_step(state, frozen, to_mesh(batch, sharding.batch_sharding(mesh)))
+      unseen.append((step, metrics['loss'], metrics['grad_norm']))
+      if step == first + 1:  # leave the compilation out of tokens/s
+        jax.block_until_ready(metrics)
         since, tokens = time.monotonic(), 0
-        for step in range(first + 1, cfg.steps + 1):
-          batch = next(batches)
-          tokens += int(np.sum(batch.length)) * hosts
-          state, metrics = train_step(state, frozen, to_mesh(batch, sharding.batch_sharding(mesh)))
-          if step == first + 1:  # leave the compilation out of tokens/s
-            jax.block_until_ready(metrics)
-            since, tokens = time.monotonic(), 0
-          logging = step % cfg.log_every == 0 or step == cfg.steps
-          stopping = stop.agreed(logging) and step < cfg.steps
-          saving = step % cfg.save_every == 0 or step == cfg.steps or stopping
-          if saving or logging:
-            values = {name: float(v) for name, v in metrics.items()}
-            if not np.isfinite([values['loss'], values['grad_norm']]).all():
-              raise FloatingPointError(
-                f'step {step}: the loss is {values["loss"]}, the gradient norm {values["grad_norm"]}; the last saved step is '
-                'intact. Lower the learning rate, or look at the batch: every row needs an answer'
-              )
-          if logging:
-            values = {name: v for name, v in values.items() if not np.isnan(v)}  # keep rates of a batch without any such token
-            now = time.monotonic()
-            if tokens:
-              values['tokens_per_second'] = tokens / (now - since)
-            since, tokens = now, 0
-            if log:
-              log.write(step, values)
-            display.show(step, values)
-          if saving:
-            save(state)
-          if stopping:
-            raise Interrupted(f'stopped after step {step} of {cfg.steps}; start the same command again to go on')
-    finally:
-      saver.close()
-      if log:
-        log.close()
-      stop.restore()
+      logging = step % cfg.log_every == 0 or step == cfg.steps
+      stopping = stop.agreed(logging) and step < cfg.steps
+      saving = step % cfg.save_every == 0 or step == cfg.steps or stopping
+      if saving or logging:
+        check_losses(jax.device_get(unseen))
+        unseen = []
+        values = {name: float(v) for name, v in metrics.items()}
+      if logging:
+        values = {name: v for name, v in values.items() if not np.isnan(v)}  # keep rates of a batch without any such token
+        now = time.monotonic()
+        if tokens:
+          values['tokens_per_second'] = tokens / (now - since)
+        since, tokens = now, 0
+        if log:
+          log.write(step, values)
+        display.show(step, values)
+        record = records.mark(record, saver.written(), workdir)
+      if saving:
+        save(state)
+      if stopping:
+        break
+    saver.close()
+    records.mark(record, saver.written(), workdir)
+    if step < cfg.steps:
+      raise Interrupted(f'stopped after step {step} of {cfg.steps}; start the same command again to go on')
+
+
+def check_losses(seen: Sequence[tuple[int, float, float]]) -> None:
+  """FloatingPointError for the first step whose loss or gradient is not a number. `seen`: (step, loss, gradient norm)."""
+  for step, loss, norm in seen:
+    if not np.isfinite([loss, norm]).all():
+      raise FloatingPointError(
+        f'step {step}: the loss is {loss}, the gradient norm {norm}; the last saved step is intact. Lower the learning rate, or '
+        'look at the batch: every row needs an answer'
+      )
+
+
+def check_tokens(batch: Batch, vocab_size: int, step: int) -> None:
+  """DataError if a batch holds tokens that the model has not, which would read another token's weights without a word."""
+  for ids, apart in ((batch.tokens, IMAGE_ID), (batch.labels, IGNORE)):
+    if wrong := ids[(ids != apart) & ((ids < 0) | (ids >= vocab_size))].tolist():
+      raise DataError(
+        f'step {step}: token {wrong[0]} in the batch, the model has {vocab_size}; is the tokenizer the one of the weights? Set '
+        'config.model.llama.vocab_size, or give the tokenizer that belongs to them'
+      )
 
 
 def write_skipped(training: TrainingData, workdir: pathlib.Path) -> None:
@@ -177,12 +214,14 @@ def initial_state(
 ) -> tuple[State, dict[str, Any]]:
   """(state, frozen groups and, if there is one, the unused top of the CLIP tower) of a new or resumed run, on the mesh.
 
+  The newest step in `directory` is not compared with its checksums: `recovery.newest_whole_step` has just done that.
+
   Raises:
     ConfigError: `init_from` holds another model.
   """
   places = state_shardings(cfg, optimizer, mesh)
   if checkpoint.all_steps(directory):
-    params = cut_params(checkpoint.load_params(directory, mesh), cfg.stages)
+    params = cut_params(checkpoint.load_params(directory, mesh, checked=True), cfg.stages)
     trained, frozen = split_frozen(params, cfg.frozen)
     abstract = jax.eval_shape(optimizer.init, trained)
     target = jax.tree.map(
@@ -191,7 +230,6 @@ def initial_state(
       {'step': places.step, 'opt_state': places.opt_state},
     )
     folder, step = checkpoint.locate(directory)
-    checkpoint.check_integrity(folder / str(step), 'optimizer')
     stored = ocp.load_checkpointables(folder / str(step), {'optimizer': target})['optimizer']
     return State(stored['step'], trained, stored['opt_state']), frozen
 
@@ -204,30 +242,6 @@ def initial_state(
   trained = jax.tree.map(lambda x: x.astype(cfg.param_dtype), trained)
   opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trained)
   return State(jax.device_put(jnp.int32(0), places.step), trained, opt_state), frozen
-
-
-def check_same_run(cfg: TrainConfig, workdir: pathlib.Path) -> None:
-  """Raises ConfigError if the run in `workdir` was started with other settings that its course depends on."""
-  file = workdir / CONFIG_FILE
-  if not file.exists():
-    return
-  try:
-    written = json.loads(file.read_text())  # settings that it does not know have their defaults
-    if isinstance(written, dict):
-      written = {k: v for k, v in written.items() if k not in MAY_CHANGE}
-    started = from_config_dict(TrainConfig, written)
-  except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as e:
-    raise ConfigError(
-      f'{file}: not the settings of a run ({e}); put them back, or remove the file if you are sure of yours'
-    ) from None
-  before, now = to_dict(started), to_dict(cfg)
-  for side in (before, now):  # the stream is the same for any number of workers and wherever the pictures lie
-    side['data'] = {k: v for k, v in side['data'].items() if k not in DATA_MAY_CHANGE}
-  if found := first_difference(*({k: v for k, v in side.items() if k not in MAY_CHANGE} for side in (before, now))):
-    key, old, new = found
-    raise ConfigError(
-      f'config.{key}: the run in {workdir} was started with {old!r}, the config says {new!r}; choose another --workdir or remove it'
-    )
 
 
 def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -254,27 +268,3 @@ def inherited_tokenizer(path: str) -> dict[str, bytes]:
   if tokenizer is None:
     raise ConfigError(f'config.init_from: {path} has no tokenizer; put its files there: {", ".join(TOKENIZER_FILES[:3])}')
   return tokenizer
-
-
-class _StopRequest:
-  """SIGINT and SIGTERM ask the loop to save and end; a second SIGINT ends at once."""
-
-  def __init__(self):
-    self.requested = False
-    self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-  def _ask(self, number, frame):
-    del frame
-    self.requested = True
-    if number == signal.SIGINT:
-      signal.signal(signal.SIGINT, signal.default_int_handler)
-
-  def agreed(self, logging: bool) -> bool:
-    """Whether to end after this step. Several hosts must end after the same one, and only talk about it when they log."""
-    if jax.process_count() == 1:
-      return self.requested
-    return logging and bool(multihost_utils.process_allgather(np.asarray(self.requested)).any())
-
-  def restore(self) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)

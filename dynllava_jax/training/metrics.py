@@ -1,54 +1,125 @@
 """What a run tells: JSONL for programs, TensorBoard for browsers, a progress display for people."""
 
+import contextlib
 import json
 import pathlib
+import re
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-import tensorboardX
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from dynllava_jax.display import Terminal
+from dynllava_jax.files import write_atomically
 
 METRICS_FILE = 'metrics.jsonl'
+SHOWN = 5  # numbers of damaged lines that a message names
 
 
 class MetricsLog:
   """Appends one line per logged step to `metrics.jsonl`, and the same numbers to TensorBoard."""
 
   def __init__(self, workdir: pathlib.Path, first_step: int):
-    """Keeps what was logged up to `first_step`; lines of steps that will be run again are dropped."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / METRICS_FILE
-    kept = [line for line in read_metrics(workdir) if line['step'] <= first_step]
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
-    temporary.replace(path)
-    self._file = path.open('a')
-    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=first_step + 1)
+    """Keeps what was logged up to `first_step`; lines of steps that will be run again are dropped.
+
+    Nothing is rewritten unless there are such lines. What cannot be read stays where it is.
+    """
+    self._path = path = workdir / METRICS_FILE
+    lines = _lines(path)
+    kept = [text for text, values in lines if not _runs_again(text, values, first_step)]
+    if len(kept) < len(lines) or (kept and not kept[-1].endswith(b'\n')):
+      write_atomically(path, b''.join(text.rstrip(b'\n') + b'\n' for text in kept))
+    self._file = path.open('ab', buffering=0)
+    self._board = _Board(workdir / 'tensorboard', first_step + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    self._file.write(json.dumps({'step': step} | dict(values)) + '\n')
-    self._file.flush()
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+    try:
+      self._file.write(json.dumps({'step': step} | dict(values)).encode() + b'\n')
+    except OSError as e:
+      raise OSError(e.errno, e.strerror, str(self._path)) from None
+    self._board.write(step, values)
 
   def close(self) -> None:
     self._file.close()
     self._board.close()
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-  """All lines of a run's `metrics.jsonl`; a last line cut off by a kill is left out."""
-  path = workdir / METRICS_FILE
-  lines = path.read_text().splitlines() if path.exists() else []
-  values = []
-  for line in lines:
+class _Board:
+  """TensorBoard's files. They are a convenience: what keeps them from being written is told once and ends no run.
+
+  `tensorboardX.SummaryWriter` writes in a thread that dies of a full disk with a traceback, and the program then hangs.
+  """
+
+  def __init__(self, folder: pathlib.Path, first_step: int):
+    self._folder, self._writer = folder, None
+    with self._told_once():
+      folder.mkdir(parents=True, exist_ok=True)
+      self._writer = EventsWriter(str(folder / 'events'))
+      again = SessionLog(status=SessionLog.START)  # hides what was logged from this step on
+      self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=again))
+      self._writer.flush()
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    with self._told_once():
+      if self._writer:
+        for name, value in values.items():
+          self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._writer.flush()
+
+  def close(self) -> None:
+    with self._told_once():
+      if self._writer:
+        self._writer.close()
+
+  @contextlib.contextmanager
+  def _told_once(self) -> Iterator[None]:
     try:
-      values.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return values
+      yield
+    except OSError as e:
+      self._writer = None
+      message = f'{self._folder}: TensorBoard files cannot be written ({e.strerror or e}); {METRICS_FILE} has the numbers'
+      print(message, file=sys.stderr)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+  """All lines of a run's `metrics.jsonl` that can be read; `unreadable_lines` tells of the others."""
+  return [values for _, values in _lines(workdir / METRICS_FILE) if values]
+
+
+def unreadable_lines(workdir: pathlib.Path) -> str:
+  """One line about damaged lines of `metrics.jsonl`, which are kept and passed over; '' if there is none."""
+  path = workdir / METRICS_FILE
+  bad = [str(number) for number, (text, values) in enumerate(_lines(path), 1) if values is None and text.endswith(b'\n')]
+  shown = ', '.join(bad[:SHOWN]) + (', ...' if len(bad) > SHOWN else '')
+  return f'{path}: {len(bad)} of its lines cannot be read, left as they are and passed over: {shown}' if bad else ''
+
+
+def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, float] | None]]:
+  """Each line with its end and what it says; None for what says nothing."""
+  return [(text, _values(text)) for text in path.read_bytes().splitlines(keepends=True)] if path.exists() else []
+
+
+def _values(text: bytes) -> dict[str, float] | None:
+  try:
+    values = json.loads(text)
+  except (ValueError, RecursionError):  # ValueError: no UTF-8, no JSON or an endless number
+    return None
+  numbers = isinstance(values, dict) and all(type(v) in (int, float) for v in values.values())
+  return values if numbers and type(values.get('step')) is int else None
+
+
+def _runs_again(text: bytes, values: dict[str, float] | None, first_step: int) -> bool:
+  """Whether a line is of a step after `first_step`, or the rest of one that a kill cut off."""
+  if values:
+    return values['step'] > first_step
+  if text.endswith(b'\n'):
+    return False
+  stated = re.match(rb'\{"step": (\d+),', text)
+  return not stated or int(stated[1]) > first_step
 
 
 class Display:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from dynllava_jax import paths, remote
 from dynllava_jax.checkpoint import write_atomically
 from dynllava_jax.display import printable
-from dynllava_jax.training.metrics import METRICS_FILE, read_metrics
+from dynllava_jax.training.metrics import METRICS_FILE, read_metrics, unreadable_lines
 
 matplotlib.use('Agg')
 
@@ -58,7 +58,10 @@ def main(out: str, *workdirs: str) -> None:
   """Writes the picture; exits with a message if a run has no metrics."""
   runs = {}
   for workdir in (paths.given(text, 'WORKDIR') for text in workdirs):
-    runs[workdir.name] = read_metrics(remote.fetched(workdir / METRICS_FILE).parent)
+    local = remote.fetched(workdir / METRICS_FILE).parent
+    runs[workdir.name] = read_metrics(local)
+    if damaged := unreadable_lines(local):
+      print(printable(damaged), file=sys.stderr)
     if not runs[workdir.name]:
       sys.exit(f'error: {printable(workdir / METRICS_FILE)}: missing or empty; train there first')
   save_figure(training_figure(runs), paths.given(out, 'OUT.png'))

@@ -18,6 +18,7 @@ from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.source import Request
 from dynllava_jax.data.sources import new_tokenizer
 from dynllava_jax.training import loop
+from dynllava_jax.training.saving import Saver
 
 CASE = GOLDEN / 'public_b'
 DATA = DataConfig(text_length=104)
@@ -95,8 +96,8 @@ def test_model_without_the_unused_layers_needs_a_tower(fine_tuned, tmp_path):
   folder, _ = fine_tuned
   info, params = checkpoint.read_info(folder / 'start'), checkpoint.load_params(folder / 'start')
   bare = {k: v for k, v in params.items() if k != 'vision_tail'}
-  with loop.ocp.training.Checkpointer(tmp_path / 'bare', context=checkpoint.sealing_context(tmp_path / 'bare')) as saver:
-    saver.save_checkpointables_async(1, {'params': bare}, force=True)
+  with Saver(tmp_path / 'bare') as saver:
+    saver.save(1, {'params': bare})
   checkpoint.write_info(tmp_path / 'bare', dataclasses.replace(info, unused_vision_layers=False))
   with pytest.raises(ConversionError, match='does not hold the CLIP layers above 1.*with --vision'):
     export(tmp_path / 'bare', tmp_path / 'back', 'llava-hf')

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 from dynllava_jax import checkpoint, sharding
@@ -34,8 +33,9 @@ from dynllava_jax.config import (
 )
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.evals import report
-from dynllava_jax.training import loop, plot
+from dynllava_jax.training import loop, plot, record
 from dynllava_jax.training.metrics import MetricsLog, read_metrics
+from dynllava_jax.training.saving import Saver
 from dynllava_jax.training.step import State, cut_abstract, make_optimizer, make_train_step, schedule, split_frozen, temperature
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -136,7 +136,7 @@ def test_asked_to_stop_while_logging_it_ends_after_the_next_step(one_device, tmp
   monkeypatch.setattr(MetricsLog, 'write', interrupted)
   with pytest.raises(loop.Interrupted, match='stopped after step 7 of 8'):
     loop.train(BASE, tmp_path)
-  assert checkpoint.all_steps(tmp_path / loop.CHECKPOINTS) == [7]
+  assert checkpoint.all_steps(tmp_path / loop.CHECKPOINTS) == [4, 7]
 
 
 HOST = """
@@ -240,8 +240,8 @@ def test_dynamic_trains_decoder_and_predictors_and_freezes_the_rest(base_run, dy
 def test_what_is_trained_is_float32_whatever_the_checkpoint_holds(base_run, tmp_path):
   half = tmp_path / 'half'
   checkpoint.write_info(half, checkpoint.read_info(base_run / loop.CHECKPOINTS), {'tokenizer.model': b'-'})
-  with ocp.training.Checkpointer(half, context=checkpoint.sealing_context(half)) as saver:
-    saver.save_checkpointables(0, {'params': jax.tree.map(lambda x: x.astype(jnp.bfloat16), parameters(base_run))})
+  with Saver(half) as saver:
+    saver.save(0, {'params': jax.tree.map(lambda x: x.astype(jnp.bfloat16), parameters(base_run))})
   cfg = dynamic(init_from=str(half))
   mesh = sharding.make_mesh(cfg.mesh)
   with sharding.on_mesh(mesh):
@@ -264,13 +264,13 @@ def test_dense_training_from_a_dynamic_checkpoint_leaves_the_predictors_out(dyna
 
 
 def test_settings_of_an_earlier_version_have_their_defaults(base_run, tmp_path):
-  settings = json.loads((base_run / loop.CONFIG_FILE).read_text())
-  del settings['sparsity']['dense_share']
-  (tmp_path / loop.CONFIG_FILE).write_text(json.dumps(settings))
-  loop.check_same_run(BASE, tmp_path)
-  (tmp_path / loop.CONFIG_FILE).write_text('{"model": ')
-  with pytest.raises(ConfigError, match='config.json: not the settings of a run'):
-    loop.check_same_run(BASE, tmp_path)
+  started = record.read(base_run)
+  del started.settings['sparsity']['dense_share']
+  started.write(tmp_path)
+  assert record.check_same_run(BASE, record.read(tmp_path), tmp_path, 8) == ''
+  (tmp_path / record.RUN_FILE).write_text('{"model": ')
+  with pytest.raises(ConfigError, match='run.json: damaged .*Copy it back from elsewhere, or start a new run from its weights'):
+    record.read(tmp_path)
 
 
 def test_mesh_does_not_change_the_result(base_run, tmp_path):

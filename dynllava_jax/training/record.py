@@ -1,0 +1,260 @@
+"""`run.json`: what the course of a run depends on, by digest, and how far it was saved; compared when the run goes on."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dynllava_jax import checkpoint
+from dynllava_jax.checkpoint import CheckpointError
+from dynllava_jax.config import ConfigError, TrainConfig, first_difference, from_config_dict, to_dict
+from dynllava_jax.data.fingerprint import fingerprint
+from dynllava_jax.data.sources import Source
+from dynllava_jax.files import write_atomically
+from dynllava_jax.training.metrics import METRICS_FILE
+from dynllava_jax.training.recovery import newest_whole_step
+from dynllava_jax.training.step import schedule
+
+CHECKPOINTS = 'checkpoints'
+RUN_FILE = 'run.json'
+CONFIG_FILE = 'config.json'  # the settings alone, to be read by people; rewritten at every start
+FORMAT = 1
+DATA_MAY_CHANGE = ('workers', 'images', 'path')  # between start and resumption; what lies there is compared by digest
+MAY_CHANGE = ('mesh', 'log_every', 'save_every', 'keep', 'init_from', 'remat', 'accumulate')
+LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'grain', 'tokenizers', 'pillow')
+PACKAGE = pathlib.Path(checkpoint.__file__).parent
+NOT_TRAINING = ('evals', 'convert')  # parts of the package that no run depends on
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+  """What `run.json` holds.
+
+  Attributes:
+    settings: of the config, in plain form.
+    inputs: SHA-256 of what the config only names: samples, pictures, tokenizer, base weights.
+    code: versions of libraries, and the digest of this package's files.
+    description: content of the checkpoint's `model.json`.
+    saved: the newest step that was saved; None before the first.
+    history: changes of settings between start and resumption, as text.
+  """
+
+  settings: dict[str, Any]
+  inputs: dict[str, str]
+  code: dict[str, str]
+  description: dict[str, Any]
+  saved: int | None = None
+  history: tuple[str, ...] = ()
+
+  def write(self, workdir: pathlib.Path) -> None:
+    content = {'format': FORMAT} | dataclasses.asdict(self)
+    content = json.loads(json.dumps(content))
+    write_atomically(workdir / RUN_FILE, json.dumps(content | {'sha256': checkpoint.json_digest(content)}, indent=1).encode())
+    write_atomically(workdir / CONFIG_FILE, json.dumps(self.settings, indent=1).encode())
+
+
+def read(workdir: pathlib.Path) -> RunRecord | None:
+  """The record of the run in `workdir`; None if there is none. ConfigError if it is damaged."""
+  file = workdir / RUN_FILE
+  try:
+    content = json.loads(file.read_bytes())
+    intact = content.pop('sha256') == checkpoint.json_digest(content) and content.pop('format') == FORMAT
+    record = RunRecord(**content)
+    record = dataclasses.replace(record, history=tuple(record.history))
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
+    raise ConfigError(f'{file}: damaged ({e}); {_without_it(workdir)}') from None
+  if not intact:
+    raise ConfigError(f'{file}: damaged, it does not match its own checksum; {_without_it(workdir)}')
+  return record
+
+
+def _without_it(workdir: pathlib.Path) -> str:
+  return f'without it nobody knows what the run was started with. Copy it back from elsewhere, or {a_new_run(workdir)}'
+
+
+AGAIN = 'to start again from step 1, choose another --workdir or move this one away'
+
+
+def a_new_run(workdir: pathlib.Path) -> str:
+  """The way on that is always there, as text."""
+  return f'start a new run from its weights: another --workdir, and --config.init_from={workdir / CHECKPOINTS}'
+
+
+def find(cfg: TrainConfig, workdir: pathlib.Path, say: Callable[[str], None]) -> tuple[RunRecord | None, int]:
+  """The record of the run in `workdir`, None if it is new, and the step to go on from, 0 if there is none.
+
+  Damaged steps and descriptions are mended or set aside, and told of by `say`.
+
+  Raises:
+    ConfigError: the run was started with other settings, or nothing is left of it that could be gone on with.
+  """
+  directory = (workdir / CHECKPOINTS).absolute()
+  record = read(workdir)
+  steps = checkpoint.all_steps(directory)
+  if not record:
+    if steps:
+      raise ConfigError(f'{workdir / RUN_FILE}: missing; {_without_it(workdir)}')
+    for name in (CONFIG_FILE, METRICS_FILE):
+      if (workdir / name).exists():
+        raise ConfigError(f'{workdir / name}: is of a run whose {RUN_FILE} and steps are gone; copy them back, or {AGAIN}')
+    return None, 0
+  if steps and (change := check_same_run(cfg, record, workdir, steps[-1])):
+    say(change)
+  step, told = newest_whole_step(directory, cfg.keep)
+  for line in told:
+    say(line)
+  if step is None:
+    if record.saved is None and not told:
+      return record, 0  # stopped before the first step was saved
+    raise ConfigError(
+      f'{directory}: step {record.saved or steps[-1]} was saved, and no step is left that can be read; copy one back, or {AGAIN}'
+    )
+  if record.saved and record.saved > step:
+    say(f'{directory / str(record.saved)}: was saved, but cannot be gone on from')
+  _restore_description(directory, record, say)
+  return record, step
+
+
+def _restore_description(directory: pathlib.Path, record: RunRecord, say: Callable[[str], None]) -> None:
+  """Writes `model.json` again as the run knows it, if it is missing, damaged or says something else."""
+  try:
+    found = checkpoint.read_description(directory)
+  except CheckpointError:
+    found = None
+  multihost_utils.sync_global_devices('description read')
+  if found != record.description:
+    say(f'{directory / checkpoint.MODEL_FILE}: missing, damaged or changed; written again as the run knows it')
+    if jax.process_index() == 0:
+      checkpoint.write_description(directory, record.description)
+  multihost_utils.sync_global_devices('description restored')
+
+
+def inputs(cfg: TrainConfig, source: Source, tokenizer: Mapping[str, bytes]) -> dict[str, str]:
+  """SHA-256 of what the config only names; base weights that are gone have none.
+
+  Raises:
+    ConfigError: several hosts do not see the same.
+  """
+  out = fingerprint(source) | {'tokenizer': digest_of_files(tokenizer)}
+  if cfg.init_from:
+    with contextlib.suppress(CheckpointError):  # needed for the first step alone, and then loading them says why
+      out['base weights'] = checkpoint.weights_digest(cfg.init_from)
+  if jax.process_count() > 1:
+    for name, digest in sorted(out.items()):
+      of_all = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
+      if differing := np.flatnonzero((of_all != of_all[0]).any(1)).tolist():
+        raise ConfigError(f'{name}: host {differing[0]} has others than host 0; give all hosts the same files')
+  return out
+
+
+def begin(
+  cfg: TrainConfig, started: RunRecord | None, step: int, inputs: Mapping[str, str], description: dict[str, Any]
+) -> RunRecord:
+  """The record of a run that starts, or of one that goes on from `step` as `started` knows it."""
+  code = code_versions()
+  if not (started and step):
+    return RunRecord(to_dict(cfg), dict(inputs), code, description)
+  changes = []
+  if started.settings['steps'] != cfg.steps:
+    changes.append(f'step {step}: steps {started.settings["steps"]} -> {cfg.steps}')
+  if started.code != code:
+    changes.append(f'step {step}: other code')
+  return RunRecord(to_dict(cfg), started.inputs | inputs, code, description, step, (*started.history, *changes))
+
+
+def mark(record: RunRecord, saved: int | None, workdir: pathlib.Path) -> RunRecord:
+  """Notes that a step was saved, in the file too; nothing new if `saved` is None or noted already."""
+  if saved is None or saved == record.saved:
+    return record
+  record = dataclasses.replace(record, saved=saved)
+  if jax.process_index() == 0:
+    record.write(workdir)
+  return record
+
+
+def check_same_run(cfg: TrainConfig, record: RunRecord, workdir: pathlib.Path, step: int) -> str:
+  """Compares the settings with those that the run was started with.
+
+  Returns:
+    What a change that is allowed means, '' without one.
+
+  Raises:
+    ConfigError: others that its course depends on; says how to go on.
+  """
+  settings = {k: v for k, v in record.settings.items() if k not in MAY_CHANGE}
+  started = from_config_dict(TrainConfig, settings)  # what it does not know has its default
+  before, now = (_compared(to_dict(side)) for side in (started, cfg))
+  raised = cfg.steps > started.steps and all(stage.selector == 'all' for stage in cfg.stages)
+  if raised:
+    before['steps'] = now['steps']
+  if found := first_difference(before, now):
+    key, old, new = found
+    way_on = f'go on with {old!r}, or {a_new_run(workdir)}'
+    if key.startswith('model.'):
+      way_on = f'go on with {old!r}, or choose another --workdir'
+    elif key == 'steps':
+      way_on += '. Learning rate and temperature follow from the number of steps, so that it cannot change in between'
+    raise ConfigError(f'config.{key}: the run in {workdir} was started with {old!r}, the config says {new!r}; {way_on}')
+  if not raised:
+    return ''
+  then, now = (float(schedule(cfg.optimizer.learning_rate, n, cfg.optimizer)(step)) for n in (started.steps, cfg.steps))
+  return (
+    f'{workdir}: steps raised from {started.steps} to {cfg.steps} at step {step}. From here on the learning rate follows the '
+    f'schedule of {cfg.steps} steps ({now:.2e} instead of {then:.2e}); a run that had {cfg.steps} steps from the start would end '
+    'elsewhere'
+  )
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+  data = {k: v for k, v in settings['data'].items() if k not in DATA_MAY_CHANGE}
+  return {k: v for k, v in settings.items() if k not in MAY_CHANGE} | {'data': data}
+
+
+def check_same_inputs(cfg: TrainConfig, record: RunRecord, inputs: Mapping[str, str], workdir: pathlib.Path) -> None:
+  """Raises ConfigError if something that the config only names has another content than when the run was started."""
+  named = {
+    'samples': f'the samples in config.data.path={cfg.data.path}',
+    'pictures': f'the pictures in config.data.images={cfg.data.images}',
+    'tokenizer': f"the tokenizer's files in {workdir / CHECKPOINTS}",
+    'base weights': f'the base weights in config.init_from={cfg.init_from}',
+  }
+  for name, digest in inputs.items():
+    before = record.inputs.get(name)
+    if before is not None and before != digest:
+      hint = '; or leave init_from empty, as the run has its own weights by now' if name == 'base weights' else ''
+      raise ConfigError(
+        f'{workdir}: {named[name]} are not those that the run was started with (SHA-256 {before[:12]}, now {digest[:12]}); put '
+        f'them back, or {a_new_run(workdir)}{hint}'
+      )
+
+
+def digest_of_files(files: Mapping[str, bytes]) -> str:
+  """SHA-256 of named contents."""
+  return checkpoint.json_digest({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+
+
+def code_versions() -> dict[str, str]:
+  """Versions of what computes, and the digest of this package's files that a run depends on."""
+  sources = sorted(p for p in PACKAGE.rglob('*.py') if p.relative_to(PACKAGE).parts[0] not in NOT_TRAINING)
+  ours = digest_of_files({p.relative_to(PACKAGE).as_posix(): p.read_bytes() for p in sources})
+  versions = {}
+  for name in LIBRARIES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return versions | {'dynllava_jax': ours[:12]}
+
+
+def changed_code(record: RunRecord, code: Mapping[str, str]) -> str:
+  """A warning if the run was started with other code, '' otherwise."""
+  changed = [f'{name} {record.code.get(name)} -> {version}' for name, version in code.items() if record.code.get(name) != version]
+  return f'warning: other code than the run was started with, the numbers may differ: {", ".join(changed)}' if changed else ''
