@@ -19,6 +19,7 @@ from dynllava_jax.config import ModelConfig, Piece, Stage
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
 from dynllava_jax.models.params import cut_params
 from dynllava_jax.ops.images import normalize
+from dynllava_jax.ops.layout import gather_rows
 
 PAD = 0  # token after the end of a row
 
@@ -58,7 +59,8 @@ class Generated:
     length: int32[B], real tokens, the end token included.
     kept: bool[B, T], whether the gate kept each fed token (True where nothing was judged).
     margin: float32[B, T], keep minus drop logit behind it; +inf where nothing was judged.
-    kept_image: tuple of int32[B, M], image tokens that entered each stage; empty for uncached decoding.
+    kept_image: tuple of int32[B, M], patches of the image tokens that entered each stage; of tokens that a reducer made the
+      patch that each stands for, -1 for the class token. Empty for uncached decoding.
     evicted: int32[B], kept tokens given up because a bounded cache was full.
   """
 
@@ -160,7 +162,7 @@ class Generator:
     return self.decode(turn, prompt.seed, kept_image)[0]
 
   def start(self, prompt: Prompt, pixels: jax.Array) -> tuple[Turn, tuple[jax.Array, ...]]:
-    """Runs the prompts: (turn, image tokens kept for each stage)."""
+    """Runs the prompts: (turn, `Generated.kept_image`)."""
     return self._prefill(self.params, prompt, pixels)
 
   def decode(self, turn: Turn, seed: jax.Array, kept_image: tuple[jax.Array, ...] = ()) -> tuple[Generated, Cache]:
@@ -225,10 +227,13 @@ class Generator:
     return self.model.apply({'params': params}, *args, method=method)
 
   def _prefill_impl(self, params, prompt, pixels):
-    image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='encode_images')
-    hidden, traces, cache = self._apply(params, prompt, image, self.spec, method='prefill')
+    image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='reduce_images')
+    hidden, traces, cache = self._apply(params, prompt, image.tokens, self.spec, method='prefill')
     last = jnp.take_along_axis(hidden, (traces[-1].length - 1)[:, None, None], 1, mode='clip')[:, 0]
-    return Turn(cache, self._apply(params, last, method='logits')), tuple(t.kept_image for t in traces)
+    kept_image = tuple(t.kept_image for t in traces)
+    if self.model.reducer is not None:
+      kept_image = tuple(gather_rows(image.index, kept) for kept in kept_image)
+    return Turn(cache, self._apply(params, last, method='logits')), kept_image
 
   def _extend_impl(self, params, tokens, count, cache, judge):
     hidden, cache, judgement = self._apply(params, tokens, count, cache, judge, method='extend')

@@ -55,9 +55,10 @@ def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figu
     kept_image = np.asarray(meta['kept_image'])
     bottom = (len(shown) - 1 - i) * height
     picture = figure.add_axes((0.02, bottom + 0.02, 0.28, height - 0.03))
-    picture.imshow(dim(preprocess(load_image(answer.question), vision, loaded.info.image_aspect), kept_image, patch))
+    patches = kept_image[kept_image >= 0]  # a class token among them is no part of the picture
+    picture.imshow(dim(preprocess(load_image(answer.question), vision, loaded.info.image_aspect), patches, patch))
     picture.set_axis_off()
-    for token in kept_image:
+    for token in patches:
       row, column = divmod(int(token), side)
       picture.add_patch(
         matplotlib.patches.Rectangle((column * patch - 0.5, row * patch - 0.5), patch, patch, fill=False, edgecolor='#ffb000', lw=1)

@@ -16,9 +16,9 @@ from rich.console import Console
 
 import eval as eval_script
 from dynllava_jax import sharding
-from dynllava_jax.config import EvalConfig, EvalRun, Stage
+from dynllava_jax.config import EvalConfig, EvalRun, Piece, Stage
 from dynllava_jax.data.digits import Questions
-from dynllava_jax.evals import forced, layout, report
+from dynllava_jax.evals import figures, forced, layout, report
 from dynllava_jax.evals.benchmarks import suite
 from dynllava_jax.evals.benchmarks.base import Problems
 from dynllava_jax.evals.folders import Folder
@@ -90,30 +90,38 @@ def test_benchmark(name, command, tiny_checkpoint, eval_data, tmp_path, capsys):
 
 
 def test_comparison(tiny_checkpoint, eval_data, small_machine, tmp_path):
-  """Dense, dynamic and a smaller image on long answers, with agreement: table in three forms, plot, picture."""
+  """Dense, dynamic, a smaller image and merged tokens on long answers, with agreement: table in three forms, plot, picture."""
   dynamic = (Stage(), Stage(start=1, selector='dynamic', image_keep_rate=0.25))
   runs = {'dense': EvalRun(stages=(Stage(),)), 'dynamic': EvalRun(stages=dynamic)}
   runs['small'] = EvalRun(stages=(Stage(),), image_size=28)
+  runs['merged'] = EvalRun(stages=(Stage(),), reducer=Piece('visionzip', {'dominant': 3, 'contextual': 1}))
   cfg = EvalConfig(
     runs=runs, benchmark='lvis_single', text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=3, agreement=True
   )
   report.run(cfg, str(tiny_checkpoint), tmp_path, eval_data)
   results = json.loads((tmp_path / 'results.json').read_text())['runs']
-  assert {n: r['image_tokens'] for n, r in results.items()} == {'dense': 16, 'dynamic': 4, 'small': 4}
-  assert {n: r['image_tokens_layer_average'] for n, r in results.items()} == {'dense': 16, 'dynamic': 10, 'small': 4}
+  assert {n: r['image_tokens'] for n, r in results.items()} == {'dense': 16, 'dynamic': 4, 'small': 4, 'merged': 4}
+  assert {n: r['image_tokens_layer_average'] for n, r in results.items()} == {'dense': 16, 'dynamic': 10, 'small': 4, 'merged': 4}
   dense = results['dense']
   assert dense['agreement']['token_agreement'] == 100, 'reading its own greedy answer, dense chooses every token of it again'
   assert dense['answers_differ'] == 0 and dense['difference'] is None and dense['figures']['reference_kept'] == 100
-  for name in ('dynamic', 'small'):
+  for name in ('dynamic', 'small', 'merged'):
     run = results[name]
     assert run['difference'] == pytest.approx(run['score'] - dense['score'])
     assert run['difference_interval'][0] <= run['difference'] <= run['difference_interval'][1]
     assert run['flops_per_sample'] < dense['flops_per_sample'] and run['kv_bytes_per_sample'] < dense['kv_bytes_per_sample']
   assert dense['score'] == pytest.approx(dense['figures']['perplexity']) and dense['score'] > 1
-  assert (tmp_path / 'results.md').read_text().count('\n| ') == 4
-  assert len((tmp_path / 'results.csv').read_text().splitlines()) == 4
+  assert (tmp_path / 'results.md').read_text().count('\n| ') == 5
+  assert len((tmp_path / 'results.csv').read_text().splitlines()) == 5
   for picture in ('results.png', 'tokens.png'):
     assert (tmp_path / picture).read_bytes().startswith(b'\x89PNG')
+  rows = [json.loads(row) for row in (tmp_path / 'answers' / 'merged.jsonl').read_text().splitlines()]
+  kept = [row['metadata']['kept_image'] for row in rows]
+  assert all(k[0] == -1 and len(set(k)) == 4 and max(k) < 16 for k in kept), 'the class token, and three patches of the picture'
+  loaded = layout.load_model('merged', runs['merged'], str(tiny_checkpoint))
+  questions = suite.get('lvis_single').questions(Folder(eval_data, suite.get('lvis_single').folders))
+  picture = figures.tokens_figure(figures.pictured(questions, rows)[:1], loaded, '').axes[0]
+  assert len(picture.patches) == 3, 'the class token is no part of the picture'
 
 
 def test_seed_of_the_random_baseline(tiny_checkpoint, eval_data, small_machine, tmp_path):

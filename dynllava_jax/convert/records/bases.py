@@ -96,6 +96,14 @@ class Record:
     beside = folder.parent / 'case.npz'
     return Base(info, params, load_case(beside) if beside.exists() else {})
 
+  def described_base(self) -> tuple[Base, str]:
+    """The model that `base_model` describes, a name or a group with tower and prompts, and its sentence about the prompts."""
+    described = self.setting('base_model')
+    if not isinstance(described, dict):
+      return self.base(str(described)), ''
+    named = self.setting('base_model', 'language_model_and_projector')
+    return self.base(named, described.get('vision_tower')), described.get('inputs', '')
+
 
 def open_record(folder: pathlib.Path, bases: pathlib.Path | None) -> Record:
   """Reads a record's description and arrays; ConversionError if it is none."""

@@ -74,10 +74,8 @@ RECORDED = {
 
 def verify(record: Record) -> Iterator[Quantity]:
   """Every quantity of a record of one of these methods."""
-  named = record.setting('base_model')
-  described = named if isinstance(named, dict) else {'language_model_and_projector': named}
-  base = record.base(described['language_model_and_projector'], described.get('vision_tower'))
-  prompts = samples(record, base, described.get('inputs', ''))
+  base, described = record.described_base()
+  prompts = samples(record, base, described)
   variants: dict[str, list[str]] = {}
   for group in groups(record, prompts):
     variants.setdefault(group.rpartition('/')[0], []).append(group)
