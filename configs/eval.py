@@ -2,11 +2,12 @@
 
     python eval.py --config=configs/eval.py:pope --checkpoint=CHECKPOINT --data=DIR --out=results/pope
     python eval.py --config=configs/eval.py:pope,compare --checkpoint=CHECKPOINT --data=DIR --out=results/pope
+    python eval.py --config=configs/eval.py:pope,methods --checkpoint=CHECKPOINT --data=DIR --out=results/pope_methods
     python eval.py --config=configs/eval.py:pope --answers=FILE --data=DIR
 
-The first runs the checkpoint with its own stage list, the second compares stage lists, the third scores an answer
-file made elsewhere. docs/evaluation.md says what DIR must hold. Hardware: one accelerator with 24 GiB for a 7B model in
-bfloat16 (batch_size=16); more of them with `--config.mesh...`.
+The first runs the checkpoint with its own stage list, the second compares stage lists, the third published methods that need no
+training, the last scores an answer file made elsewhere. docs/evaluation.md says what DIR must hold. Hardware: one accelerator with
+24 GiB for a 7B model in bfloat16 (batch_size=16); more of them with `--config.mesh...`.
 """
 
 from ml_collections import ConfigDict
@@ -36,17 +37,32 @@ def comparison() -> dict:
   )
 
 
+def reduced(name: str, **options) -> dict:
+  """A dense decoder on the image tokens that a reducer makes."""
+  return dict(stages=[dict(start=0)], reducer=dict(name=name, **options))
+
+
+def published() -> dict:
+  """Dense, and methods that need no training, each with 64 of 576 image tokens."""
+  return dict(
+    dense=dict(stages=[dict(start=0)]),
+    fastervlm_64=reduced('fastervlm', tokens=64),
+    visionzip_64=reduced('visionzip', dominant=54, contextual=10),
+  )
+
+
 def get_config(arg: str = 'pope') -> ConfigDict:
-  """`BENCHMARK` or `BENCHMARK,compare`."""
+  """`BENCHMARK`, `BENCHMARK,compare` or `BENCHMARK,methods`."""
   name, _, mode = arg.partition(',')
-  if mode not in ('', 'compare'):
-    raise ValueError(f'configs/eval.py:{arg}: expected BENCHMARK or BENCHMARK,compare')
+  runs = {'': lambda: dict(own=dict(stages=[])), 'compare': comparison, 'methods': published}
+  if mode not in runs:
+    raise ValueError(f'configs/eval.py:{arg}: expected BENCHMARK, BENCHMARK,compare or BENCHMARK,methods')
   benchmark = suite.get(name)
   return ConfigDict(
     dict(
       benchmark=benchmark.name,
       labels='',
-      runs=comparison() if mode else dict(own=dict(stages=[])),
+      runs=runs[mode](),
       text_lengths=(128, 256, 512, 768),
       questions=0,
       batch_size=16,

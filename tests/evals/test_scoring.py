@@ -195,7 +195,7 @@ def test_metadata_that_cannot_be_averaged_is_refused(metadata, message):
 
 
 def test_configs_of_all_benchmarks_can_be_built():
-  for name, mode in itertools.product(suite.BENCHMARKS, ('', ',compare')):
+  for name, mode in itertools.product(suite.BENCHMARKS, ('', ',compare', ',methods')):
     cfg = from_config_dict(EvalConfig, eval_configs.get_config(name + mode))
     assert cfg.benchmark == name and cfg.max_new_tokens == suite.get(name).max_new_tokens
   assert set(cfg.runs) == {'dense', 'dynamic_40', 'dynamic_20', 'dynamic_10', 'uniform_20', 'random_20', 'image_168'}

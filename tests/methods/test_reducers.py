@@ -15,7 +15,7 @@ from dynllava_jax import methods, presets
 from dynllava_jax.config import DENSE, IMAGE_ID, ConfigError, Piece, Stage, VisionConfig
 from dynllava_jax.convert import verify
 from dynllava_jax.convert.records.bases import Record, open_record
-from dynllava_jax.convert.records.reducers import RECORDED, Runner, neighbours, samples
+from dynllava_jax.convert.records.reducers import RECORDED, Reduction, neighbours, samples
 from dynllava_jax.generate import Generator
 from dynllava_jax.methods import __main__ as program
 from dynllava_jax.methods import fastervlm, visionzip
@@ -193,9 +193,9 @@ def test_positions_are_those_of_the_short_sequence(base):
   prompt = samples(record, base, record.meta['base_model']['inputs'])['s0']
   start = int(np.flatnonzero(prompt.ids == IMAGE_ID)[0])
   text = np.delete(prompt.ids, start)
-  runner = Runner(base, Piece('fastervlm', {'tokens': 64}), lambda tower, options: {})
-  every = runner([prompt, *neighbours(prompt)], [record.case['s0/tokens'][:1]])[0]
-  model = DynLlava(base.info.model, DENSE)
+  run = Reduction(base, Piece('fastervlm', {'tokens': 64}), lambda tower, options: {})
+  every, params = run([prompt, *neighbours(prompt)], [1])[0], run.decoder.params
+  model = DynLlava(dataclasses.replace(base.info.model, predictor=None), DENSE)
 
   @jax.jit
   def prefill(image, positions):
@@ -204,9 +204,9 @@ def test_positions_are_those_of_the_short_sequence(base):
       x = jnp.concatenate([x[:start], image, x[start:]])
       return model.logits(model.llama.run_stage(0, x[None], positions[None])[0])[0]
 
-    return model.apply({'params': runner.params}, method=dense)
+    return model.apply({'params': params}, method=dense)
 
-  image = model.apply({'params': runner.params}, jnp.asarray(prompt.pixels)[None], method='encode_images')[0]
+  image = model.apply({'params': params}, jnp.asarray(prompt.pixels)[None], method='encode_images')[0]
   np.testing.assert_allclose(every['logits'], prefill(image, jnp.arange(len(text) + 64)), atol=1e-5)
   kept = record.case['s0/kept_image_index']
   original = np.concatenate([np.arange(start), start + kept, np.arange(start + 64, len(text) + 64)])

@@ -6,7 +6,6 @@ longer row whose image stands elsewhere.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,14 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax import methods
-from dynllava_jax.cache import CacheSpec
-from dynllava_jax.config import DENSE, IMAGE_ID, Piece, Stage
-from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, prompt_from_ids
+from dynllava_jax.config import DENSE, IMAGE_ID, Piece
+from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare
 from dynllava_jax.convert.records.bases import Base, Record, Sample, groups, samples
+from dynllava_jax.convert.records.runs import Asked, Runner
 from dynllava_jax.methods import visionzip
 from dynllava_jax.methods.base import TowerOutput
-from dynllava_jax.models.dynllava import DynLlava
-from dynllava_jax.models.params import cut_params
 
 SCORE, KEY = 5e-6, 1e-5
 # Of arrays by the last part of their name; whole numbers are compared exactly, everything else as logits are.
@@ -80,12 +77,12 @@ def verify(record: Record) -> Iterator[Quantity]:
   for group in groups(record, prompts):
     variants.setdefault(group.rpartition('/')[0], []).append(group)
   for variant, members in variants.items():
-    runner = Runner(base, Piece(record.method, settings(record, variant)), RECORDED[record.method].arrays)
+    run = Reduction(base, Piece(record.method, settings(record, variant)), RECORDED[record.method].arrays)
     inputs = [prompts[group.rpartition('/')[2]] for group in members]
-    tokens = [record.case.get(f'{group}/tokens', np.zeros(1, np.int32)) for group in members]
-    for group, prompt, own in zip(members, inputs, tokens):
-      yield from _compare(record, group, '', runner([prompt], [own])[0])
-    for group, found in zip(members, runner([*inputs, *neighbours(inputs[0])], tokens)):
+    steps = [len(record.case.get(f'{group}/tokens', [0])) for group in members]
+    for group, prompt, count in zip(members, inputs, steps):
+      yield from _compare(record, group, '', run([prompt], [count])[0])
+    for group, found in zip(members, run([*inputs, *neighbours(inputs[0])], steps)):
       yield from _compare(record, group, 'in a batch: ', found)
 
 
@@ -115,52 +112,30 @@ def _compare(record: Record, group: str, where: str, found: Mapping[str, np.ndar
     yield compare(f'{where}{group}/{name}', ours, recorded, tolerance)
 
 
-class Runner:
+class Reduction:
   """One model and reducer, run on recorded prompts."""
 
-  def __init__(
-    self, base: Base, reducer: Piece, arrays: Callable[[TowerOutput, Any], dict[str, jax.Array]], stages: tuple[Stage, ...] = DENSE
-  ):
+  def __init__(self, base: Base, reducer: Piece, arrays: Callable[[TowerOutput, Any], dict[str, jax.Array]]):
     """Cuts the base's parameters; ConfigError if the base cannot be run so."""
-    methods.check_run(base.info.model, stages, reducer)
-    self.model = DynLlava(base.info.model, stages, reducer=reducer)
-    self.params = cut_params(base.params, stages)
-    self.arrays, self.options = arrays, methods.options_of(reducer, 'reducer')
-    self._apply = functools.partial(jax.jit(self._run), self.params)
+    methods.check_run(base.info.model, DENSE, reducer)
+    self.decoder = Runner(base.info.model, base.params, DENSE, reducer)
+    options = methods.options_of(reducer, 'reducer')
 
-  def __call__(self, prompts: list[Sample], tokens: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """What the reducer saw and made of each prompt, and what comes after it, fed the recorded tokens; one entry per `tokens`."""
-    width, steps = max(len(p.ids) for p in prompts), max(map(len, tokens))
-    ids = np.stack([np.pad(p.ids, (0, width - len(p.ids))) for p in prompts])
-    valid = np.stack([np.arange(width) < len(p.ids) for p in prompts])
-    prompt = prompt_from_ids(ids, self.model.num_image, valid)
+    def look(pixels):
+      apply = lambda method: self.decoder.model.apply({'params': self.decoder.params}, pixels, method=method)
+      reduced = apply('reduce_images')
+      made = {'kept_image_index': reduced.index, 'projected': reduced.tokens}
+      return made | arrays(apply(lambda model, x: model.vision(x)), options)
+
+    self.look = jax.jit(look)
+
+  def __call__(self, prompts: list[Sample], steps: list[int]) -> list[dict[str, np.ndarray]]:
+    """What the reducer saw and made of each prompt, and `steps` tokens after it; one entry per number of steps."""
     blank = next(np.zeros_like(p.pixels) for p in prompts if p.pixels is not None)
-    pixels = jnp.asarray(np.stack([blank if p.pixels is None else p.pixels for p in prompts]))
-    forced = np.zeros((len(prompts), steps), np.int32)
-    for row, own in zip(forced, tokens):
-      row[: len(own)] = own
-    out = jax.device_get(self._apply(prompt, pixels, jnp.asarray(forced)))
+    seen = jax.device_get(self.look(jnp.asarray(np.stack([blank if p.pixels is None else p.pixels for p in prompts]))))
+    asked = [Asked(p.ids, image) for p, image in zip(prompts, seen['projected'])]
     rows = []
-    for i, own in enumerate(tokens):
-      row = {k: v[i] for k, v in out.items()}
-      row['logits'] = row['logits'][: int(prompt.length[i])]
-      row['decode_logits'] = row['decode_logits'][: len(own)]
-      rows.append(row | {'tokens': row['decode_logits'].argmax(-1)})
+    for i, (answer, count) in enumerate(zip(self.decoder.answer(asked, max(steps)), steps)):
+      after = {'logits': answer.prefill_logits, 'tokens': answer.tokens[:count], 'decode_logits': answer.logits[:count]}
+      rows.append({name: array[i] for name, array in seen.items()} | after)
     return rows
-
-  def _run(self, params, prompt, pixels, forced):
-    apply = lambda *args, method: self.model.apply({'params': params}, *args, method=method)
-    tower = apply(pixels, method=lambda model, x: model.vision(x))
-    reduced = apply(pixels, method='reduce_images')
-    hidden, traces, cache = apply(prompt, reduced.tokens, CacheSpec(max_new_tokens=forced.shape[1]), method='prefill')
-    logits = apply(hidden, method='logits')
-    last = jnp.take_along_axis(logits, (traces[-1].length - 1)[:, None, None], 1)[:, 0]
-
-    def feed(state, token):
-      cache, logits = state
-      hidden, cache, _ = apply(token[:, None], jnp.ones_like(token), cache, True, method='extend')
-      return (cache, apply(hidden, method='logits')[:, 0]), logits
-
-    _, decoded = jax.lax.scan(feed, (cache, last), forced.T)
-    found = {'kept_image_index': reduced.index, 'projected': reduced.tokens, 'logits': logits}
-    return found | {'decode_logits': decoded.swapaxes(0, 1)} | self.arrays(tower, self.options)

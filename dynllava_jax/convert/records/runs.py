@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynllava_jax import methods
 from dynllava_jax.cache import CacheSpec
-from dynllava_jax.config import IMAGE_ID, ModelConfig, Stage
+from dynllava_jax.config import IMAGE_ID, ModelConfig, Piece, Stage
 from dynllava_jax.convert.records.base import prompt_from_ids
 from dynllava_jax.models.dynllava import DynLlava, Prompt, StageTrace
 from dynllava_jax.models.params import cut_params
@@ -53,12 +52,12 @@ class Answer:
 
 
 class Runner:
-  """One model and stage list; programs are compiled once per shape of the batch."""
+  """One model, reducer and stage list; programs are compiled once per shape of the batch."""
 
-  def __init__(self, model: ModelConfig, params: dict[str, Any], stages: tuple[Stage, ...]):
+  def __init__(self, model: ModelConfig, params: dict[str, Any], stages: tuple[Stage, ...], reducer: Piece | None = None):
     """`params` in checkpoint form; computation is in float32, in which records are compared."""
-    self.model = DynLlava(dataclasses.replace(model, predictor=None), stages)
-    self.num_image = methods.num_image_tokens(model)
+    self.model = DynLlava(dataclasses.replace(model, predictor=None), stages, reducer=reducer)
+    self.num_image = self.model.num_image
     used = {name: params[name] for name in ('vision', 'projector', 'llama')}
     self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), used), stages)
     self._prefill = jax.jit(self._prefill_impl, static_argnums=2)
