@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import eval as eval_configs
+from dynllava_jax import methods
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import ConfigError, EvalConfig, Stage, VisionConfig, from_config_dict
 from dynllava_jax.data.samples import DataError
@@ -195,11 +196,14 @@ def test_metadata_that_cannot_be_averaged_is_refused(metadata, message):
 
 
 def test_configs_of_all_benchmarks_can_be_built():
-  for name, mode in itertools.product(suite.BENCHMARKS, ('', ',compare', ',methods')):
+  for name, mode in itertools.product(suite.BENCHMARKS, ('', ',methods', ',compare')):
     cfg = from_config_dict(EvalConfig, eval_configs.get_config(name + mode))
     assert cfg.benchmark == name and cfg.max_new_tokens == suite.get(name).max_new_tokens
   assert set(cfg.runs) == {'dense', 'dynamic_40', 'dynamic_20', 'dynamic_10', 'uniform_20', 'random_20', 'image_168'}
   assert cfg.reference == 'dense'
+  for run in from_config_dict(EvalConfig, eval_configs.get_config('pope,methods')).runs.values():
+    methods.check_run(LLAVA_1_5_7B, run.stages, run.reducer)
+    assert methods.num_image_tokens(LLAVA_1_5_7B, run.reducer) == (64 if run.reducer else 576)
   assert suite.get('MM-Vet') is suite.get('mmvet') and suite.get('LLaVA-Bench').name == 'llava_bench'
   with pytest.raises(ConfigError, match="'popes' is unknown; expected one of vqav2"):
     suite.get('popes')
