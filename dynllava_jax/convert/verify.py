@@ -6,13 +6,18 @@ from typing import Any
 
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert.readers import ConversionError
-from dynllava_jax.convert.records import reducers
+from dynllava_jax.convert.records import compressors, layers, reducers, selectors
 from dynllava_jax.convert.records.base import Quantity, load_case
 from dynllava_jax.convert.records.bases import Record
 from dynllava_jax.convert.records.dynamic_llava import Verifier, check_case
 
 # How the record of a method is recomputed, by the method's name in `meta.json`.
-OF_METHODS = dict.fromkeys(reducers.RECORDED, reducers.verify)
+OF_METHODS = dict.fromkeys(reducers.RECORDED, reducers.verify) | {
+  'fastv': selectors.verify,
+  'pyramiddrop': selectors.verify,
+  'look-m': compressors.verify,
+  'redundancylens': layers.verify,
+}
 
 
 def verify(info: CheckpointInfo, params: dict[str, Any], case_file: str | pathlib.Path) -> list[Quantity]:

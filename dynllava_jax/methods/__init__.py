@@ -3,7 +3,19 @@
 from typing import Any
 
 from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, VisionConfig, check_stages
-from dynllava_jax.methods import base, dynamic, everything, fastervlm, fastv, look_m, pyramiddrop, random, uniform, visionzip
+from dynllava_jax.methods import (
+  base,
+  dynamic,
+  everything,
+  fastervlm,
+  fastv,
+  look_m,
+  pyramiddrop,
+  random,
+  redundancylens,
+  uniform,
+  visionzip,
+)
 from dynllava_jax.methods.base import (
   Chosen,
   Compressed,
@@ -32,7 +44,9 @@ SELECTORS: dict[str, Selector] = {
   'random': random.SELECTOR,
   'uniform': uniform.SELECTOR,
 }
-LAYER_KINDS: dict[str, LayerKind] = {}
+LAYER_KINDS: dict[str, LayerKind] = {
+  'redundancylens': redundancylens.LAYERS,
+}
 COMPRESSORS: dict[str, Compressor] = {
   'look_m': look_m.COMPRESSOR,
 }

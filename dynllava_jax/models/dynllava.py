@@ -49,7 +49,7 @@ class StageTrace:
   """What happened at the entry of one stage, and in it.
 
   Attributes:
-    entry: float[B, S, D], hidden states before anything was removed.
+    entry: float[B, S, D], hidden states before anything was removed, and stream: float[B, S', D], what goes on.
     kept_image: int32[B, M], image tokens that go on, ascending, counted from the image's start.
     positions: int32[B, S'], places in the full sequence of what goes on, and rotary: int32[B, S'], rotary positions.
     length: int32[B], real entries among them.
@@ -58,6 +58,7 @@ class StageTrace:
   """
 
   entry: jax.Array
+  stream: jax.Array
   kept_image: jax.Array
   positions: jax.Array
   rotary: jax.Array
@@ -165,9 +166,10 @@ class DynLlava(nn.Module):
     for i in range(len(self.stages)):
       entry = state.x
       state, seen, details = self._reduce(i, state, prompt, attention, weights, answer_start=None)
+      stream = state.x
       state, out = self._run_stage(i, state, prompt, prompt.length, weights)
       kept = state.image_index, state.positions, state.rotary, state.length
-      traces.append(StageTrace(entry, *kept, seen, details, out.details))
+      traces.append(StageTrace(entry, stream, *kept, seen, details, out.details))
       attention = out.attention
       length, shift = state.length, state.shift
       if out.length is not None:  # compressed

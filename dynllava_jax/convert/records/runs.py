@@ -5,7 +5,8 @@ prompts, right-padded, is run at once; every row must equal its record whatever 
 """
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ import numpy as np
 
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import IMAGE_ID, ModelConfig, Piece, Stage
-from dynllava_jax.convert.records.base import prompt_from_ids
+from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, prompt_from_ids
+from dynllava_jax.convert.records.bases import Base, Record
 from dynllava_jax.models.dynllava import DynLlava, Prompt, StageTrace
 from dynllava_jax.models.params import cut_params
 
@@ -25,6 +28,10 @@ class Asked:
 
   ids: np.ndarray
   image: np.ndarray | None
+
+  @property
+  def text_tokens(self) -> int:
+    return int((self.ids != IMAGE_ID).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +88,9 @@ class Runner:
     hidden, _ = self._apply(prompt, image, answer_start, text_slots, method='recompute')
     return self._apply(hidden, method='logits')
 
-  def lay_out(self, asked: Sequence[Asked]) -> tuple[Prompt, jax.Array]:
-    """The prompts as a batch, and float[B, P, D] image tokens, zeros where there is no image."""
-    longest = max(len(a.ids) - int((a.ids == IMAGE_ID).any()) for a in asked) + 1
+  def lay_out(self, asked: Sequence[Asked], text: int = 0) -> tuple[Prompt, jax.Array]:
+    """The prompts as a batch with room for `text` text tokens, and float[B, P, D] image tokens, zeros where there is no image."""
+    longest = max(text, *(a.text_tokens for a in asked)) + 1
     ids, valid = np.zeros((len(asked), longest), np.int64), np.zeros((len(asked), longest), bool)
     for row, a in enumerate(asked):
       ids[row, : len(a.ids)], valid[row, : len(a.ids)] = a.ids, True
@@ -91,9 +98,9 @@ class Runner:
     nothing = np.zeros((self.num_image, self.model.cfg.llama.hidden_size), np.float32)
     return prompt, jnp.asarray(np.stack([nothing if a.image is None else a.image for a in asked]))
 
-  def answer(self, asked: Sequence[Asked], steps: int) -> list[Answer]:
-    """Greedy decoding of `steps` tokens; rows do not stop."""
-    prompt, image = self.lay_out(asked)
+  def answer(self, asked: Sequence[Asked], steps: int, text: int = 0) -> list[Answer]:
+    """Greedy decoding of `steps` tokens; rows do not stop. `text`: at least so many text positions."""
+    prompt, image = self.lay_out(asked, text)
     prefill_logits, hidden, traces, cache = self._prefill(prompt, image, CacheSpec(max_new_tokens=steps))
     after_prefill = jax.device_get(cache)
     last = prefill_logits[jnp.arange(len(asked)), traces[-1].length - 1]
@@ -142,3 +149,153 @@ def _row_of_trace(trace: StageTrace, row: int) -> StageTrace:
   """The trace of one row."""
   of_layers = jax.tree.map(lambda x: x[:, row], trace.of_layers)
   return dataclasses.replace(jax.tree.map(lambda x: x[row], dataclasses.replace(trace, of_layers={})), of_layers=of_layers)
+
+
+# (name of an array, the array, what a row gave) -> (ours, tolerance); None for arrays that the method does not know.
+Own = Callable[[str, np.ndarray, Answer], tuple[Any, float] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """The arrays of one prompt run in one way, `BASE/CONFIG/PROMPT/NAME` in the record; `at` is the part before NAME."""
+
+  base: str
+  config: str
+  prompt: str
+
+  @property
+  def at(self) -> str:
+    return '/'.join(part for part in (self.base, self.config, self.prompt) if part) + '/'
+
+  @property
+  def setting(self) -> str:
+    """The key of `configs` in `meta.json`."""
+    return f'{self.base}/{self.config}'.strip('/')
+
+
+def decoded_groups(record: Record) -> dict[tuple[str, str], list[Group]]:
+  """The groups of a record that hold decoded tokens, by base and config, in the order of the record."""
+  names = record.meta.get('base_models') or {'': None}
+  found: dict[tuple[str, str], list[Group]] = {}
+  for key in record.case:
+    base = next((name for name in names if key.startswith(f'{name}/')), '')
+    parts = key.removeprefix(base).strip('/').split('/')
+    if len(parts) == 3 and parts[-1] == 'tokens':
+      found.setdefault((base, parts[0]), []).append(Group(base, parts[0], parts[1]))
+  if not found:
+    raise ConversionError(f'{record.folder}/case.npz: no group BASE/CONFIG/PROMPT/tokens; expected a record of {record.method}')
+  return found
+
+
+def base_of(record: Record, name: str) -> Base:
+  """The base model that the record calls `name`."""
+  return record.base(record.setting('base_models', name) if name else record.setting('base_model'))
+
+
+def asked(record: Record, base: Base, group: Group) -> Asked:
+  """The prompt of a group: token ids of its own, or of the base's case under its name, and the image that `meta.json` gives to it.
+
+  Raises:
+    ConversionError: an array that is needed is not there.
+  """
+  own = next(
+    (at for at in (group.at, f'{group.base}/{group.prompt}/', f'{group.prompt}/') if f'{at}input_ids' in record.case), None
+  )
+  ids = record.case[f'{own}input_ids'] if own else base.case.get(f'{group.prompt}/input_ids')
+  if ids is None:
+    raise ConversionError(f'{record.folder}: prompt {group.prompt} has no input_ids, neither here nor in the case of its base')
+  ids = ids.reshape(-1)
+  if not (ids == IMAGE_ID).any():
+    return Asked(ids, None)
+  image = record.case.get(f'{own}image_index') if own else None
+  number = int(image) if image is not None else image_number(str(record.meta.get('input', '')), group.prompt)
+  projected = base.case.get('vision/projected')
+  if projected is None or number >= len(projected):
+    raise ConversionError(
+      f'{record.folder}: prompt {group.prompt} needs image {number} of vision/projected in the case of its base'
+    )
+  return Asked(ids, projected[number])
+
+
+def image_number(described: str, prompt: str) -> int:
+  """Which image a prompt has: 'image 0 -> b1, 1 -> b1s' or 'b1 -> 0' says so; else the number that its name ends with, else 0."""
+  for first, second in re.findall(r'(\w+) -> (\w+)', described):
+    if first == prompt and second.isdigit():
+      return int(second)
+    if second == prompt and first.isdigit():
+      return int(first)
+  number = re.search(r'(\d+)$', prompt)
+  return int(number[1]) if number and not re.fullmatch(r'b\d+', prompt) else 0
+
+
+def neighbours(prompts: Sequence[Asked]) -> list[Asked]:
+  """Other rows for a batch: one without image, and a longer one that has its image elsewhere."""
+  with_image = next(a for a in prompts if a.image is not None)
+  text = with_image.ids[with_image.ids != IMAGE_ID]
+  longer = np.concatenate([text[:1], [IMAGE_ID], text[::-1], text[1:4]])
+  return [Asked(text[::-1][: len(text) // 2 + 2], None), Asked(longer, with_image.image[::-1])]
+
+
+def compare_group(record: Record, group: Group, answer: Answer, where: str, own: Own) -> Iterator[Quantity]:
+  """Every array of a group next to what a row of a batch gave.
+
+  Args:
+    record, group, answer: what is compared.
+    where: put in front of the names.
+    own: the method's own arrays.
+  """
+  for key, recorded in record.case.items():
+    name = key.removeprefix(group.at)
+    if not key.startswith(group.at) or '/' in name:
+      continue
+    steps = len(recorded) if recorded.ndim else 0
+    found = own(name, recorded, answer)
+    if found is None and name in ('tokens', 'logits'):
+      found = getattr(answer, name)[:steps], EXACT if name == 'tokens' else LOGITS
+    elif found is None and name == 'prefill_logits':
+      found = answer.prefill_logits[max(len(answer.prefill_logits) - steps, 0) :], LOGITS
+    if found is not None:
+      yield compare(where + key, found[0], recorded, found[1])
+
+
+def compare_run(
+  record: Record, groups: Sequence[Group], runner: 'Runner', base: Base, own: Own, alone: bool = True
+) -> Iterator[Quantity]:
+  """The groups of one config: each prompt alone, and all in one batch with a text-only row and a longer one.
+
+  With `alone` the two other rows must also equal what they give alone. Right padding is as wide alone as in the batch.
+  """
+  prompts = [asked(record, base, group) for group in groups]
+  everyone = [*prompts, *neighbours(prompts)]
+  text = max(a.text_tokens for a in everyone)
+  steps = max(len(record.array(f'{group.at}tokens')) for group in groups)
+  together = runner.answer(everyone, steps, text)
+  for group, prompt, answer in zip(groups, prompts, together):
+    if alone:
+      yield from compare_group(record, group, runner.answer([prompt], steps, text)[0], '', own)
+    yield from compare_group(record, group, answer, 'in a batch: ', own)
+  for what, row, answer in zip(('text-only row', 'longer row'), everyone[len(prompts) :], together[len(prompts) :]):
+    if alone:
+      single = runner.answer([row], steps, text)[0]
+      at = f'{groups[0].setting}, {what}, in a batch and alone: '
+      yield compare(f'{at}tokens', answer.tokens, single.tokens, EXACT)
+      yield compare(f'{at}logits', answer.logits, single.logits, LOGITS)
+
+
+def compare_uncached(record: Record, groups: Sequence[Group], runner: 'Runner', base: Base) -> Iterator[Quantity]:
+  """The logits behind the last recorded token, recomputed without a cache."""
+  prompts = [asked(record, base, group) for group in groups]
+  everyone = [*prompts, *neighbours(prompts)]
+  tokens = [record.array(f'{group.at}tokens') for group in groups]
+  fed = min(map(len, tokens)) - 1
+  forced = np.stack([*(t[:fed] for t in tokens), *[tokens[0][:fed]] * (len(everyone) - len(tokens))])
+  logits = runner.uncached(everyone, forced)
+  for row, group in enumerate(groups):
+    yield compare(f'without a cache: {group.at}logits', logits[row], record.array(f'{group.at}logits')[fed], LOGITS)
+
+
+def per_layer(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+  """[T, L] as it was recorded: [T, L], [T, 2] of the first and the last layer, or [T] of the last."""
+  if recorded.ndim == 1:
+    return ours[: len(recorded), -1]
+  return ours[: len(recorded)] if recorded.shape[1] == ours.shape[1] else ours[: len(recorded), [0, -1]]

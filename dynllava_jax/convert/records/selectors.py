@@ -1,0 +1,105 @@
+"""Recomputes what was recorded of methods that rank image tokens by attention inside the decoder: FastV and PyramidDrop.
+
+Per cut: scores, the set, positions and the stream behind it; per decoded token: positions, cache lengths and logits of every layer.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dynllava_jax import methods
+from dynllava_jax.config import DENSE, Stage
+from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare
+from dynllava_jax.convert.records.bases import Base, Record
+from dynllava_jax.convert.records.runs import (
+  Answer,
+  Asked,
+  Group,
+  Own,
+  Runner,
+  asked,
+  base_of,
+  compare_run,
+  compare_uncached,
+  decoded_groups,
+  per_layer,
+)
+
+SCORE = 1e-6
+FASTV = re.compile(r'k(\d+)_r(\d+(?:\.\d+)?)$')  # layers that see everything, per cent of the image tokens that are dropped
+
+
+def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iterator[Quantity]:
+  """Every quantity of a record of one of these methods; `only` some of its configs, `BASE/CONFIG`."""
+  bases: dict[str, Base] = {}
+  for (name, _), groups in decoded_groups(record).items():
+    if only and groups[0].setting not in only:
+      continue
+    base = bases[name] = bases.get(name) or base_of(record, name)
+    stages = stages_of(record, groups[0], base)
+    runner = Runner(base.info.model, base.params, stages)
+    yield from compare_run(record, groups, runner, base, arrays_of(stages), alone)
+    if alone and stages != DENSE:
+      yield from compare_uncached(record, groups, runner, base)
+    for group in groups if alone else ():
+      if f'{group.at}reprune/tokens' in record.case:
+        yield from rechosen(record, group, runner, asked(record, base, group))
+
+
+def stages_of(record: Record, group: Group, base: Base) -> tuple[Stage, ...]:
+  """How a config of the record is run here; ConversionError if the record does not say."""
+  image_tokens = methods.num_image_tokens(base.info.model)
+  if group.config == 'dense':
+    return DENSE
+  if record.method == 'fastv':
+    named = FASTV.match(group.config)
+    if not named:
+      raise ConversionError(f'{record.folder}: config {group.config!r} of a FastV record, expected a name such as k2_r75')
+    kept = round(image_tokens * (1 - float(named[2]) / 100))
+    return Stage(), Stage(start=int(named[1]), selector='fastv', image_tokens=kept)
+  layers = record.setting('configs', group.setting, 'layer_list')
+  ratios = record.setting('configs', group.setting, 'image_token_ratio_list')
+  cuts = [Stage(start=layer, selector='pyramiddrop', image_keep_rate=r) for layer, r in zip(layers, ratios, strict=True)]
+  return tuple(cuts) if cuts[0].start == 0 else (Stage(), *cuts)
+
+
+def arrays_of(stages: Sequence[Stage]) -> Own:
+  """The arrays of a cut by name; `NAME_LAYER` is about the stage that starts there, `NAME` about the last one."""
+  by_layer = {str(s.start): i for i, s in enumerate(stages)}
+
+  def own(name: str, recorded: np.ndarray, answer: Answer) -> tuple[Any, float] | None:
+    if name == 'position':
+      return per_layer(answer.position, recorded), EXACT
+    if name == 'cache_len':  # of every step, or of the prefill alone
+      return per_layer(answer.cache_len, recorded) if recorded.ndim == 2 else answer.cache_len[0], EXACT
+    trace, (first, _, layer) = answer.traces[-1], name.rpartition('_')
+    if layer in by_layer:
+      name, trace = first, answer.traces[by_layer[layer]]
+    real = int(trace.length)
+    if name == 'kept_image_index':
+      return trace.kept_image, EXACT
+    if name == 'position_ids':
+      return trace.rotary[:real], EXACT
+    if name in ('hidden', 'hidden_at_prune'):
+      return trace.stream[:real].reshape(recorded.shape), LOGITS
+    if name == 'scores':
+      return trace.attention.mean(0), SCORE
+    if name == 'head_attention':
+      return trace.attention if recorded.ndim == 2 else trace.attention[0], SCORE
+    return None
+
+  return own
+
+
+def rechosen(record: Record, group: Group, runner: Runner, prompt: Asked) -> Iterator[Quantity]:
+  """FastV without a cache as its authors run it, choosing anew with every token, by the newest: here a prompt for each length."""
+  at = f'{group.at}reprune/'
+  tokens = record.array(f'{at}tokens')
+  growing = [Asked(np.concatenate([prompt.ids, tokens[:t]]), prompt.image) for t in range(len(tokens))]
+  answers = runner.answer(growing, 1)
+  yield compare(f'{at}tokens', [a.tokens[0] for a in answers], tokens, EXACT)
+  yield compare(f'{at}kept_image_index', [a.traces[-1].kept_image for a in answers], record.array(f'{at}kept_image_index'), EXACT)
+  yield compare(f'{at}logits', [a.logits[0] for a in answers], record.array(f'{at}logits'), LOGITS)
