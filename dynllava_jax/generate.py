@@ -62,6 +62,7 @@ class Generated:
     kept_image: tuple of int32[B, M], patches of the image tokens that entered each stage; of tokens that a reducer made the
       patch that each stands for, -1 for the class token. Empty for uncached decoding.
     evicted: int32[B], kept tokens given up because a bounded cache was full.
+    finite: bool[B], whether all logits that tokens were drawn from, and all margins, were numbers.
   """
 
   tokens: jax.Array
@@ -70,6 +71,7 @@ class Generated:
   margin: jax.Array
   kept_image: tuple[jax.Array, ...]
   evicted: jax.Array
+  finite: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +90,11 @@ class Forced:
   best: jax.Array
   kept: jax.Array
   evicted: jax.Array
+
+
+def are_numbers(logits: jax.Array) -> jax.Array:
+  """bool[B]: whether a row of float32[B, V] logits is finite; a model that computes something else would answer with token 0."""
+  return jnp.isfinite(logits).all(-1)
 
 
 def sample(logits: jax.Array, sampling: Sampling, seed: jax.Array, step: jax.Array) -> jax.Array:
@@ -261,6 +268,7 @@ class Generator:
       length=jnp.ones(batch, jnp.int32),
       kept=jnp.ones((batch, size), bool),
       margin=jnp.full((batch, size), jnp.inf, jnp.float32),
+      finite=are_numbers(logits),
     )
 
     def feed(s):
@@ -275,11 +283,12 @@ class Generator:
         length=s['length'] + active,
         kept=s['kept'].at[:, s['i']].set(jnp.where(active, judgement.keep, True)),
         margin=s['margin'].at[:, s['i']].set(jnp.where(active, judgement.margin, jnp.inf)),
+        finite=s['finite'] & (~active | (are_numbers(after.logits) & ~jnp.isnan(judgement.margin))),
       )
 
     end = jax.lax.while_loop(lambda s: (s['i'] < size - 1) & s['active'].any(), feed, state)
     evicted = end['cache'].stages[-1].evicted
-    return Generated(end['tokens'], end['length'], end['kept'], end['margin'], kept_image, evicted), end['cache']
+    return Generated(end['tokens'], end['length'], end['kept'], end['margin'], kept_image, evicted, end['finite']), end['cache']
 
   def _force_impl(self, params, logits, tokens, length, cache):
     def feed(state, step):
@@ -306,21 +315,21 @@ class Generator:
     def forward(buffer, length):
       now = Prompt(buffer, length, prompt.image_start, prompt.seed)
       hidden, judgement = full(now, image, prompt.length, text_slots)
-      token = sample(self._apply(params, hidden, method='logits'), self.sampling, prompt.seed, length)
-      return token, judgement
+      logits = self._apply(params, hidden, method='logits')
+      return sample(logits, self.sampling, prompt.seed, length), judgement, are_numbers(logits)
 
     buffer = jnp.pad(prompt.tokens, [(0, 0), (0, size)])
-    first, judgement = forward(buffer, prompt.length)
+    first, judgement, finite = forward(buffer, prompt.length)
     buffer = buffer.at[rows, prompt.length].set(first)
-    state = (jnp.int32(1), buffer, prompt.length + 1, ~self._ended(first), judgement)
+    state = (jnp.int32(1), buffer, prompt.length + 1, ~self._ended(first), judgement, finite)
 
     def feed(s):
-      i, buffer, length, active, _ = s
-      token, judgement = forward(buffer, length)
+      i, buffer, length, active, _, finite = s
+      token, judgement, numbers = forward(buffer, length)
       buffer = buffer.at[rows, length].set(jnp.where(active, token, PAD))
-      return i + 1, buffer, length + active, active & ~self._ended(token), judgement
+      return i + 1, buffer, length + active, active & ~self._ended(token), judgement, finite & (numbers | ~active)
 
-    _, buffer, length, _, judgement = jax.lax.while_loop(lambda s: (s[0] < size) & s[3].any(), feed, state)
+    _, buffer, length, _, judgement, finite = jax.lax.while_loop(lambda s: (s[0] < size) & s[3].any(), feed, state)
     answer = prompt.length[:, None] + jnp.arange(size)
     take = lambda x: jnp.take_along_axis(x, answer, 1, mode='clip')
     fed = jnp.arange(size) < (length - prompt.length - 1)[:, None]
@@ -332,4 +341,5 @@ class Generator:
       jnp.where(fed, take(judgement.margin), jnp.inf),
       kept_image=(),
       evicted=evicted,
+      finite=finite,
     )

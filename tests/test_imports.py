@@ -23,7 +23,14 @@ ORDER = [
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 # Programs that live beside what they drive; nothing imports them, and they stand where the root scripts stand.
 PROGRAMS = {
-  ROOT / 'dynllava_jax' / name for name in ('data/prepare.py', 'data/inspect.py', 'data/verify.py', 'methods/__main__.py')
+  ROOT / 'dynllava_jax' / name
+  for name in (
+    'data/prepare.py',
+    'data/inspect.py',
+    'data/verify.py',
+    'evals/benchmarks/scienceqa_prompts.py',
+    'methods/__main__.py',
+  )
 }
 FILES = sorted((ROOT / 'dynllava_jax').rglob('*.py'))
 

@@ -1,10 +1,18 @@
 """One evaluation: several ways to run a checkpoint, on the same questions."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from dynllava_jax.config.parsing import Path, require, require_positive, require_seed
 from dynllava_jax.config.run import MeshConfig, Piece, Stage
+
+# Far above what a model can do, so that a slip of the finger is one line and not a machine without memory.
+MOST_TOKENS = 2**20
+MOST_AT_ONCE = 2**16  # rows of a batch
+MOST_MADE = 10**6  # questions that are made for a run
+MOST_PIXELS = 2**12
+RUN_NAME = re.compile(r'[\w+=-][\w .+=,-]{0,99}')  # it names files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +33,7 @@ class EvalRun:
   reducer: Piece | None = None
 
   def __post_init__(self):
-    require(self.image_size >= 0, f'image_size is {self.image_size}, expected 0 or a number of pixels')
+    require(0 <= self.image_size <= MOST_PIXELS, f'image_size is {self.image_size}, expected 0, or at most {MOST_PIXELS} pixels')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,7 @@ class EvalConfig:
     benchmark: name in `dynllava_jax.evals.benchmarks.suite`.
     labels: file or folder of the labels where it is not in its usual place.
     text_lengths: text buckets, ascending, in tokens besides the image's.
+    follow_links: whether links in an image folder may lead out of it.
     questions: only the first so many; 0 is all.
     agreement: also measure how far the runs agree with the reference's own greedy answers, token by token.
   """
@@ -44,6 +53,7 @@ class EvalConfig:
   runs: Mapping[str, EvalRun]
   benchmark: str = 'digits'
   labels: Path = ''
+  follow_links: bool = False
   text_lengths: tuple[int, ...] = (128,)
   mesh: MeshConfig = MeshConfig()
   questions: int = 600
@@ -55,8 +65,18 @@ class EvalConfig:
 
   def __post_init__(self):
     require(len(self.runs) > 0, 'runs: at least one run is needed')
+    for name in self.runs:
+      require(
+        RUN_NAME.fullmatch(name), f'runs: {name!r} cannot name a file; use letters, digits, blanks and + = , . - _, 100 at most'
+      )
     require_positive(self, '', 'batch_size', 'max_new_tokens')
     require(self.questions >= 0, f'questions is {self.questions}, expected a number of questions, or 0 for all')
+    for name, value, most in (
+      ('batch_size', self.batch_size, MOST_AT_ONCE),
+      ('max_new_tokens', self.max_new_tokens, MOST_TOKENS),
+      ('text_lengths', max(self.text_lengths, default=0), MOST_TOKENS),
+    ):
+      require(value <= most, f'{name} is {value:,}, expected at most {most:,}; choose a size that fits the machine')
     require_seed(self.seed)
     require(self.dtype in ('float32', 'bfloat16'), f'dtype {self.dtype!r}: expected float32 or bfloat16')
     lengths = self.text_lengths

@@ -2,13 +2,18 @@
 
 import collections
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Problems, canonical
-from dynllava_jax.evals.folders import fields, read_lines
+from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Problems, canonical, known_id
+from dynllava_jax.evals.reading import fields, read_lines
+
+DIGEST = 'row_sha256'  # in a row's metadata
+OTHER_WORDS = 'answers whose prompt is worded differently, scored by id'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +58,52 @@ def read_answers(benchmark: Benchmark, path: pathlib.Path, problems: Problems) -
   """Rows of a LLaVA answer file; unreadable ones go to `problems`.
 
   Raises:
-    DataError: no such file, or a row without `question_id` or `text`, or with fields of other types.
+    DataError: no such file, or a row that `check_row` refuses.
   """
   rows = read_lines(path, lambda message: problems.add('unreadable lines', message))
-  for i, row in enumerate(rows, 1):
-    _, text = fields(row, ('question_id', 'text'), f'{path}, answer {i}')
-    rounds = benchmark.several_rounds and isinstance(text, list) and all(isinstance(t, str) for t in text)
-    if not isinstance(text, str) and not rounds:
-      wanted = 'a string, or one for each round' if benchmark.several_rounds else 'a string'
-      raise DataError(f'{path}, answer {i}: text is {text!r}, expected {wanted}')
-    for name, kind in (('prompt', str), ('metadata', dict)):
-      if name in row and not isinstance(row[name], kind):
-        raise DataError(f'{path}, answer {i}: {name} is {row[name]!r}, expected {kind.__name__}')
-  return rows
+  return [check_row(row, f'{path}, answer {i}', benchmark.several_rounds) for i, row in enumerate(rows, 1)]
 
 
-def join(benchmark: Benchmark, labels: Labels, rows: Sequence[dict[str, Any]], problems: Problems) -> Joined:
+def check_row(row: dict[str, Any], where: str, several_rounds: bool = True) -> dict[str, Any]:
+  """A row of an answer file without what is null in it.
+
+  Raises:
+    DataError: no `question_id` or `text`, fields of other types, or a digest that is not that of the row.
+  """
+  id_, text = fields(row, ('question_id', 'text'), where)
+  known_id(id_, where)
+  rounds = several_rounds and isinstance(text, list) and all(isinstance(t, str) for t in text)
+  if not isinstance(text, str) and not rounds:
+    wanted = 'a string, or one for each round' if several_rounds else 'a string'
+    raise DataError(f'{where}: text is {text!r}, expected {wanted}; write the answer as LLaVA does')
+  for name, kind in (('prompt', str), ('metadata', dict)):
+    if row.get(name) is not None and not isinstance(row[name], kind):
+      raise DataError(f'{where}: {name} is {row[name]!r}, expected {kind.__name__}; leave it out, or write it as LLaVA does')
+  given = (row.get('metadata') or {}).get(DIGEST)
+  if given is not None and given != digest(row):
+    raise DataError(
+      f'{where}: was changed since it was made, its {DIGEST} is of another row; get the file again, or take '
+      f'metadata.{DIGEST} out if the change is meant'
+    )
+  return {name: value for name, value in row.items() if value is not None}
+
+
+def digest(row: Mapping[str, Any]) -> str:
+  """SHA-256 of an answer row with everything in it but the digest itself."""
+  metadata = {name: value for name, value in row.get('metadata', {}).items() if name != DIGEST}
+  return hashlib.sha256(json.dumps(dict(row) | {'metadata': metadata}, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
+  """The row with its digest."""
+  return dict(row) | {'metadata': row['metadata'] | {DIGEST: digest(row)}}
+
+
+def join(benchmark: Benchmark, labels: Labels, rows: Sequence[dict[str, Any]], problems: Problems, by_id: bool = False) -> Joined:
   """Pairs labels with answers by the benchmark's key; what has no partner goes to `problems`.
+
+  Where the key is an id, the prompt tells whether the answer is to the question of that id. With `by_id` the id alone decides, as
+  in the official scorers, and answers to other words are counted.
 
   A key may stand for several questions (it does in SEED and TextVQA); then it needs as many answers. Of surplus
   copies of an answer the last counts, as in the official scorers.
@@ -97,7 +131,10 @@ def join(benchmark: Benchmark, labels: Labels, rows: Sequence[dict[str, Any]], p
       if gold.label is None and benchmark.scored:
         problems.add('questions without a label', f'{_show(key)}: {gold.expected!r}')
       elif len(questions) == 1 and 'prompt' in row and gold.expected not in canonical(row['prompt']):
-        problems.add('answers to another question', f'{_show(key)}: asked {gold.expected!r}, answered {canonical(row["prompt"])!r}')
+        kind = OTHER_WORDS if by_id else 'answers to another question'
+        problems.add(kind, f'{_show(key)}: asked {gold.expected!r}, answered {canonical(row["prompt"])!r}')
+        if by_id:
+          pairs.append((gold, row))
       else:
         pairs.append((gold, row))
   return Joined(tuple(pairs), len(labels.golds), labels.sizes)

@@ -1,5 +1,6 @@
 """`--check_data`: what of each benchmark is there, what is missing, where it comes from."""
 
+import os
 import pathlib
 import sys
 
@@ -33,22 +34,25 @@ def inspect(benchmark: Benchmark, folder: Folder) -> list[tuple[str, str, str]]:
     found.append((where, OK if path else MISSING, '' if path else source))
   if folder.labels:
     exists = remote.fetched(paths.given(folder.labels, 'config.labels')).exists()
-    found.append((f'labels: {folder.labels}', OK if exists else MISSING, '' if exists else 'config.labels names it'))
+    found.append(
+      (f'labels: {folder.labels}', OK if exists else MISSING, '' if exists else 'config.labels names it; is the path right?')
+    )
+  labelled = exists if folder.labels else not any(s == MISSING and 'labels' in what for what, s, _ in found)
   try:
     questions = score.questions(benchmark, folder)
   except DataError as e:
-    if all(state == OK for _, state, _ in found):
+    if labelled and not any(state == MISSING and 'questions' in what for what, state, _ in found):
       found.append(('questions', f'unreadable: {e}', 'get the file again'))
     return found
   expected = benchmark.expected_questions
   state = OK if expected in (None, len(questions)) else f'{len(questions):,}, expected {expected:,}'
   found.append((f'{len(questions):,} questions', state, '' if state == OK else 'another version, or cut off'))
   files = {q.image for q in questions if isinstance(q.image, pathlib.Path)}
-  absent = sorted(f for f in files if not f.is_file())
+  absent = sorted(f for f in files if not os.path.isfile(f))  # of a name that is too long too
   if files:
     state = OK if not absent else f'{len(absent):,} missing'
     found.append((f'{len(files):,} images', state, f'e.g. {absent[0]}' if absent else ''))
-  return found + (_labels(benchmark, folder) if benchmark.scored else [])
+  return found + (_labels(benchmark, folder) if benchmark.scored and labelled else [])
 
 
 def _labels(benchmark: Benchmark, folder: Folder) -> list[tuple[str, str, str]]:
@@ -78,7 +82,7 @@ def run(root: pathlib.Path, cfg: EvalConfig | None) -> int:
   complete = 0
   chosen = [suite.get(cfg.benchmark).configured(cfg)] if cfg else [b for b in suite.BENCHMARKS.values() if b.needed]
   for benchmark in chosen:
-    rows = inspect(benchmark, Folder(root, benchmark.folders, cfg.labels if cfg else ''))
+    rows = inspect(benchmark, score.folder_of(cfg, benchmark, root) if cfg else Folder(root, benchmark.folders))
     complete += all(state == OK for _, state, _ in rows)
     for i, (what, state, source) in enumerate(rows):
       colour = 'green' if state == OK else 'red'

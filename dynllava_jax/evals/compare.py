@@ -22,6 +22,7 @@ from dynllava_jax.evals.layout import Loaded
 from dynllava_jax.evals.runner import RunResult
 
 matplotlib.use('Agg')
+matplotlib.rcParams['text.parse_math'] = False  # a `$` in a question or a name is no formula
 
 CONVENTIONS = (
   'flops_per_sample: every matrix product of tower, prefill and generated tokens, true dimensions, 2 per multiply-add',

@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 
 from dynllava_jax.data.images import preprocess
 from dynllava_jax.data.tokenizer import Tokenizer
+from dynllava_jax.display import printable
 from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.layout import Loaded, load_image
 
 matplotlib.use('Agg')
+matplotlib.rcParams['text.parse_math'] = False  # a `$` in a question or a name is no formula
 
 PICTURED_LONG, PICTURED_SHORT = 2, 2
 WRAP = 46  # characters per line of generated text
@@ -65,7 +67,7 @@ def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figu
       )
     text = figure.add_axes((0.32, bottom + 0.02, 0.66, height - 0.04))
     text.set_axis_off()
-    question = textwrap.wrap(answer.question.text[0], 70, max_lines=2, placeholder=' ...')
+    question = textwrap.wrap(printable(answer.question.text[0], lines=True), 70, max_lines=2, placeholder=' ...')
     text.text(0, 0.97, '\n'.join(question), va='top', fontsize=11, weight='bold')
     fed = f'{meta["kept"].count("1")} of {len(meta["kept"])} fed tokens kept'
     if meta['evicted']:
@@ -86,7 +88,7 @@ def write_tokens(axes, meta: Mapping[str, Any], tokenizer: Tokenizer, top: float
   """The generated tokens in monospace, those whose K/V were dropped in grey or given up in orange; the last was never fed."""
   line, column, step = 0, 0, 1 / (WRAP * 1.15)
   for i, token in enumerate(meta['tokens']):
-    piece = '</s>' if token == tokenizer.eos_id else tokenizer.piece(token)
+    piece = '</s>' if token == tokenizer.eos_id else printable(tokenizer.piece(token))
     if column + len(piece) > WRAP or (piece == ' row' and column):
       line, column = line + 1, 0
     if line == LINES:

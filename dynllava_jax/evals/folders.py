@@ -1,10 +1,9 @@
-"""Where benchmark data lies: LLaVA's layout of `playground/data/eval`, read with messages that name the file."""
+"""Where benchmark data lies: LLaVA's layout of `playground/data/eval`. What question files name stays below their image folder."""
 
 import dataclasses
-import json
+import functools
+import os
 import pathlib
-from collections.abc import Callable
-from typing import Any
 
 from dynllava_jax import paths, remote
 from dynllava_jax.data.samples import DataError
@@ -18,11 +17,13 @@ class Folder:
     root: what `--data` says.
     names: the benchmark's folder inside it; what lies directly in `root` is found too.
     labels: file or folder that replaces the labels' place in the layout, '' for none.
+    follow_links: whether a link in an image folder may lead out of it.
   """
 
   root: pathlib.Path
   names: tuple[str, ...]
   labels: str = ''
+  follow_links: bool = False
 
   def find(self, *relative: str) -> pathlib.Path | None:
     """The first of these paths that exists in the benchmark's folder or in `root`."""
@@ -43,62 +44,33 @@ class Folder:
       return self.need(*relative)
     path = remote.fetched(paths.given(self.labels, 'config.labels'))
     if not path.exists():
-      raise DataError(f'config.labels: {path} does not exist')
+      raise DataError(f'config.labels: {path} does not exist; is the path right?')
+    return path
+
+  def image(self, base: pathlib.Path, name: str, where: str) -> pathlib.Path:
+    """The file that a question calls `name`, in the image folder `base`.
+
+    Raises:
+      DataError: it lies, or a link leads, outside of `base`.
+    """
+    parts = pathlib.PurePath(name).parts
+    if not parts or os.path.isabs(name) or '..' in parts or '\0' in name:
+      raise DataError(f'{where}: image is {name!r}, expected a path below {base}; name the file as it is called in there')
+    path = base / name
+    if not self.follow_links and not _stays_in(base, path):
+      raise DataError(
+        f'{where}: image {name!r} is a link out of {base}; copy the file, or allow it with --config.follow_links=True'
+      )
     return path
 
 
-def read_text(path: pathlib.Path) -> str:
-  """A text file, with or without a byte order mark; DataError if it is none."""
-  try:
-    return path.read_text(encoding='utf-8-sig')
-  except IsADirectoryError:
-    raise DataError(f'{path}: is a folder, expected a file') from None
-  except UnicodeDecodeError as e:
-    raise DataError(f'{path}: not UTF-8 text ({e})') from None
+def _stays_in(base: pathlib.Path, path: pathlib.Path) -> bool:
+  """Whether links, if there are any between `base` and the file, stay in `base`; one look at the disk for most files."""
+  here, parent = _resolved(str(base)), _resolved(str(path.parent))
+  end = os.path.realpath(path) if os.path.islink(path) else parent
+  return all(os.path.commonpath((here, place)) == here for place in (parent, end))
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """Parsed JSON; DataError with file and place if it is none."""
-  try:
-    return json.loads(read_text(path))
-  except json.JSONDecodeError as e:
-    raise DataError(f'{path}: not JSON ({e})') from None
-
-
-def read_lines(path: pathlib.Path, bad: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-  """One JSON object per line.
-
-  Args:
-    path: the file; blank lines are skipped.
-    bad: told about each line that is no JSON object; if None such a line raises.
-
-  Raises:
-    DataError: no such file, or a bad line.
-  """
-  if not path.is_file():
-    raise DataError(f'{path}: no such file')
-  rows = []
-  for number, line in enumerate(read_text(path).split('\n'), 1):  # splitlines would cut at U+2028 in a text
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-      if not isinstance(row, dict):
-        raise ValueError(f'expected an object, got {type(row).__name__}')
-      rows.append(row)
-    except ValueError as e:
-      message = f'{path}, line {number}: not a JSON object ({e})'
-      if bad is None:
-        raise DataError(message) from None
-      bad(message)
-  return rows
-
-
-def fields(row: dict[str, Any], names: tuple[str, ...], where: str) -> tuple:
-  """Values of `row`; DataError naming what is missing."""
-  if not isinstance(row, dict):
-    raise DataError(f'{where}: expected an object, got {type(row).__name__}')
-  missing = [n for n in names if n not in row]
-  if missing:
-    raise DataError(f'{where}: lacks {", ".join(missing)}; has {", ".join(row) or "nothing"}')
-  return tuple(row[n] for n in names)
+@functools.lru_cache(1024)
+def _resolved(folder: str) -> str:
+  return os.path.realpath(folder)

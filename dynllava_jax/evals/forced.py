@@ -24,7 +24,7 @@ from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.benchmarks.perplexity import perplexity
 from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, load_weights, pad_rows
-from dynllava_jax.evals.runner import on_host, provenance
+from dynllava_jax.evals.runner import check_numbers, on_host, provenance
 from dynllava_jax.evals.store import AnswerStore
 from dynllava_jax.generate import Forced, Generator
 from dynllava_jax.progress import progress
@@ -55,7 +55,7 @@ def read_answers(
   """
   used = [dataclasses.replace(q, text=q.text[: len(a)]) for q, a in zip(questions, answers)]
   layout = Layout(loaded, used, cfg.text_lengths, cfg.seed)
-  what = provenance(cfg, loaded, used) | {'answers_sha256': hashlib.sha256(json.dumps(answers).encode()).hexdigest()}
+  what = provenance(cfg, loaded, used, mesh) | {'answers_sha256': hashlib.sha256(json.dumps(answers).encode()).hexdigest()}
   store = AnswerStore(folder, loaded.name, what) if jax.process_index() == 0 else None
   done = np.zeros(len(questions), bool)
   if store:
@@ -82,6 +82,7 @@ def read_answers(
       given = np.stack([pad_rows(answers[i], length, 0) for i in own])
       lengths = np.asarray([[len(r) for r in answers[i]] for i in own], np.int32)
       rounds = force(generator, (layout.rows(own), given, lengths), mesh)
+      check_numbers([np.isfinite(r.log_prob).all(-1) for r in rounds], [used[i].id for i in chunk], loaded)
       if store:
         store.add(_row(used[i], i, rounds, row, answers[i]) for row, i in enumerate(chunk))
       advance(len(chunk))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax import checkpoint, methods
@@ -64,8 +65,13 @@ def load_model(name: str, run: EvalRun, default: str) -> Loaded:
 
 
 def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Parameters on the mesh, position embeddings scaled to the run's image size."""
+  """Parameters on the mesh, position embeddings scaled to the run's image size; CheckpointError if they hold what is no number."""
   params = checkpoint.load_params(loaded.path, mesh)
+  finite = jax.jit(lambda tree: [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])(params)
+  for (path, _), whole in zip(jax.tree_util.tree_leaves_with_path(params), jax.device_get(finite)):
+    if not whole:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise CheckpointError(f'{loaded.path}: {name} holds numbers that are not finite; convert or train it again')
   return resize_tower(params, loaded.info.model.vision, loaded.model.vision)
 
 

@@ -1,15 +1,17 @@
 """One evaluation from top to bottom: answers of every run, submissions, tables, pictures."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from rich.console import Console
 
-from dynllava_jax import checkpoint, sharding
+from dynllava_jax import checkpoint, locks, sharding
 from dynllava_jax.config import EvalConfig, to_dict
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import Terminal
@@ -38,6 +40,8 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
 
   Raises:
     CheckpointError, ConfigError, DataError: what is wrong with checkpoint, config or data.
+    BusyError: another evaluation writes to `out`.
+    FloatingPointError: a checkpoint computes what is no number.
   """
   # 1. What is asked, and of which models. Nothing is computed before all of it is known to be there.
   width = None if Terminal().is_terminal else TABLE_WIDTH
@@ -45,13 +49,40 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   console.quiet = jax.process_index() > 0
   benchmark = suite.get(cfg.benchmark).configured(cfg)
   folder = score.folder_of(cfg, benchmark, data)
-  questions = score.questions(benchmark, folder)[: cfg.questions or None]
+  found = score.questions(benchmark, folder)
+  questions = found[: cfg.questions or None]
   labels = scorable(cfg, benchmark, folder, questions, console)
   if cfg.questions == 0:
     score.submission(benchmark, folder, [], '')  # of no answers: finds out whether all that it needs is there
   models = {name: layout.load_model(name, run, path) for name, run in cfg.runs.items()}
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_batch(cfg.batch_size, mesh)
+
+  with contextlib.ExitStack() as held:
+    if jax.process_index() == 0:
+      held.enter_context(locks.sole_use(out / 'answers', '--out'))
+    _evaluate(cfg, Asked(benchmark, folder, questions, len(found), labels, path, models), out, mesh, console)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What an evaluation asks of which models.
+
+  `total`: questions there are; `labels`: None where there are none; `checkpoint`: of the runs that name none.
+  """
+
+  benchmark: Benchmark
+  folder: Folder
+  questions: Sequence[Question]
+  total: int
+  labels: Labels | None
+  checkpoint: str
+  models: Mapping[str, layout.Loaded]
+
+
+def _evaluate(cfg: EvalConfig, asked: Asked, out: pathlib.Path, mesh: jax.sharding.Mesh, console: Console) -> None:
+  """Answers, scores and pictures, by the one process that writes to `out`."""
+  benchmark, questions, models = asked.benchmark, asked.questions, asked.models
 
   # 2. Answers, run by run.
   with sharding.on_mesh(mesh):
@@ -61,19 +92,20 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
     return
 
   # 3. Scores, costs, submissions.
-  rows = compare.compare(cfg, benchmark, labels, models, results)
+  rows = compare.compare(cfg, benchmark, asked.labels, models, results)
   for name, found in agreements.items():
     rows[name]['agreement'] = found
-  metric = next((benchmark.metric_of(r['figures']) for r in rows.values() if 'figures' in r), benchmark.metric)
-  title = f'{benchmark.name}: {metric}, {len(questions)} questions'
+  metric = metric_of(benchmark, rows, results)
+  asked_of_all = f'the first {len(questions)} of {asked.total}' if len(questions) < asked.total else str(len(questions))
+  title = f'{benchmark.name}: {metric}, {asked_of_all} questions'
   report = {
     'benchmark': benchmark.name,
     'metric': metric,
     'runs': rows,
     'reference': cfg.reference,
     'questions': len(questions),
-    'checkpoint': str(path),
-    'step': checkpoint.locate(path)[1],
+    'checkpoint': str(asked.checkpoint),
+    'step': checkpoint.locate(asked.checkpoint)[1] if any(not run.checkpoint for run in cfg.runs.values()) else None,
     'dtype': cfg.dtype,
     'stages': {n: [to_dict(s) for s in m.stages] for n, m in models.items()},
     'reducer': {n: m.reducer.to_plain() if m.reducer else None for n, m in models.items()},
@@ -86,7 +118,7 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   console.print(compare.console_table(benchmark, title, rows))
   for name, result in results.items():
     if cfg.questions == 0:  # servers want all questions answered
-      for file, content in score.submission(benchmark, folder, result.rows, name).items():
+      for file, content in score.submission(benchmark, asked.folder, result.rows, name).items():
         write_atomically(out / file, content)
 
   # 4. Pictures.
@@ -99,6 +131,12 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
     with warnings.catch_warnings():
       warnings.filterwarnings('ignore', 'Glyph')  # characters that the font lacks become boxes
       save_figure(figures.tokens_figure(pictured, models[shown], title), out / 'tokens.png')
+
+
+def metric_of(benchmark: Benchmark, rows: Mapping[str, Mapping[str, Any]], results: Mapping[str, runner.RunResult]) -> str:
+  """What the scores are, in words; that there are none, if so."""
+  of_runs = [benchmark.metric_of(row['figures'], results[name].rows) for name, row in rows.items() if 'figures' in row]
+  return next(iter(of_runs), 'not scored' if benchmark.scored else benchmark.metric)
 
 
 def read_given_answers(

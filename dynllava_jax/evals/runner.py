@@ -38,8 +38,8 @@ class RunResult:
   programs_compiled: int
 
 
-def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question]) -> dict[str, Any]:
-  """All that the answers depend on."""
+def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """All that the answers depend on, as it was found: of the mesh the sizes it has, of the devices what they call themselves."""
   directory, step = checkpoint.locate(loaded.path)
   sealed = directory / str(step) / checkpoint.INTEGRITY_FILE  # holds the digest of every array file, checked when they are loaded
   names = (checkpoint.MODEL_FILE, *TOKENIZER_FILES, f'{step}/{sealed.name if sealed.exists() else "params"}')
@@ -60,7 +60,8 @@ def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question]) -
     'text_lengths': list(cfg.text_lengths),
     'dtype': cfg.dtype,
     'batch_size': cfg.batch_size,
-    'mesh': to_dict(cfg.mesh),
+    'mesh': dict(mesh.shape),
+    'device': mesh.devices.flat[0].device_kind,
     'versions': versions(),
     'source_sha256': source_sha256(),
   }
@@ -77,12 +78,12 @@ def answer_all(
   start = time.monotonic()
   layout = Layout(loaded, questions, cfg.text_lengths, cfg.seed)
   first_host = jax.process_index() == 0
-  store = AnswerStore(out / 'answers', loaded.name, provenance(cfg, loaded, questions)) if first_host else None
+  store = AnswerStore(out / 'answers', loaded.name, provenance(cfg, loaded, questions, mesh)) if first_host else None
   done = np.zeros(len(questions), bool)
   if store:
     done[list(store.rows)] = True
     if store.set_aside:
-      console.print(f'{loaded.name}: answers of another checkpoint or config were moved to {store.set_aside}')
+      console.print(f'{loaded.name}: {store.why} were moved to {store.set_aside}')
   if jax.process_count() > 1:
     done = multihost_utils.broadcast_one_to_all(done)
   compiled = 0
@@ -107,6 +108,7 @@ def answer_all(
         if n + 1 < len(batches):
           ahead = reader.submit(layout.rows, own_part(batches[n + 1], cfg.batch_size, mesh))  # decoded while the device computes
         generated = generate(generator, batch, mesh)
+        check_numbers([g.finite for g in generated], [questions[i].id for i in chunk], loaded)
         if store:
           store.add(answer_row(loaded, layout, i, generated, row) for row, i in enumerate(chunk))
         advance(len(chunk))
@@ -128,6 +130,16 @@ def generate(generator: Generator, rows: Rows, mesh: jax.sharding.Mesh) -> list[
     turn = Turn(cache, logits)
     answers.append(on_host(generated))
   return answers
+
+
+def check_numbers(finite: Sequence[np.ndarray], ids: Sequence[str | int], loaded: Loaded) -> None:
+  """FloatingPointError naming the first question for which the model did not compute numbers. `finite`: bool[B] of every round."""
+  for row, id_ in enumerate(ids):
+    if not all(f[row] for f in finite):
+      raise FloatingPointError(
+        f'question {id_}: the logits of {loaded.name} ({loaded.path}) are not finite; no answer was written. Look at its '
+        'weights, or compute with --config.dtype=float32'
+      )
 
 
 def on_host(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 from dynllava_jax import paths
 from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.answers import Joined, Labels, join, labels_of, read_answers
+from dynllava_jax.evals.answers import OTHER_WORDS, Joined, Labels, join, labels_of, read_answers
 from dynllava_jax.evals.benchmarks import suite
 from dynllava_jax.evals.benchmarks.base import Benchmark, Problems, Question
+from dynllava_jax.evals.benchmarks.kinds import check_words
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import write_atomically
 
@@ -46,6 +48,10 @@ def tally(benchmark: Benchmark, joined: Joined) -> Tallies:
     counted = [benchmark.tally([(label, benchmark.seen(row)) for label, row in group]) for group in groups.values()]
   except ValueError as e:
     raise DataError(f'{benchmark.name}: {e}') from None
+  except (KeyError, TypeError, AttributeError, OverflowError) as e:
+    raise DataError(
+      f'{benchmark.name}: an answer or label is not laid out as expected ({type(e).__name__}: {e}); docs/evaluation.md says how'
+    ) from e
   for one, (cluster, group) in zip(counted, groups.items()):
     if len(group) < joined.sizes.get(cluster, 1):
       for column in [c for c in one if c.rpartition('/')[2] in benchmark.of_whole_clusters]:
@@ -67,36 +73,47 @@ def figures(benchmark: Benchmark, tallies: Tallies, weights: np.ndarray | None =
   """
   sums = tallies.counts.sum(0) if weights is None else weights @ tallies.counts
   try:
-    return benchmark.figures(dict(zip(tallies.columns, map(float, sums))))
+    found = benchmark.figures(dict(zip(tallies.columns, map(float, sums))))
   except (ZeroDivisionError, KeyError):
-    raise DataError(f'{benchmark.name}: the score is not defined for these answers (a rate over nothing)') from None
+    raise DataError(
+      f'{benchmark.name}: the score is not defined for these answers (a rate over nothing); look at what they say'
+    ) from None
+  wrong = next((name for name, value in found.items() if not math.isfinite(value)), None)
+  if wrong:
+    raise DataError(f'{benchmark.name}: {wrong} is {found[wrong]}; look for numbers in the answers that are none')
+  return found
 
 
 def headline(benchmark: Benchmark, found: Mapping[str, float]) -> str:
   """Name of the figure that is the score; DataError if no answered question counts for it."""
   name = benchmark.headline_of(found)
   if name not in found:
-    raise DataError(f'{benchmark.name} reports {name!r}, and no answered question counts for it')
+    raise DataError(
+      f'{benchmark.name} reports {name!r}, and no answered question counts for it; answer such questions too, or look at the labels'
+    )
   return name
 
 
 def bootstrap(benchmark: Benchmark, tallies: Tallies, reference: Tallies | None = None) -> list[float]:
   """95 % percentile interval of the headline score, or of its difference to `reference` on the same clusters.
 
-  Units are drawn with replacement; both runs are given the same draws (paired).
+  Units are drawn with replacement; both runs are given the same draws (paired). A draw that misses a category which the score sums
+  is of another score and does not count; where that is most of them, there is no interval.
   """
   rng = np.random.default_rng(0)
-  name = headline(benchmark, figures(benchmark, tallies))
+  whole = figures(benchmark, tallies)
+  name, parts = headline(benchmark, whole), benchmark.parts_of(whole)
   count = tallies.units.max() + 1
   values = []
   for _ in range(RESAMPLES):
     weights = np.bincount(rng.integers(count, size=count), minlength=count)[tallies.units]
     try:
-      value = figures(benchmark, tallies, weights)[name]
-      values.append(value - (figures(benchmark, reference, weights)[name] if reference else 0))
+      drawn = [figures(benchmark, run, weights) for run in (tallies, reference) if run]
+      if all(benchmark.parts_of(one) == parts for one in drawn):
+        values.append(drawn[0][name] - (drawn[1][name] if reference else 0))
     except (DataError, KeyError):
       continue  # a draw for which the score is not defined, possible only with a handful of questions
-  if not values:
+  if len(values) < RESAMPLES / 2:
     return []
   return [float(v) for v in np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])]
 
@@ -106,7 +123,9 @@ def readable(what: str) -> Iterator[None]:
   """What malformed files raise becomes a DataError about `what`."""
   try:
     yield
-  except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
+  except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as e:
+    if isinstance(e, ConfigError):
+      raise
     raise DataError(f'{what} are not laid out as expected ({type(e).__name__}: {e}); docs/evaluation.md names the files') from e
 
 
@@ -116,6 +135,9 @@ def questions(benchmark: Benchmark, folder: Folder) -> list[Question]:
     found = benchmark.questions(folder)
   if not found:
     raise DataError(f'{benchmark.name}: there is no question in its files; get them again')
+  for question in found:
+    for text in question.text:
+      check_words(text, f'{benchmark.name}, question {question.id}')
   return found
 
 
@@ -140,14 +162,14 @@ def join_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_pa
   problems = Problems()
   expected = labels(benchmark, folder, problems)
   rows = read_answers(benchmark, path, problems)
-  joined = join(benchmark, expected, rows, problems)
+  joined = join(benchmark, expected, rows, problems, by_id=allow_partial)
   if problems and not allow_partial:
     raise DataError(
       f'{path}: these answers and the labels of {benchmark.name} do not fit together ({len(joined.pairs)} of {joined.total} do):\n'
       f'{problems}\n{benchmark.hint}; --allow_partial scores what fits'
     )
   if not joined.pairs:
-    raise DataError(f'{path}: no answer fits a label of {benchmark.name}:\n{problems}')
+    raise DataError(f'{path}: no answer fits a label of {benchmark.name}:\n{problems}\n{benchmark.hint}')
   return joined, problems
 
 
@@ -155,30 +177,37 @@ def score_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_p
   """Scores an answer file made here or elsewhere; DataError as `join_file`.
 
   Returns:
-    A JSON-ready dict; `score` is None where the labels are not public.
+    A JSON-ready dict; `score` is None where the labels are not public. `n` questions are scored, `answered` tells how many of all
+    have an answer that is not empty.
   """
   joined, problems = join_file(benchmark, folder, path, allow_partial)
   result = {'benchmark': benchmark.name, 'score': None, 'metric': benchmark.metric}
-  counts = {'answered': f'{len(joined.pairs)}/{joined.total}', 'n': len(joined.pairs), 'total': joined.total}
+  rows = [row for _, row in joined.pairs]
+  answered = sum(bool(''.join(row['text']).strip()) for row in rows)
+  counts = {'answered': f'{answered}/{joined.total}', 'n': len(rows), 'total': joined.total}
   if benchmark.scored:
     tallies = tally(benchmark, joined)
     found = figures(benchmark, tallies)
     name = headline(benchmark, found)
+    differing = problems.counts().get(OTHER_WORDS)
     result |= {
       'score': found[name],
-      'metric': benchmark.metric_of(found),
+      'metric': benchmark.metric_of(found, rows) + (f' ({differing:,} prompts worded differently)' if differing else ''),
       'headline': name,
       'interval': bootstrap(benchmark, tallies),
     }
     counts['figures'] = found
-  return result | counts | {'problems': problems.counts(), 'answers': paths.named(path), 'notes': benchmark.remarks()}
+  notes = benchmark.remarks()
+  if answered < len(rows):
+    notes.append(f'{len(rows) - answered:,} answers are empty; they are scored by the same rule as the others.')
+  return result | counts | {'problems': problems.counts(), 'answers': paths.named(path), 'notes': notes}
 
 
 def folder_of(cfg: EvalConfig, benchmark: Benchmark, data: pathlib.Path | None) -> Folder:
   """Where the benchmark's files are; DataError if it has files and `data` is None."""
   if data is None and benchmark.needed:
     raise DataError(f'{benchmark.name}: --data=DIR is missing; `python eval.py --check_data --data=DIR` says what it must hold')
-  return Folder(data or pathlib.Path(), benchmark.folders, cfg.labels)
+  return Folder(data or pathlib.Path(), benchmark.folders, cfg.labels, cfg.follow_links)
 
 
 def run(

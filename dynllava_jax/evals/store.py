@@ -3,13 +3,15 @@
     answers/RUN.jsonl             LLaVA's answer rows; `metadata.row` numbers the question
     answers/RUN.provenance.json   what made them: config, checkpoint, versions, once more for every part of an interrupted run
 
-Rows are appended in the order in which they are made. A line that a kill cut off is dropped when the run is started again.
+Rows are appended in the order in which they are made, each with a digest of its own. A line that a kill cut off is dropped when the
+run is started again.
 Finished, the file is written once more in the order of the questions.
 """
 
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -17,13 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals.answers import DIGEST, digest, sealed
 from dynllava_jax.evals.benchmarks.base import Question
-from dynllava_jax.evals.folders import read_lines
+from dynllava_jax.evals.reading import read_lines, read_objects
 from dynllava_jax.files import write_atomically
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'numpy', 'orbax-checkpoint', 'pillow', 'sentencepiece')
 # Between the parts of one run; a checkpoint is known by its digest, this is its path.
-MAY_DIFFER = ('checkpoint', 'versions', 'source_sha256', 'batch_size', 'mesh')
+MAY_DIFFER = ('checkpoint', 'versions', 'source_sha256', 'batch_size', 'mesh', 'device')
 PARTS = 'later_parts'  # what differed when answers were added to those there, and how many there were
 
 
@@ -33,7 +36,8 @@ class AnswerStore:
   def __init__(self, folder: pathlib.Path, run: str, provenance: Mapping[str, Any]):
     """Opens or begins `folder/RUN.jsonl`.
 
-    Answers that something else made, by their provenance, are set aside as `RUN.previous-N.*`; `set_aside` names them.
+    Answers that something else made, by their provenance, are set aside as `RUN.previous-N.*`; `set_aside` names them, and `why`
+    says what they are.
     """
     self.path = folder / f'{run}.jsonl'
     self._provenance_path = folder / f'{run}.provenance.json'
@@ -41,6 +45,7 @@ class AnswerStore:
     folder.mkdir(parents=True, exist_ok=True)
     comparable = json.loads(json.dumps({k: v for k, v in provenance.items() if k not in MAY_DIFFER}))
     self._provenance = self._stored()
+    self.why = 'answers of another checkpoint or config' if self._provenance else 'answers without a whole provenance beside them'
     same = {k: v for k, v in self._provenance.items() if k not in (*MAY_DIFFER, PARTS)} == comparable
     if self.path.exists() and not same:
       self._set_aside(folder, run)
@@ -52,8 +57,8 @@ class AnswerStore:
 
   def _stored(self) -> dict[str, Any]:
     try:
-      return json.loads(self._provenance_path.read_text())
-    except (OSError, ValueError):
+      return dict(read_objects(self._provenance_path))
+    except (OSError, DataError):
       return {}
 
   def _write_provenance(self) -> None:
@@ -77,10 +82,20 @@ class AnswerStore:
     if len(whole) < len(content):
       write_atomically(self.path, whole)
     rows = read_lines(self.path, self._damaged)
+    found: dict[int, dict[str, Any]] = {}
     for i, row in enumerate(rows, 1):
+      where = f'{self.path}, answer {i}'
       if not isinstance(row.get('metadata'), dict) or 'row' not in row['metadata']:
-        self._damaged(f'{self.path}, answer {i}: lacks metadata.row')
-    return {row['metadata']['row']: row for row in rows}
+        self._damaged(f'{where}: lacks metadata.row')
+      number, count = row['metadata']['row'], self._provenance.get('questions', math.inf)
+      if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
+        self._damaged(f'{where}: metadata.row is {number!r}, expected the number of one of {count} questions')
+      if number in found:
+        self._damaged(f'{where}: question {number} was answered before')
+      if row['metadata'].get(DIGEST) != digest(row):
+        self._damaged(f'{where}: its {DIGEST} is not that of the row')
+      found[number] = row
+    return found
 
   def _damaged(self, message: str) -> None:
     raise DataError(f'{message}; delete the line, and its question is answered again')
@@ -92,7 +107,7 @@ class AnswerStore:
       self._provenance[PARTS] = [*self._provenance.get(PARTS, ()), part]
       self._write_provenance()
       self._part = None
-    rows = list(rows)
+    rows = [sealed(row) for row in rows]
     with open(self.path, 'ab') as file:
       file.write(''.join(json.dumps(row) + '\n' for row in rows).encode())
       file.flush()

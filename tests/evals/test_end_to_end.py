@@ -57,7 +57,7 @@ def command(monkeypatch, small_machine):
   return run
 
 
-@pytest.mark.parametrize('name', [n for n in suite.BENCHMARKS if n != 'digits'])
+@pytest.mark.parametrize('name', [n for n in suite.BENCHMARKS if n not in ('digits', 'questions')])
 def test_benchmark(name, command, tiny_checkpoint, eval_data, tmp_path, capsys):
   command(f'--config=configs/eval.py:{name}', *SMALL, f'--checkpoint={tiny_checkpoint}', f'--data={eval_data}', f'--out={tmp_path}')
   benchmark = suite.get(name)

@@ -10,36 +10,20 @@ import sys
 
 import numpy as np
 import pytest
+from answer_files import answers_for, config, folder_of, scored
 from conftest import ROOT
 from rich.console import Console
 
-from dynllava_jax.config import ConfigError, EvalConfig, EvalRun, Stage
+from dynllava_jax.config import ConfigError, EvalRun, Stage
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import check, compare, layout, report, runner, score
+from dynllava_jax.evals import check, compare, layout, report, runner
 from dynllava_jax.evals.benchmarks import suite
 from dynllava_jax.evals.benchmarks.base import Question
-from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.store import AnswerStore
 
 pytest_plugins = ('tiny_suite',)
 
 PUBLISHED = ROOT.parent / 'shared' / 'evaldata' / 'pope'
-
-
-def folder_of(name, root, labels=''):
-  return Folder(root, suite.get(name).folders, labels)
-
-
-def answers_for(name, data, path, change=lambda rows: rows, text='yes'):
-  """An answer file that answers every question with `text`, after `change`."""
-  questions = suite.get(name).questions(folder_of(name, data))
-  rows = [{'question_id': q.id, 'prompt': q.prompt, 'text': text} for q in questions]
-  path.write_text(''.join(json.dumps(r) + '\n' for r in change(rows)))
-  return path
-
-
-def scored(name, data, path, partial=False, labels=''):
-  return score.score_file(suite.get(name), folder_of(name, data, labels), path, partial)
 
 
 def needs_published():
@@ -134,11 +118,6 @@ def test_score_that_is_not_defined_is_no_number(eval_data, tmp_path):
     scored('pope', eval_data, answers_for('pope', eval_data, tmp_path / 'a.jsonl', text='no'))
 
 
-def config(name, **changes):
-  runs = {'own': EvalRun()}
-  return EvalConfig(runs=runs, benchmark=name, text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=3, **changes)
-
-
 def test_undecodable_image_stops_the_run(tiny_checkpoint, eval_data, small_machine, tmp_path):
   data = tmp_path / 'data'
   shutil.copytree(eval_data / 'gqa', data / 'gqa')
@@ -202,7 +181,12 @@ def test_score_of_a_part_names_the_missing_categories(eval_data, tmp_path):
     ('gqa', 'llava_gqa_testdev_balanced.jsonl', '{"question_id": 1, "image": null, "text": "Is it?"}', 'row 1: image is None'),
     ('scienceqa', 'llava_test_CQM-A.json', '[{"id": "1", "conversations": [{"from": "human", "value": "Is it?"}]}]', 'IndexError'),
     ('mmbench', 'mmbench_dev_20230712.tsv', 'index\tquestion\timage\tA\nx\tIs it?\tAAAA\tyes\n', "ValueError: .*'x'"),
-    ('vqav2_val', 'v2_OpenEnded_mscoco_val2014_questions.json', '{"annotations": []}', "KeyError: 'questions'"),
+    (
+      'vqav2_val',
+      'v2_OpenEnded_mscoco_val2014_questions.json',
+      '{"annotations": []}',
+      'questions.json: lacks questions; has annotations',
+    ),
     ('mmvet', 'llava-mm-vet.jsonl', '\n', 'mmvet: there is no question in its files'),
   ],
 )

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint with a real tokenizer, and a few rows of every benchmark in LLaVA's layout."""
+"""A tiny random checkpoint with a real tokenizer, a few rows of every benchmark in LLaVA's layout."""
 
 import base64
 import csv

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.folders import Folder, fields, read_lines
+from dynllava_jax.evals.benchmarks.kinds import needed_picture
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.reading import fields, read_lines
 
 WORD = 'Answer the question using a single word or phrase.'
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -113,7 +115,7 @@ class Benchmark:
   last_answer_wins: ClassVar[bool] = False
   several_rounds: ClassVar[bool] = False  # an answer's text may be a list, one string per round
   of_whole_clusters: ClassVar[tuple[str, ...]] = ()  # counts that a cluster with an answer missing does not add to
-  categories: ClassVar[tuple[str, ...]] = ()  # that the score is made of; names of figures begin with theirs
+  categories: ClassVar[tuple[str, ...]] = ()  # that the score sums, or is the mean of; names of figures begin with theirs
   notes: ClassVar[tuple[str, ...]] = ()
 
   def configured(self, cfg: EvalConfig) -> 'Benchmark':
@@ -143,9 +145,15 @@ class Benchmark:
     del figures
     return self.headline
 
-  def metric_of(self, figures: Mapping[str, float]) -> str:
-    """What the score is, in words, and which of its categories are not in it."""
-    absent = [c for c in self.categories if not any(name.partition('/')[0] == c for name in figures)]
+  def parts_of(self, figures: Mapping[str, float]) -> set[str]:
+    """The categories that the score is made of here."""
+    return {name.partition('/')[0] for name in figures} & set(self.categories)
+
+  def metric_of(self, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]] = ()) -> str:
+    """What the score is, in words, and which of its categories are not in it; `rows`: the answers that it is of, if known."""
+    del rows
+    found = self.parts_of(figures)
+    absent = [c for c in self.categories if c not in found]
     return self.metric + (f' (without {", ".join(absent)})' if absent else '')
 
   def remarks(self) -> list[str]:
@@ -175,11 +183,19 @@ class Lines(Benchmark):
     path, images = folder.need(self.question_file), image_folder(folder, self.images)
     result = []
     for i, row in enumerate(read_lines(path), 1):
-      id_, image, text = fields(row, ('question_id', 'image', 'text'), f'{path}, row {i}')
-      if not isinstance(image, str) or not isinstance(text, str):
-        raise DataError(f'{path}, row {i}: image is {image!r} and text {text!r}, expected two strings')
-      result.append(Question(id_, (text,), text, images / image))
+      where = f'{path}, row {i}'
+      id_, text = fields(row, ('question_id', 'text'), where)
+      if not isinstance(text, str):
+        raise DataError(f'{where}: text is {text!r}, expected a string; is it the right question file?')
+      result.append(Question(known_id(id_, where), (text,), text, needed_picture(folder, images, row, where)))
     return result
+
+
+def known_id(value: Any, where: str) -> str | int:
+  """An id as question and answer files have it; DataError if it is something else."""
+  if isinstance(value, bool) or not isinstance(value, (str, int)):
+    raise DataError(f'{where}: question_id is {value!r}, expected a text or a whole number; is it the right file?')
+  return value
 
 
 def image_folder(folder: Folder, places: tuple[str, ...]) -> pathlib.Path:

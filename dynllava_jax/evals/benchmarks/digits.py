@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.config import ConfigError, EvalConfig
+from dynllava_jax.config.evaluation import MOST_MADE
 from dynllava_jax.data.conversation import IMAGE_TOKEN
 from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Problems, Question, add_counts, canonical, rates
 from dynllava_jax.evals.folders import Folder
@@ -47,6 +48,8 @@ class Digits(Benchmark):
       raise ConfigError(
         'config.questions: is 0, but the questions of digits are made, as many as asked for; use configs/digits.py:eval'
       )
+    if cfg.questions > MOST_MADE:
+      raise ConfigError(f'config.questions: is {cfg.questions:,}, and they are made; ask for {MOST_MADE:,} at most')
     return Digits(cfg)
 
   def questions(self, folder: Folder) -> list[Question]:

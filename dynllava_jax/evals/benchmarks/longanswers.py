@@ -4,20 +4,23 @@ The authors' files are a JSON list of `id, image, question, answer`, the last tw
 Perplexity is that of the reference answer, METEOR that of the generated one (arXiv 2412.00876, section 4.3).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks import meteor
-from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, canonical, image_folder
-from dynllava_jax.evals.folders import Folder, fields, read_json
+from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, canonical, image_folder, known_id
+from dynllava_jax.evals.benchmarks.kinds import needed_picture
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.reading import fields, read_list
 
 PAPER = 'https://github.com/Osilly/dynamic_llava (LVIS-Instruct4V and ShareGPT4V subsets of 1,000)'
+WITHOUT = 'without_'
 # The score is the first of these that the answers tell; an answer file does not tell how the model reads the references.
 METRICS = {
   'perplexity': 'perplexity of the reference answers, mean over samples (lower is better)',
-  'meteor': 'METEOR in %, mean over samples',
-  'meteor_without_synonyms': 'METEOR without synonyms in %, mean over samples',
+  **{name: f'{words} in %, mean over samples' for name, words in meteor.NAMES.items()},
 }
 
 
@@ -26,7 +29,7 @@ class LongAnswers(Benchmark):
 
   metric = METRICS['perplexity']
   headline = 'perplexity'
-  shown = ('meteor', 'meteor_without_synonyms', 'reference_kept')
+  shown = (*meteor.NAMES, 'reference_kept')
   question_file: ClassVar[str]
   images = ('images', '.')
   max_new_tokens = 1024
@@ -35,14 +38,20 @@ class LongAnswers(Benchmark):
   def questions(self, folder: Folder) -> list[Question]:
     path, images = folder.need_labels(self.question_file), image_folder(folder, self.images)
     result = []
-    for i, row in enumerate(read_json(path), 1):
-      id_, image, question, answer = fields(row, ('id', 'image', 'question', 'answer'), f'{path}, sample {i}')
+    for i, row in enumerate(read_list(path), 1):
+      where = f'{path}, sample {i}'
+      id_, question, answer = fields(row, ('id', 'question', 'answer'), where)
       asked, answers = ([v] if isinstance(v, str) else list(v) for v in (question, answer))
       if not asked or len(asked) != len(answers):
-        raise DataError(f'{path}, sample {id_}: {len(asked)} questions and {len(answers)} answers, expected one answer each')
+        raise DataError(
+          f'{path}, sample {id_}: {len(asked)} questions and {len(answers)} answers, expected one answer each; mend the sample'
+        )
+      if not all(isinstance(text, str) for text in (*asked, *answers)):
+        raise DataError(f'{where}: questions and answers are {asked} and {answers}, expected texts; is it the right file?')
       asked[0] = asked[0].replace('<image>', '').strip()
       answers[0] = answers[0].strip()  # the authors' scripts strip the first answer only
-      result.append(Question(id_, tuple(asked), asked[0], images / image, reference=tuple(answers), long=True))
+      image = needed_picture(folder, images, row, where)
+      result.append(Question(known_id(id_, where), tuple(asked), asked[0], image, reference=tuple(answers), long=True))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
@@ -58,10 +67,19 @@ class LongAnswers(Benchmark):
       raise ValueError(f'answer {row["question_id"]}: {len(texts)} rounds, expected {len(references)}')
     words = meteor.wordnet()
     scores = [meteor.score(r, t, words) for r, t in zip(references, texts)]
-    counts = {'n': 1, 'meteor' if words else 'meteor_without_synonyms': sum(scores) / len(scores)}
+    counts = {'n': 1, 'meteor': sum(scores) / len(scores)}
+    if not words:
+      counts[WITHOUT + 'synonyms'] = 1
+    if any(meteor.is_guess(text) for text in (*(r.strip().lower() for r in references), *map(str.strip, texts))):
+      counts[WITHOUT + 'punkt'] = 1
     meta = row.get('metadata', {})
     if 'perplexity' in meta:
       values, fed, kept = (_numbers(row, name, len(references)) for name in ('perplexity', 'reference_fed', 'reference_kept'))
+      if min(values) < 1 or any(not 0 <= k <= f for k, f in zip(kept, fed)):
+        raise ValueError(
+          f'answer {row["question_id"]}: perplexities are {values}, tokens fed {fed} and kept {kept}; '
+          'expected at least 1, and 0 <= kept <= fed'
+        )
       counts |= {'with_perplexity': 1, 'perplexity': sum(values) / len(values), 'reference_fed': sum(fed)}
       counts['reference_kept'] = sum(kept) - meta.get('reference_evicted', 0)
     if 'kept' in meta:
@@ -77,7 +95,8 @@ class LongAnswers(Benchmark):
       if having not in (0, n):
         raise DataError(f'{self.name}: {having:.0f} of {n:.0f} answers have metadata.{name}, expected all or none')
     result = {'perplexity': sums['perplexity'] / n} if 'perplexity' in sums else {}
-    result |= {k: 100 * sums[k] / n for k in ('meteor', 'meteor_without_synonyms') if k in sums}
+    absent = [what for what in ('synonyms', 'punkt') if WITHOUT + what in sums]  # of one answer at least, drawn or not
+    result['meteor' + (f'_{WITHOUT}{"_and_".join(absent)}' if absent else '')] = 100 * sums['meteor'] / n
     for fed, kept in (('fed', 'kept'), ('reference_fed', 'reference_kept')):
       if sums.get(fed):
         result |= {f'{fed}_tokens': sums[fed] / n, f'{kept}_tokens': sums[kept] / n, kept: 100 * sums[kept] / sums[fed]}
@@ -86,7 +105,8 @@ class LongAnswers(Benchmark):
   def headline_of(self, figures: Mapping[str, float]) -> str:
     return next(k for k in METRICS if k in figures)
 
-  def metric_of(self, figures: Mapping[str, float]) -> str:
+  def metric_of(self, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]] = ()) -> str:
+    del rows
     return METRICS[self.headline_of(figures)]
 
   def remarks(self) -> list[str]:
@@ -96,7 +116,8 @@ class LongAnswers(Benchmark):
 def _numbers(row: Mapping[str, Any], name: str, rounds: int) -> list[float]:
   """`metadata.NAME` of an answer, one number per round; ValueError if it is something else."""
   values = row['metadata'].get(name)
-  if not isinstance(values, list) or len(values) != rounds or not all(isinstance(v, (int, float)) for v in values):
+  number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+  if not isinstance(values, list) or len(values) != rounds or not all(map(number, values)):
     raise ValueError(f'answer {row["question_id"]}: metadata.{name} is {values!r}, expected a list of {rounds}, a number per round')
   return values
 

@@ -1,15 +1,29 @@
 """METEOR as NLTK computes it for one reference, with its parameters (alpha 0.9, beta 3, gamma 0.5).
 
-It needs two data packages of NLTK: `wordnet` for synonyms and `punkt_tab` to find sentence ends. Without WordNet the
-number is another one (exact and stem matches only) and never goes by the name METEOR.
+It needs two data packages of NLTK: `wordnet` for synonyms and `punkt_tab` to find sentence ends. Without WordNet only exact and
+stem matches count, and the number never goes by the name METEOR. Without Punkt's model its list of abbreviations alone tells the
+ends; after an abbreviation, an initial, a number or an ellipsis that is a guess, and what has a guess in it has another name too.
 """
 
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Stands in for the Punkt model where that is absent: a period after these does not end a sentence.
-ABBREVIATIONS = frozenset('a.m p.m e.g i.e etc vs mr mrs ms dr st no u.s u.k jr sr prof inc ltd co approx fig'.split())  # noqa: SIM905
+# Those that the English model of Punkt knows (abbrev_types.txt of NLTK's punkt_tab).
+ABBREVIATIONS = """
+a.a a.c a.d a.g a.h a.m a.m.e a.s a.t adm ala ariz aug ave b.f b.v bros c c.i.t c.o.m.b c.v calif chg cie co col colo conn corp
+cos ct d d.c d.h d.w dec dr e e.f e.h e.l e.m f f.g f.j feb fla fri ft g g.d g.f g.k ga gen h h.c h.f h.m i.m.s ill inc j.b j.c
+j.j j.k j.p j.r jan jr k kan ky l l.a l.f l.p lt ltd m m.b.a m.d.c m.j maj messrs mg mich minn mr mrs ms n n.c n.d n.h n.j n.m
+n.v n.y nev nov oct ok okla ore p p.a.m p.m pa ph.d prof r r.a r.h r.i r.j r.k r.t rep reps s s.a s.a.y s.c s.g s.p.a s.s sen
+sep sept sr st sw t t.j tenn tues u.k u.n u.s u.s.a u.s.s.r v va vs vt w w.c w.r w.va w.w wash wed wis yr
+""".split()  # noqa: SIM905
+# What the number is called, by what is at hand.
+NAMES = {
+  'meteor': 'METEOR',
+  'meteor_without_synonyms': 'METEOR without synonyms',
+  'meteor_without_punkt': "METEOR with guessed sentence ends instead of Punkt's",
+  'meteor_without_synonyms_and_punkt': "METEOR without synonyms, with guessed sentence ends instead of Punkt's",
+}
 
 
 class Synonyms:
@@ -51,28 +65,52 @@ def wordnet() -> Any | None:
 
 
 @functools.cache
-def _sentence_splitter() -> Any:
-  import nltk
-  from nltk.tokenize import punkt
+def punkt() -> Any | None:
+  """NLTK's English sentence splitter, or None if its data is not installed."""
+  from nltk.tokenize import punkt as library
 
   try:
-    nltk.data.find('tokenizers/punkt_tab/english')
-    return punkt.PunktTokenizer('english')
+    return library.PunktTokenizer('english')
   except LookupError:
-    parameters = punkt.PunktParameters()
-    parameters.abbrev_types = set(ABBREVIATIONS)
-    return punkt.PunktSentenceTokenizer(parameters)
+    return None
+
+
+@functools.cache
+def _plain_splitter() -> Any:
+  from nltk.tokenize import punkt as library
+
+  class Plain(library.PunktSentenceTokenizer):
+    """Punkt with its abbreviations alone; `guessed`: whether its whole model may have decided otherwise somewhere."""
+
+    guessed = False
+
+    def _second_pass_annotation(self, token, following):
+      typ = token.type_no_period
+      self.guessed |= bool(
+        following and token.period_final and (token.abbr or token.ellipsis or token.is_initial or typ == '##number##')
+      )
+      return super()._second_pass_annotation(token, following)
+
+  parameters = library.PunktParameters()
+  parameters.abbrev_types = set(ABBREVIATIONS)
+  return Plain(parameters)
+
+
+def is_guess(text: str) -> bool:
+  """Whether `tokens` may cut this text elsewhere than with Punkt's model, which is absent."""
+  if punkt():
+    return False
+  splitter = _plain_splitter()
+  splitter.guessed = False
+  splitter.tokenize(text)
+  return splitter.guessed
 
 
 def missing_data() -> list[str]:
   """NLTK data packages that are absent, each with what that changes."""
-  import nltk
-
   missing = [] if wordnet() else ['wordnet: synonyms do not match, so this is not METEOR (python -m nltk.downloader wordnet)']
-  try:
-    nltk.data.find('tokenizers/punkt_tab/english')
-  except LookupError:
-    missing.append('punkt_tab: sentence ends are found with a short list of abbreviations (python -m nltk.downloader punkt_tab)')
+  if not punkt():
+    missing.append('punkt_tab: sentence ends may be guessed, and then this is not METEOR (python -m nltk.downloader punkt_tab)')
   return missing
 
 
@@ -81,7 +119,7 @@ def tokens(text: str) -> list[str]:
   from nltk.tokenize import NLTKWordTokenizer
 
   words = NLTKWordTokenizer()
-  return [token for sentence in _sentence_splitter().tokenize(text) for token in words.tokenize(sentence)]
+  return [token for sentence in (punkt() or _plain_splitter()).tokenize(text) for token in words.tokenize(sentence)]
 
 
 def score(reference: str, answer: str, synonyms: Any | None) -> float:

@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import io
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import LETTER, LETTER_CN, Benchmark, Gold, Needed, Problems, Question, canonical, letter
 from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.reading import read_text
 
 OPTIONS = 'ABCD'
 CIRCLE = 1_000_000  # rotations of question i have the indices i + k * CIRCLE
@@ -42,6 +44,14 @@ def is_empty(cell: str | None) -> bool:
   return cell is None or cell in EMPTY or cell.lower() in ('nan', 'none', '-nan')
 
 
+def _picture(row: Mapping[str, str], path: pathlib.Path) -> bytes:
+  """The file of a picture; DataError if the cell holds none. Lines may be broken, as base64 tools do."""
+  try:
+    return base64.b64decode(''.join(row['image'].split()), validate=True)
+  except ValueError as e:
+    raise DataError(f'{path}, index {row["index"]}: the image is not base64 ({e}); get the table again') from None
+
+
 class MmBench(Benchmark):
   """The English dev split."""
 
@@ -62,11 +72,13 @@ class MmBench(Benchmark):
 
   def _rows(self, folder: Folder, path) -> list[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)  # images are base64 in a cell
-    with open(path, encoding='utf-8', newline='') as file:
-      rows = list(csv.DictReader(file, delimiter='\t'))
+    try:
+      rows = list(csv.DictReader(io.StringIO(read_text(path), newline=''), delimiter='\t'))
+    except csv.Error as e:
+      raise DataError(f'{path}: no table ({e}); get it again') from None
     for i, row in enumerate(rows, 1):
       if any(row.get(k) is None for k in ('index', 'question', 'image', 'A')):
-        raise DataError(f'{path}, row {i}: lacks index, question, image or A; the table may be cut off')
+        raise DataError(f'{path}, row {i}: lacks index, question, image or A; the table may be cut off, get it again')
     return rows
 
   def questions(self, folder: Folder) -> list[Question]:
@@ -81,19 +93,19 @@ class MmBench(Benchmark):
       stem = row['question'] if is_empty(row.get('hint')) else f'{row["hint"]}\n{row["question"]}'
       prompt = '\n'.join([stem, *(f'{name}. {option}' for name, option in zip(OPTIONS, options))])
       extra = {'round_id': 0, 'options': options, 'option_char': list(OPTIONS[: len(options)])}
-      try:
-        image = base64.b64decode(row['image'], validate=True)
-      except ValueError as e:
-        raise DataError(f'{path}, index {row["index"]}: the image is not base64 ({e})') from None
+      image = _picture(row, path)
       result.append(Question(int(row['index']), (f'{prompt}\n{self.suffix}',), prompt, image, extra))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
     del problems
     golds = []
-    for row in self._rows(folder, folder.need_labels(self.table)):
-      label = None if is_empty(row.get('answer')) else row['answer']
-      index, image = int(row['index']), hashlib.sha256(row['image'].encode()).digest()
+    path = folder.need_labels(self.table)
+    for row in self._rows(folder, path):
+      label = None if is_empty(row.get('answer')) else row['answer'].strip()
+      if label is not None and label not in tuple(OPTIONS):
+        raise DataError(f'{path}, index {row["index"]}: answer is {label!r}, expected one of {OPTIONS}; get the table again')
+      index, image = int(row['index']), hashlib.sha256(_picture(row, path)).digest()
       golds.append(Gold(str(index), label, canonical(row['question']), index % CIRCLE, unit=image))
     return golds
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, canonical
-from dynllava_jax.evals.folders import Folder, read_text
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.reading import read_text
 
 PERCEPTION = ('existence', 'count', 'position', 'color', 'posters', 'celebrity', 'scene', 'landmark', 'artwork', 'OCR')
 COGNITION = ('commonsense_reasoning', 'numerical_calculation', 'text_translation', 'code_reasoning')
@@ -42,14 +43,16 @@ def read_labels(path: pathlib.Path) -> Iterator[tuple[str, str, str, str]]:
     elif table.is_file():
       rows = [(table, line[0].rpartition('.')[0] or line[0], *line[1:]) for line in _lines(table)]
     else:
-      raise DataError(f'{path}: has no category {category!r}; expected the folder {folder} or the file {table}')
+      raise DataError(
+        f'{path}: has no category {category!r}; expected the folder {folder} or the file {table}; get the release again'
+      )
     if not rows:
       raise DataError(
         f'{folder if folder.is_dir() else table}: has no labels; expected a text file per image, or a line per question'
       )
     for file, stem, *cells in rows:
       if len(cells) < 2 or cells[1].lower() not in ('yes', 'no'):
-        raise DataError(f'{file}: {cells} has no yes-or-no label; expected question and label between tabs')
+        raise DataError(f'{file}: {cells} has no yes-or-no label; expected question and label between tabs; get it again')
       yield category, stem, cells[0], cells[1].lower()
 
 
@@ -84,7 +87,7 @@ class Mme(Lines):
   images = RELEASE
   expected_questions = 2374
   of_whole_clusters = ('images', 'both')
-  categories = CATEGORIES
+  categories = PERCEPTION  # that the reported score sums
   needed = (
     Needed((question_file,), LLAVA_EVAL),
     Needed(RELEASE + RESULTS, SITE, 'labels'),
@@ -102,7 +105,9 @@ class Mme(Lines):
 
   def key(self, row: Mapping[str, Any]) -> Hashable:
     if 'prompt' not in row:
-      raise DataError(f'answer {row["question_id"]!r}: has no prompt; every image has two questions, so the prompt is needed')
+      raise DataError(
+        f'answer {row["question_id"]!r}: has no prompt; every image has two questions, so write the prompt beside the text'
+      )
     category, _, file = str(row['question_id']).partition('/')
     return _key(category, file.rpartition('/')[2].rpartition('.')[0], row['prompt'])
 

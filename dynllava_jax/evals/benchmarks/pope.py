@@ -5,7 +5,8 @@ from typing import Any
 
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, canonical
-from dynllava_jax.evals.folders import Folder, fields, read_lines
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.reading import fields, read_lines
 
 CATEGORIES = ('adversarial', 'popular', 'random')
 PINNED = 'https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco'
@@ -67,6 +68,8 @@ class Pope(Lines):
       source = _label_file(folder, file)
       for i, row in enumerate(read_lines(source), 1):
         image, text, label = fields(row, ('image', 'text', 'label'), f'{source}, row {i}')
+        if label not in ('yes', 'no'):  # officially whatever is not `no` means yes
+          raise DataError(f'{source}, row {i}: label is {label!r}, expected yes or no; get the file of {PINNED}')
         labels[category, image, canonical(text)] = label
     golds = []
     for i, row in enumerate(read_lines(path), 1):
@@ -96,6 +99,6 @@ def _label_file(folder: Folder, file: str):
   if folder.labels:
     path = folder.need_labels() / file
     if not path.is_file():
-      raise DataError(f'config.labels: {folder.labels} has no {file}; expected the folder with {", ".join(FILES)}')
+      raise DataError(f'config.labels: {folder.labels} has no {file}; name the folder with {", ".join(FILES)}')
     return path
   return folder.need(*(f'{d}/{file}' for d in LABEL_FOLDERS))

@@ -17,9 +17,12 @@ from dynllava_jax.evals.benchmarks.base import (
   add_counts,
   canonical,
   image_folder,
+  known_id,
   rates,
 )
-from dynllava_jax.evals.folders import Folder, fields, read_json
+from dynllava_jax.evals.benchmarks.kinds import only_picture
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.reading import fields, read_list, read_objects
 
 OPTIONS = 'ABCDE'
 FAILED = 'FAILED'
@@ -42,6 +45,15 @@ def choice(letter: str, count: int) -> int:
   return OPTIONS[:count].index(letter) if letter in tuple(OPTIONS[:count]) else -1
 
 
+def right_letter(choices: Any, index: Any, where: str) -> str:
+  """The letter of the right one of `choices`; DataError if there is none."""
+  if not isinstance(choices, list) or not 0 < len(choices) <= len(OPTIONS):
+    raise DataError(f'{where}: choices are {choices!r}, expected a list of at most {len(OPTIONS)}; get {PROBLEMS} again')
+  if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
+    raise DataError(f'{where}: answer is {index!r}, expected the number of one of its {len(choices)} choices, from 0; get it again')
+  return OPTIONS[index]
+
+
 class ScienceQa(Benchmark):
   """Questions with and without image; right letters from the question file's own answers."""
 
@@ -61,20 +73,26 @@ class ScienceQa(Benchmark):
   def _rows(self, path: pathlib.Path) -> list[tuple[str, str, str, str | None]]:
     """(id, question, right letter, image) of every question."""
     rows = []
-    for i, row in enumerate(read_json(path), 1):
-      id_, turns = fields(row, ('id', 'conversations'), f'{path}, question {i}')
-      letter = re.search(r'([A-E])\.?\s*$', turns[1]['value'])
+    for i, row in enumerate(read_list(path), 1):
+      where = f'{path}, question {i}'
+      id_, turns = fields(row, ('id', 'conversations'), where)
+      question, answer = (fields(turns[i], ('value',), where)[0] for i in range(2))
+      letter = re.search(r'([A-E])\.?\s*$', answer)
       if not letter:
-        raise DataError(f'{path}, question {id_}: the answer {turns[1]["value"]!r} names no letter')
-      rows.append((str(id_), turns[0]['value'].replace('<image>', '').strip(), letter.group(1), row.get('image')))
+        raise DataError(
+          f'{where}, id {id_}: the answer {answer!r} names no letter; expected a file of LLaVA whose answers end with it'
+        )
+      rows.append((str(known_id(id_, where)), question.replace('<image>', '').strip(), letter.group(1), only_picture(row, where)))
     return rows
 
   def questions(self, folder: Folder) -> list[Question]:
     base = image_folder(folder, self.images)
     result = []
-    for id_, text, _, image in self._rows(folder.need(QUESTIONS)):
+    path = folder.need(QUESTIONS)
+    for id_, text, _, image in self._rows(path):
       text = f'{text}\n{LETTER}'
-      result.append(Question(id_, (text,), f'<image>\n{text}' if image else text, base / image if image else None))
+      file = folder.image(base, image, f'{path}, question {id_}') if image else None
+      result.append(Question(id_, (text,), f'<image>\n{text}' if image else text, file))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
@@ -86,12 +104,21 @@ class ScienceQa(Benchmark):
 
   def _from_problems(self, path: pathlib.Path, splits: pathlib.Path) -> list[Gold]:
     """The labels as ScienceQA publishes them."""
-    problems, golds = read_json(path), []
-    for id_ in fields(read_json(splits), ('test',), str(splits))[0]:
-      answer, question = fields(problems.get(id_, {}), ('answer', 'question'), f'{path}, problem {id_}')
+    problems, golds = read_objects(path), []
+    for id_ in map(str, fields(read_objects(splits), ('test',), str(splits))[0]):
+      if id_ not in problems:
+        raise DataError(f'{splits}: test names problem {id_}, which {path} lacks; get both files of one release')
+      where = f'{path}, problem {id_}'
+      answer, question, choices = fields(problems[id_], ('answer', 'question', 'choices'), where)
       kind = 'image' if problems[id_].get('image') else 'text'
-      golds.append(Gold(str(id_), ([kind], OPTIONS[answer]), canonical(question)))
+      golds.append(Gold(id_, ([kind], right_letter(choices, answer, where)), canonical(question)))
     return golds
+
+  def metric_of(self, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Says so if the model was not shown the images: LLaVA's prompts name them."""
+    prompts = [row['prompt'] for row in rows if row.get('prompt')]
+    blind = bool(prompts) and not any('<image>' in p for p in prompts)
+    return self.metric + (', asked without naming the image in the prompt' if blind else '')
 
   def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:
     ((groups, letter), text), *_ = answers

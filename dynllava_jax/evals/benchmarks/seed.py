@@ -4,10 +4,13 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, add_counts, canonical, rates
-from dynllava_jax.evals.folders import Folder, fields, read_json
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.reading import fields, read_objects
 
 LABELS = 'SEED-Bench.json'
+LETTERS = list('ABCD')
 SITE = 'https://github.com/AILab-CVC/SEED-Bench/blob/main/DATASET.md'
 
 
@@ -24,6 +27,7 @@ class Seed(Lines):
 
   name = 'seed'
   metric = 'accuracy in % over images and videos'
+  media = ('image', 'video')
   folders = ('seed_bench',)
   shown = ('image', 'video')
   question_file = 'llava-seed-bench.jsonl'
@@ -40,18 +44,28 @@ class Seed(Lines):
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
     del problems
     path = folder.need_labels(LABELS)
-    content = read_json(path)
-    types, rows = fields(content, ('question_type', 'questions'), str(path))
+    types, rows = fields(read_objects(path), ('question_type', 'questions'), str(path))
     names = {number: name for name, number in types.items()}
     golds = []
     for i, row in enumerate(rows, 1):
       where = f'{path}, question {i}'
       id_, kind, medium, answer = fields(row, ('question_id', 'question_type_id', 'data_type', 'answer'), where)
-      golds.append(Gold(number(id_), ([medium, names[kind]], answer), canonical(row.get('question', '')), unit=row.get('data_id')))
+      if kind not in names or answer not in LETTERS:
+        what = f'question_type_id is {kind!r} and answer {answer!r}'
+        raise DataError(f'{where}: {what}, expected one of {list(names)} and one of {LETTERS}; get the file again')
+      golds.append(
+        Gold(number(id_), ([medium, names[kind]], answer), canonical(row.get('question') or ''), unit=row.get('data_id'))
+      )
     return golds
 
   def key(self, row: Mapping[str, Any]) -> Hashable:
     return number(row['question_id'])
+
+  def metric_of(self, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]] = ()) -> str:
+    if not rows:
+      return self.metric
+    found = [f'{medium}s' for medium in self.media if medium in figures]
+    return f'accuracy in % over {" and ".join(found)}' + (' alone' if len(found) == 1 else '')
 
   def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:
     ((groups, gold), text), *_ = answers

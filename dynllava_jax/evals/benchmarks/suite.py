@@ -9,6 +9,7 @@ from dynllava_jax.evals.benchmarks.longanswers import LvisMulti, LvisSingle, Sha
 from dynllava_jax.evals.benchmarks.mmbench import MmBench, MmBenchCn
 from dynllava_jax.evals.benchmarks.mme import Mme
 from dynllava_jax.evals.benchmarks.pope import Pope
+from dynllava_jax.evals.benchmarks.questions import OwnQuestions
 from dynllava_jax.evals.benchmarks.scienceqa import ScienceQa
 from dynllava_jax.evals.benchmarks.seed import Seed
 from dynllava_jax.evals.benchmarks.textvqa import TextVqa
@@ -35,6 +36,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     LvisMulti,
     ShareGpt4v,
     Digits,
+    OwnQuestions,
   )
 }
 

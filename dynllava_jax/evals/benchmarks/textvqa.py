@@ -1,16 +1,18 @@
 """TextVQA, validation split, with the OCR tokens that LLaVA puts into the prompt."""
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems
-from dynllava_jax.evals.benchmarks.vqa import VqaAccuracy
-from dynllava_jax.evals.folders import Folder, fields, read_json
+from dynllava_jax.evals.benchmarks.vqa import VqaAccuracy, check_annotators
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.reading import fields, read_objects
 
 LABELS = 'TextVQA_0.5.1_val.json'
 OCR = 'Reference OCR token:'
+FORMS_WITH_OCR = (OCR, 'OCR tokens: ')  # as LLaVA's prompts say it
 
 
 def question_of(prompt: str) -> str:
@@ -24,14 +26,16 @@ def question_of(prompt: str) -> str:
     return lines[prompt.startswith(OCR)].lower()
   elif len(lines) == 2:
     return lines[0].lower()
-  raise ValueError(f'prompt {prompt!r}: expected the question, the OCR tokens and the instruction on lines of their own')
+  raise ValueError(
+    f'prompt {prompt!r}: expected the question, the OCR tokens and the instruction on lines of their own; write it as it was asked'
+  )
 
 
 class TextVqa(VqaAccuracy, Lines):
   """Joined by image and question, since image ids repeat."""
 
   name = 'textvqa'
-  metric = 'VQA accuracy in %, OCR tokens in the prompt'
+  metric = 'VQA accuracy in %'
   folders = ('textvqa',)
   question_file = 'llava_textvqa_val_v051_ocr.jsonl'
   images = ('train_images',)
@@ -46,16 +50,29 @@ class TextVqa(VqaAccuracy, Lines):
     del problems
     path = folder.need_labels(LABELS)
     keys, labels = [], {}
-    for i, row in enumerate(fields(read_json(path), ('data',), str(path))[0], 1):
+    for i, row in enumerate(fields(read_objects(path), ('data',), str(path))[0], 1):
       image, question, answers = fields(row, ('image_id', 'question', 'answers'), f'{path}, row {i}')
       keys.append((str(image), question.lower()))
-      labels[keys[-1]] = ([], answers)  # of two equal questions on one image the later labels count, as officially
+      labels[keys[-1]] = (
+        [],
+        check_annotators(answers, f'{path}, row {i}'),
+      )  # of two equal questions on one image the later labels count, as officially
     return [Gold(key, labels[key], unit=key[0]) for key in keys]
+
+  def metric_of(self, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Says whether the prompts have OCR tokens, which makes two benchmarks of it."""
+    if not rows:
+      return self.metric
+    having = sum(any(form in row['prompt'] for form in FORMS_WITH_OCR) for row in rows)
+    where = 'in the prompt' if having == len(rows) else f'in {having:,} of {len(rows):,} prompts'
+    return f'{self.metric}, {f"OCR tokens {where}" if having else "no OCR tokens in the prompt"}'
 
   def key(self, row: Mapping[str, Any]) -> Hashable:
     try:
       return str(row['question_id']), question_of(row['prompt'])
     except KeyError:
-      raise DataError(f'answer {row["question_id"]!r}: has no prompt; image ids repeat, so the prompt is needed') from None
+      raise DataError(
+        f'answer {row["question_id"]!r}: has no prompt; image ids repeat, so write the prompt beside the text'
+      ) from None
     except ValueError as e:
       raise DataError(f'answer {row["question_id"]!r}: {e}') from None

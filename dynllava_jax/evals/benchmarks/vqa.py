@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks import vqa_text
 from dynllava_jax.evals.benchmarks.base import (
   LLAVA_EVAL,
@@ -18,9 +19,12 @@ from dynllava_jax.evals.benchmarks.base import (
   add_counts,
   canonical,
   image_folder,
+  known_id,
   rates,
 )
-from dynllava_jax.evals.folders import Folder, fields, read_json, read_lines
+from dynllava_jax.evals.benchmarks.kinds import needed_picture
+from dynllava_jax.evals.folders import Folder
+from dynllava_jax.evals.reading import fields, read_lines, read_list, read_objects
 
 
 class VqaAccuracy(Benchmark):
@@ -56,7 +60,7 @@ class Vqav2(Lines):
 
   def submission(self, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
     answers = {str(r['question_id']): vqa_text.normalize(r['text']) for r in rows}
-    split = [q['question_id'] for q in read_lines(folder.need(self.all_questions))]
+    split = [fields(q, ('question_id',), self.all_questions)[0] for q in read_lines(folder.need(self.all_questions))]
     content = [{'question_id': i, 'answer': answers.get(str(i), '')} for i in split]
     return {f'answers_upload/llava_vqav2_mscoco_test-dev2015/{name}.json': json.dumps(content).encode()}
 
@@ -105,22 +109,31 @@ class Vqav2Val(VqaAccuracy):
   def questions(self, folder: Folder) -> list[Question]:
     path, images = folder.need(self.question_file), image_folder(folder, self.images)
     result = []
-    for i, row in enumerate(read_json(path)['questions'], 1):
-      id_, image, text = fields(row, ('question_id', 'image_id', 'question'), f'{path}, question {i}')
+    for i, row in enumerate(fields(read_objects(path), ('questions',), str(path))[0], 1):
+      where = f'{path}, question {i}'
+      id_, image, text = fields(row, ('question_id', 'image_id', 'question'), where)
       prompt = f'{text}\n{WORD}'
-      result.append(Question(id_, (prompt,), prompt, images / f'COCO_val2014_{image:012}.jpg'))
+      file = folder.image(images, f'COCO_val2014_{image:012}.jpg', where)
+      result.append(Question(known_id(id_, where), (prompt,), prompt, file))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
     del problems
     path = folder.need_labels(self.label_file)
     questions = folder.find(self.question_file)
-    texts = {q['question_id']: q['question'] for q in read_json(questions)['questions']} if questions else {}
+    asked = fields(read_objects(questions), ('questions',), str(questions))[0] if questions else ()
+    texts = dict(fields(q, ('question_id', 'question'), f'{questions}, question {i}') for i, q in enumerate(asked, 1))
     golds = []
-    for i, row in enumerate(read_json(path)['annotations'], 1):
+    for i, row in enumerate(fields(read_objects(path), ('annotations',), str(path))[0], 1):
       id_, answers = fields(row, ('question_id', 'answers'), f'{path}, annotation {i}')
-      label = [row['answer_type']] if 'answer_type' in row else [], [a['answer'] for a in answers]
-      golds.append(Gold(str(id_), label, canonical(texts.get(id_, '')), unit=row.get('image_id')))
+      golds.append(
+        Gold(
+          str(id_),
+          (_kinds(row), _given(answers, f'{path}, annotation {i}')),
+          canonical(texts.get(id_, '')),
+          unit=row.get('image_id'),
+        )
+      )
     return golds
 
 
@@ -143,19 +156,37 @@ class VizwizVal(VqaAccuracy):
 
   def _rows(self, folder: Folder) -> list[tuple]:
     path = folder.need_labels('val.json', 'Annotations/val.json')
-    return [(*fields(r, ('image', 'question', 'answers'), f'{path}, row {i}'), r) for i, r in enumerate(read_json(path), 1)]
+    return [(*fields(r, ('image', 'question', 'answers'), f'{path}, row {i}'), r) for i, r in enumerate(read_list(path), 1)]
 
   def questions(self, folder: Folder) -> list[Question]:
     images, result = image_folder(folder, self.images), []
-    for image, question, _, _ in self._rows(folder):
+    for i, (image, question, _, row) in enumerate(self._rows(folder), 1):
       prompt = f'{question}\n{UNANSWERABLE}\n{WORD}'
-      result.append(Question(image, (prompt,), prompt, images / image))
+      result.append(Question(image, (prompt,), prompt, needed_picture(folder, images, row, f'{self.name}, question {i}')))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
     del problems
-    kinds = lambda row: [row['answer_type']] if 'answer_type' in row else []
     return [
-      Gold(image, (kinds(row), [a['answer'] for a in answers]), canonical(question))
+      Gold(image, (_kinds(row), _given(answers, f'{self.name}, {image}')), canonical(question))
       for image, question, answers, row in self._rows(folder)
     ]
+
+
+def _kinds(row: Mapping[str, Any]) -> list[str]:
+  """The group of a question; none if its file does not tell."""
+  return [row['answer_type']] if row.get('answer_type') else []
+
+
+def _given(answers: Sequence[Mapping[str, Any]], where: str) -> list[str]:
+  """The annotators' answers."""
+  given = [fields(a, ('answer',), f'{where}, annotator {i}')[0] for i, a in enumerate(answers, 1)]
+  return check_annotators(given, where)
+
+
+def check_annotators(answers: Any, where: str) -> list[str]:
+  """What annotators say; DataError unless it is a list of ten texts."""
+  if not isinstance(answers, list) or len(answers) != vqa_text.ANNOTATORS or not all(isinstance(a, str) for a in answers):
+    count = len(answers) if isinstance(answers, list) else 0
+    raise DataError(f'{where}: has answers of {count} annotators, expected texts of {vqa_text.ANNOTATORS}; get the file again')
+  return answers
