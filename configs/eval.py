@@ -62,7 +62,7 @@ def get_config(arg: str = 'pope') -> ConfigDict:
     dict(
       benchmark=benchmark.name,
       labels='',
-      follow_links=False,
+      allow_outside=False,
       runs=runs[mode](),
       text_lengths=(128, 256, 512, 768),
       questions=0,

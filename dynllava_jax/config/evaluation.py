@@ -45,7 +45,7 @@ class EvalConfig:
     benchmark: name in `dynllava_jax.evals.benchmarks.suite`.
     labels: file or folder of the labels where it is not in its usual place.
     text_lengths: text buckets, ascending, in tokens besides the image's.
-    follow_links: whether links in an image folder may lead out of it.
+    allow_outside: images may lie outside of their folder: by `..`, as absolute paths, through links.
     questions: only the first so many; 0 is all.
     agreement: also measure how far the runs agree with the reference's own greedy answers, token by token.
   """
@@ -53,7 +53,7 @@ class EvalConfig:
   runs: Mapping[str, EvalRun]
   benchmark: str = 'digits'
   labels: Path = ''
-  follow_links: bool = False
+  allow_outside: bool = False
   text_lengths: tuple[int, ...] = (128,)
   mesh: MeshConfig = MeshConfig()
   questions: int = 600

@@ -1,12 +1,11 @@
 """Where benchmark data lies: LLaVA's layout of `playground/data/eval`. What question files name stays below their image folder."""
 
 import dataclasses
-import functools
-import os
 import pathlib
 
 from dynllava_jax import paths, remote
 from dynllava_jax.data.samples import DataError
+from dynllava_jax.files import below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +16,13 @@ class Folder:
     root: what `--data` says.
     names: the benchmark's folder inside it; what lies directly in `root` is found too.
     labels: file or folder that replaces the labels' place in the layout, '' for none.
-    follow_links: whether a link in an image folder may lead out of it.
+    allow_outside: images may lie outside of their folder: by `..`, as absolute paths, through links.
   """
 
   root: pathlib.Path
   names: tuple[str, ...]
   labels: str = ''
-  follow_links: bool = False
+  allow_outside: bool = False
 
   def find(self, *relative: str) -> pathlib.Path | None:
     """The first of these paths that exists in the benchmark's folder or in `root`."""
@@ -53,24 +52,12 @@ class Folder:
     Raises:
       DataError: it lies, or a link leads, outside of `base`.
     """
-    parts = pathlib.PurePath(name).parts
-    if not parts or os.path.isabs(name) or '..' in parts or '\0' in name:
-      raise DataError(f'{where}: image is {name!r}, expected a path below {base}; name the file as it is called in there')
-    path = base / name
-    if not self.follow_links and not _stays_in(base, path):
+    try:
+      return base / name if self.allow_outside else below(base, name)
+    except ValueError as e:
+      hint = 'name the file as it is called in there, or allow that with --config.allow_outside=True'
+      raise DataError(f'{where}: image {name!r}: {e}; {hint}', 'outside_image') from None
+    except OSError as e:
       raise DataError(
-        f'{where}: image {name!r} is a link out of {base}; copy the file, or allow it with --config.follow_links=True'
-      )
-    return path
-
-
-def _stays_in(base: pathlib.Path, path: pathlib.Path) -> bool:
-  """Whether links, if there are any between `base` and the file, stay in `base`; one look at the disk for most files."""
-  here, parent = _resolved(str(base)), _resolved(str(path.parent))
-  end = os.path.realpath(path) if os.path.islink(path) else parent
-  return all(os.path.commonpath((here, place)) == here for place in (parent, end))
-
-
-@functools.lru_cache(1024)
-def _resolved(folder: str) -> str:
-  return os.path.realpath(folder)
+        f'{where}: image {name!r} cannot be looked for ({e.strerror}); is it the right file?', 'missing_image'
+      ) from None

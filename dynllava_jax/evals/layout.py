@@ -17,6 +17,7 @@ from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.resize import resize_tower
+from dynllava_jax.files import read_regular
 from dynllava_jax.models.dynllava import Prompt
 
 CHUNK = 16  # questions of later rounds are padded to a multiple of this
@@ -195,7 +196,7 @@ def load_image(question: Question) -> Any:
   image = question.image
   if isinstance(image, pathlib.Path):
     try:
-      return images.decode(image.read_bytes(), f'question {question.id}: {image}')
+      return images.decode(read_regular(image, images.MAX_BYTES), f'question {question.id}: {image}')
     except OSError as e:
-      raise DataError(f'question {question.id}: {image} cannot be read ({e.strerror})', 'missing_image') from None
+      raise DataError(f'question {question.id}: {image} cannot be read ({e.strerror}); get it again', 'missing_image') from None
   return images.decode(image, f'question {question.id}') if isinstance(image, bytes) else image

@@ -8,11 +8,11 @@ import codecs
 import json
 import math
 import pathlib
-import stat
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
+from dynllava_jax.files import read_regular
 
 LARGEST = 4 * 2**30  # bytes; the largest benchmark file, a table with its pictures inside, has a twentieth of it
 MARKS = (  # of UTF-32 before UTF-16, whose mark it begins with
@@ -28,19 +28,15 @@ def read_text(path: pathlib.Path) -> str:
   """A text file: UTF-8, or what its byte order mark says.
 
   Raises:
-    DataError: no such file, no file but a folder, pipe or device, larger than `LARGEST`, or no text.
+    DataError: no such file, no regular one, larger than `LARGEST`, or no text.
   """
   try:
-    status = path.stat()
+    content = read_regular(path, LARGEST)
   except FileNotFoundError:
     raise DataError(f'{path}: no such file; is the name right?') from None
-  if stat.S_ISDIR(status.st_mode):
-    raise DataError(f'{path}: is a folder, expected a file; name the file in it')
-  if not stat.S_ISREG(status.st_mode):
-    raise DataError(f'{path}: is a pipe or a device, expected a file; write what it gives into a file')
-  if status.st_size > LARGEST:
-    raise DataError(f'{path}: has {status.st_size:,} bytes, expected at most {LARGEST:,}; is it the right file?')
-  content = path.read_bytes()
+  except OSError as e:
+    why = 'is a folder, expected a file' if path.is_dir() else f'cannot be read ({e.strerror})'
+    raise DataError(f'{path}: {why}; is it the right file?') from None
   encoding = next((name for mark, name in MARKS if content.startswith(mark)), 'utf-8')
   try:
     return content.decode(encoding)

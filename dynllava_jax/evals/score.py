@@ -207,7 +207,7 @@ def folder_of(cfg: EvalConfig, benchmark: Benchmark, data: pathlib.Path | None) 
   """Where the benchmark's files are; DataError if it has files and `data` is None."""
   if data is None and benchmark.needed:
     raise DataError(f'{benchmark.name}: --data=DIR is missing; `python eval.py --check_data --data=DIR` says what it must hold')
-  return Folder(data or pathlib.Path(), benchmark.folders, cfg.labels, cfg.follow_links)
+  return Folder(data or pathlib.Path(), benchmark.folders, cfg.labels, cfg.allow_outside)
 
 
 def run(

@@ -156,10 +156,10 @@ def test_what_is_no_file_is_not_opened(eval_data, tmp_path, monkeypatch):
   os.truncate(tmp_path / 'large', 10**12)
   answers = answers_for('gqa', eval_data, tmp_path / 'a.jsonl')
   for path, message in (
-    (tmp_path / 'pipe', 'is a pipe or a device'),
-    ('/dev/zero', 'is a pipe or a device'),
+    (tmp_path / 'pipe', 'it is no regular file'),
+    ('/dev/zero', 'it is no regular file'),
     (tmp_path, 'is a folder'),
-    (tmp_path / 'large', 'has 1,000,000,000,000 bytes'),
+    (tmp_path / 'large', 'it has 1,000,000,000,000 bytes'),
   ):
     for call in (lambda: scored('gqa', eval_data, tmp_path / path), lambda: scored('gqa', eval_data, answers, labels=str(path))):
       with pytest.raises(DataError, match=message):

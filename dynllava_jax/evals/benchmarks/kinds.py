@@ -4,21 +4,16 @@ Whatever else a file may hold, such as a video, a second picture or a sound, is 
 """
 
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from dynllava_jax.data.conversation import IMAGE_TOKEN
+from dynllava_jax.data.fields import is_empty, other_content, other_mark
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.folders import Folder
 
-OTHER_MEDIA = ('video', 'videos', 'audio', 'audios', 'sound', 'speech', 'images', 'image_2', 'depth', 'point_cloud', 'frames')
+KNOWN = ('image', 'question_id', 'text', 'category', 'id', 'conversations', 'question', 'answer', 'answers')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.npy', '.npz')
-# What stands for pictures, videos and sounds in the texts of LLaVA and its relatives; the model would read them as words.
-PLACEHOLDER = re.compile(
-  r'<\|?(?:image|video|audio|speech|sound)s?(?:[ _-]?(?:\d+|placeholder|token|pad))?\|?>|<(?:im|vi)_(?:start|end|patch)>',
-  re.IGNORECASE,
-)
 
 
 def only_picture(row: Mapping[str, Any], where: str) -> str | None:
@@ -27,20 +22,20 @@ def only_picture(row: Mapping[str, Any], where: str) -> str | None:
   Raises:
     DataError: several pictures, something else to look at or to listen to, or no name.
   """
-  other = [name for name in OTHER_MEDIA if row.get(name) not in (None, '', [], {})]
+  other = other_content(row, KNOWN)
   if other:
-    raise DataError(f'{where}: has {", ".join(other)}, expected one image or none; leave such questions out')
+    raise DataError(f'{where}: has {other}, expected one image or none; leave such questions out', 'other_content')
   image = row.get('image')
   if isinstance(image, list):
     if len(image) > 1:
       raise DataError(f'{where}: has {len(image)} images, expected one or none; leave such questions out', 'several_images')
     image = image[0] if image else None
-  if image in (None, ''):
+  if is_empty(image):
     return None
   if not isinstance(image, str):
     raise DataError(f'{where}: image is {image!r}, expected the name of a file; is it a question file of LLaVA?')
   if image.lower().endswith(VIDEOS):
-    raise DataError(f'{where}: image is {image!r}, which is no picture; leave such questions out')
+    raise DataError(f'{where}: image is {image!r}, which is no picture; leave such questions out', 'other_content')
   return image
 
 
@@ -62,10 +57,10 @@ def check_words(text: Any, where: str) -> None:
   """DataError unless `text` is a string with words, and nothing in it stands for a picture or a sound."""
   if not isinstance(text, str) or not text.strip():
     raise DataError(f'{where}: the question is {text!r}, expected a text; is it the right file?', 'empty_question')
-  found = PLACEHOLDER.search(text)
-  if found:
-    what = 'the text names the image itself' if found.group() == IMAGE_TOKEN else 'the text stands for more than one picture'
-    raise DataError(f'{where}: {what} by {found.group()}; take it out, or leave the question out', 'several_images')
+  mark = IMAGE_TOKEN if IMAGE_TOKEN in text else other_mark(text)
+  if mark:
+    what = 'the text names the image itself' if mark == IMAGE_TOKEN else 'the text stands for more than a picture'
+    raise DataError(f'{where}: {what}, by {mark}; take it out, or leave the question out', 'other_content')
   try:
     text.encode()
   except UnicodeEncodeError as e:
