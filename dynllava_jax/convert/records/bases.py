@@ -20,8 +20,9 @@ from dynllava_jax.convert.records.base import load_case
 from dynllava_jax.convert.source import Request, open_source
 
 PIXELS, IDS = 'pixel_values', 'input_ids'
-# 's0: pixel_values[0] and b1/input_ids', the way records name a prompt of their base's case.
-PROMPT = re.compile(r'(\w+)\s*:\s*pixel_values\[(\d+)\]\s+and\s+([\w./-]*input_ids)')
+# 's0: pixel_values[0] and b1/input_ids, t: b2/input_ids of ../case.npz', the way records name prompts of their base's case.
+PROMPT = re.compile(r'(\w+)\s*:\s*(?:pixel_values\[(\d+)\]\s+and\s+)?([\w./-]*input_ids)')
+CASE = re.compile(r'\S+\.npz')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +153,13 @@ def samples(record: Record, base: Base, described: str) -> dict[str, Sample]:
   """
   own = {k.rpartition('/')[0]: v for k, v in record.case.items() if k.rpartition('/')[2] == IDS}
   found = {}
+  case = load_case(record.find(named[0])) if (named := CASE.search(described)) else base.case
   for name, image, ids in PROMPT.findall(described):
-    for key in (PIXELS, ids):
-      if key not in base.case:
+    for key in (PIXELS, ids) if image else (ids,):
+      if key not in case:
         raise ConversionError(f'{record.folder}/meta.json: prompt {name} needs array {key!r}, which the case of the base has not')
-    found[name] = Sample(base.case[ids].reshape(-1), np.asarray(base.case[PIXELS][int(image)]).transpose(1, 2, 0))
+    pixels = np.asarray(case[PIXELS][int(image)]).transpose(1, 2, 0) if image else None
+    found[name] = Sample(case[ids].reshape(-1), pixels)
   for name, ids in own.items():
     pixels = record.case.get(f'{name}/{PIXELS}')
     found[name] = Sample(ids.reshape(-1), None if pixels is None else pixels.reshape(pixels.shape[-3:]).transpose(1, 2, 0))

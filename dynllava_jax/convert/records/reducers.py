@@ -98,7 +98,8 @@ def settings(record: Record, variant: str) -> dict[str, Any]:
 def neighbours(sample: Sample) -> list[Sample]:
   """Other rows for a batch: one without image, and a longer one that starts with its image."""
   text = sample.ids[sample.ids != IMAGE_ID]
-  return [Sample(text[: len(text) // 2 + 1], None), Sample(np.concatenate([[IMAGE_ID], text, text]), sample.pixels[::-1])]
+  upside_down = None if sample.pixels is None else sample.pixels[::-1]
+  return [Sample(text[: len(text) // 2 + 1], None), Sample(np.concatenate([[IMAGE_ID], text, text]), upside_down)]
 
 
 def _compare(record: Record, group: str, where: str, found: Mapping[str, np.ndarray]) -> Iterator[Quantity]:
@@ -131,7 +132,7 @@ class Reduction:
 
   def __call__(self, prompts: list[Sample], steps: list[int]) -> list[dict[str, np.ndarray]]:
     """What the reducer saw and made of each prompt, and `steps` tokens after it; one entry per number of steps."""
-    blank = next(np.zeros_like(p.pixels) for p in prompts if p.pixels is not None)
+    blank = np.zeros((self.decoder.model.cfg.vision.image_size,) * 2 + (3,), np.float32)
     seen = jax.device_get(self.look(jnp.asarray(np.stack([blank if p.pixels is None else p.pixels for p in prompts]))))
     asked = [Asked(p.ids, image) for p, image in zip(prompts, seen['projected'])]
     rows = []
