@@ -13,7 +13,8 @@ import numpy as np
 from dynllava_jax.data.records import read_image
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.sources import Source
-from dynllava_jax.data.store import SOURCES_FILE, Store
+from dynllava_jax.data.integrity import SOURCES_FILE
+from dynllava_jax.data.store import Store
 
 WHOLE = 2**28  # bytes of a store that are read in full; of a larger one about as many
 BLOCK = 2**16
