@@ -61,8 +61,11 @@ def index_path(folder: pathlib.Path, files: Mapping[str, bytes], template: str) 
 def write_index(path: pathlib.Path, index: Index, identity: str) -> None:
   """Writes under a temporary name, then renames. `identity`: of the store, see `integrity.Opened`."""
   temporary = path.with_name(f'.{path.name}.{os.urandom(6).hex()}.npz')  # hosts that share the folder may share a process id
-  np.savez_compressed(temporary, identity=np.array(RULES + identity), **dataclasses.asdict(index))
-  os.replace(temporary, path)
+  try:
+    np.savez_compressed(temporary, identity=np.array(RULES + identity), **dataclasses.asdict(index))
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def read_index(path: pathlib.Path, size: int, identity: str) -> Index | None:
@@ -93,7 +96,10 @@ def load_index(store: Store, files: Mapping[str, bytes], template: str) -> Index
     Terminal(stderr=True).print(f'{path}: is damaged, of other data or of an earlier version; the samples are measured again')
   index = _make_index(store, dict(files), template)
   if os.access(store.folder, os.W_OK):
-    write_index(path, index, store.opened.identity)
+    try:
+      write_index(path, index, store.opened.identity)
+    except OSError as e:  # the run can do without it
+      Terminal(stderr=True).print(f'{path}: cannot be written ({e.strerror}); the samples will be measured again')
   return index
 
 

@@ -200,7 +200,7 @@ def write_store(
   # Shards of another attempt stay only if they hold the same samples: images may have been mended or lost in between.
   plan = {'sha256': hashlib.sha256(json.dumps([settings, [dataclasses.astuple(r) for r, _ in good]]).encode()).hexdigest()}
   plan_file = out / UNFINISHED / PLAN_FILE
-  if not plan_file.exists() or plan_file.read_text() != as_json(plan):
+  if not plan_file.exists() or plan_file.read_bytes() != as_json(plan).encode():
     for shard in out.glob(f'{NAME}-{SPLIT}.array_record-*'):
       shard.unlink()
   write(plan_file, plan)
