@@ -7,6 +7,7 @@ Axes: B batch, T = max_new_tokens, V vocabulary, M kept image tokens.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynllava_jax import arguments, methods
 from dynllava_jax.cache import Cache, CacheSpec
-from dynllava_jax.config import ModelConfig, Piece, Stage
+from dynllava_jax.config import ModelConfig, Piece, Stage, check_stages
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
 from dynllava_jax.models.params import cut_params
 from dynllava_jax.ops.images import normalize
@@ -36,8 +38,9 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise ValueError(f'sampling: expected temperature >= 0, top_k >= 0 and top_p in (0, 1], got {self}')
+    arguments.number('sampling.temperature', self.temperature, 0, math.inf)
+    arguments.integer('sampling.top_k', self.top_k, 0, 2**31 - 1)
+    arguments.number('sampling.top_p', self.top_p, 0, 1, above=True)
 
 
 @jax.tree_util.register_dataclass
@@ -150,13 +153,24 @@ class Generator:
       sampling: how tokens are drawn.
       dtype: of computation and cache.
       reducer: what makes fewer image tokens of the tower's patches.
+
+    Raises:
+      ValueError: an argument that generation cannot work with; names it.
     """
+    room = dict(max_new_tokens=max_new_tokens, later_tokens=later_tokens, given_tokens=given_tokens)
+    arguments.check_generator(cfg, params, eos_id=eos_id, dtype=dtype, **room)
+    if not isinstance(stages, tuple) or not all(isinstance(s, Stage) for s in stages):
+      raise ValueError(f'stages: {stages!r}, expected a tuple of Stage')
+    if not isinstance(sampling, Sampling):
+      raise ValueError(f'sampling: {sampling!r}, expected a Sampling')
+    self._num_image = methods.num_image_tokens(cfg, reducer)
+    check_stages(stages, cfg, self._num_image)
     self.model = DynLlava(cfg, stages, dtype, reducer=reducer)
     self.params = cut_params(params, stages)
     self.max_new_tokens = max_new_tokens
     self.eos_id = eos_id
     self.sampling = sampling
-    self.spec = CacheSpec(max_new_tokens=max_new_tokens, later_tokens=later_tokens, given_tokens=given_tokens)
+    self.spec = CacheSpec(**room)
     self._prefill = jax.jit(self._prefill_impl)
     self._extend = jax.jit(self._extend_impl, static_argnames='judge', donate_argnames='cache')
     self._decode = jax.jit(self._decode_impl, donate_argnames='cache')
@@ -169,15 +183,26 @@ class Generator:
     return self.decode(turn, prompt.seed, kept_image)[0]
 
   def start(self, prompt: Prompt, pixels: jax.Array) -> tuple[Turn, tuple[jax.Array, ...]]:
-    """Runs the prompts: (turn, `Generated.kept_image`)."""
+    """Runs the prompts: (turn, `Generated.kept_image`). ValueError if they do not fit the model or each other."""
+    self._check_prompt(prompt, pixels)
     return self._prefill(self.params, prompt, pixels)
 
   def decode(self, turn: Turn, seed: jax.Array, kept_image: tuple[jax.Array, ...] = ()) -> tuple[Generated, Cache]:
-    """Generates to the end of every row in one compiled loop. Consumes `turn`."""
+    """Generates to the end of every row in one compiled loop. Consumes `turn`. ValueError for arguments of other shapes."""
+    arguments.array('seed', seed, (arguments.check_turn(turn),), np.integer)
     return self._decode(self.params, turn.logits, cache=turn.cache, seed=seed, kept_image=kept_image)
 
   def step(self, turn: Turn, tokens: jax.Array, active: jax.Array) -> tuple[Turn, Judgement]:
-    """Feeds one generated token int32[B] per row; rows with `active` False stay as they are. Consumes `turn`."""
+    """Feeds one generated token int32[B] per row; rows with `active` False stay as they are. Consumes `turn`.
+
+    Raises:
+      ValueError: arguments of other shapes, no such token, or `max_new_tokens` are used up.
+    """
+    batch = arguments.check_turn(turn)
+    fed = arguments.array('active', active, (batch,), np.bool_)
+    values = arguments.array('tokens', tokens, (batch,), np.integer)
+    arguments.within('tokens', values, 0, self.model.cfg.llama.vocab_size - 1)
+    arguments.check_room(turn.cache, None if fed is None else fed.astype(np.int32), 'raise max_new_tokens')
     count = active.astype(jnp.int32)
     (turn, _), judgement = self._extend(self.params, tokens[:, None], count, cache=turn.cache, judge=True)
     return turn, judgement
@@ -191,8 +216,10 @@ class Generator:
       (turn, logits float32[B, T, V] of all its positions).
 
     Raises:
-      ValueError: the chunk is longer than the room that prompt and earlier turns left.
+      ValueError: the chunk is longer than the room that prompt and earlier turns left, or does not fit the batch.
     """
+    batch = arguments.check_turn(turn)
+    arguments.check_chunk('chunk', chunk, ('count', count), batch, self.model.cfg)
     for stage in turn.cache.stages:
       prompt_slots = stage.k.shape[2] - stage.budget - stage.gated
       room = prompt_slots - int((stage.length - stage.generated).max())
@@ -206,7 +233,13 @@ class Generator:
     """Reads given answers int32[B, T], `length` int32[B] of them real, token by token through the gate. Consumes `turn`.
 
     As in generation the last token of a row is not fed. Rows of length 0 stay as they are.
+
+    Raises:
+      ValueError: the answers are longer than the room for them, or do not fit the batch.
     """
+    batch = arguments.check_turn(turn)
+    real = arguments.check_chunk('tokens', tokens, ('length', length), batch, self.model.cfg)
+    arguments.check_room(turn.cache, None if real is None else np.maximum(real - 1, 0), 'raise given_tokens')
     return self._force(self.params, turn.logits, tokens, length, cache=turn.cache)
 
   def stream(self, prompt: Prompt, pixels: jax.Array) -> Iterator[np.ndarray]:
@@ -224,7 +257,11 @@ class Generator:
 
   def generate_uncached(self, prompt: Prompt, pixels: jax.Array) -> Generated:
     """As `__call__`, recomputing the whole sequence for every token; the same tokens, no cache memory."""
+    self._check_prompt(prompt, pixels)
     return self._uncached(self.params, prompt, pixels)
+
+  def _check_prompt(self, prompt: Prompt, pixels: jax.Array) -> None:
+    arguments.check_prompt(prompt, pixels, self.model.cfg, self._num_image)
 
   def compilations(self) -> int:
     """Programs compiled so far."""

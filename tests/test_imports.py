@@ -15,6 +15,7 @@ ORDER = [
   ('cache',),
   ('methods',),
   ('models',),
+  ('arguments',),
   ('losses', 'generate', 'checkpoint'),
   ('data',),
   ('training', 'evals', 'convert'),

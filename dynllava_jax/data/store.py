@@ -62,7 +62,7 @@ class Store:
     if not (folder / INFO_FILE).exists():
       hint = 'prepare it first, or start an interrupted preparation again: python -m dynllava_jax.data.prepare'
       raise ConfigError(f'config.data.path: {path or "(empty)"} is no finished data set, {INFO_FILE} is missing; {hint}')
-    self.folder, self.images, self._rotate, self._allow_outside = folder, pathlib.Path(images), rotate, allow_outside
+    self.folder, self.images, self._rotate, self.allow_outside = folder, pathlib.Path(images), rotate, allow_outside
     self.opened = open_folder(folder)
     self._ends = np.cumsum(self.opened.lengths)
     self._lock, self._readers, self._features = threading.Lock(), {}, None
@@ -104,7 +104,7 @@ class Store:
     record, content = self.record(index)
     image = None
     if record.image_path:
-      content = content or read_image(record.id, record.image_path, self.images, self._allow_outside)
+      content = content or read_image(record.id, record.image_path, self.images, self.allow_outside)
       image = decode(content, f'sample {record.id}: image {printable(record.image_path)}', self._rotate)
     return Sample(record.id, image, record.conversations)
 

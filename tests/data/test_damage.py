@@ -148,7 +148,7 @@ def test_absurd_shards_of_a_folder_without_digests_are_named(prepared, tmp_path,
   info = json.loads((folder / 'dataset_info.json').read_text())
   info['splits'][0]['shardLengths'] = lengths
   (folder / 'dataset_info.json').write_text(json.dumps(info))
-  with pytest.raises(ConfigError, match=r'(dataset_info|sources).json: is missing or damaged'):
+  with pytest.raises(ConfigError, match=r'(dataset_info.json|sources.json|00000-of-00001): is missing or damaged'):
     Store(str(folder))
 
 

@@ -1,0 +1,156 @@
+"""What may be passed to generation: checked before a program is compiled; a mistake is a ValueError that names the argument.
+
+Shapes and types are always checked; values where this process has all of them, which a host of several does not.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynllava_jax.cache import Cache
+from dynllava_jax.config import ModelConfig
+
+MOST_TOKENS = 2**24  # of a cache's room, before memory is asked for
+
+
+def integer(name: str, value: Any, low: int, high: int) -> None:
+  """Raises ValueError unless it is an integer in [low, high]."""
+  if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+    raise ValueError(f'{name}: {value!r}, expected an integer from {low} to {high:,}')
+
+
+def number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+  """Raises ValueError unless it is a finite number in [low, high], or (low, high] if `above`."""
+  real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
+  if not real or not low <= value <= high or (above and value == low):
+    bounds = f'{"above" if above else "from"} {low}' + ('' if high == math.inf else f' to {high}')
+    raise ValueError(f'{name}: {value!r}, expected a number {bounds}')
+
+
+def check_generator(
+  cfg: ModelConfig, params: Any, *, max_new_tokens: Any, eos_id: Any, later_tokens: Any, given_tokens: Any, dtype: Any
+) -> None:
+  """The arguments of `Generator` besides stages, sampling and reducer, which check themselves; ValueError."""
+  if not isinstance(cfg, ModelConfig):
+    raise ValueError(f'cfg: {type(cfg).__name__}, expected a ModelConfig')
+  integer('max_new_tokens', max_new_tokens, 1, MOST_TOKENS)
+  integer('later_tokens', later_tokens, 0, MOST_TOKENS)
+  integer('given_tokens', given_tokens, 0, MOST_TOKENS)
+  if eos_id is not None:
+    integer('eos_id', eos_id, 0, cfg.llama.vocab_size - 1)
+  try:
+    floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:
+    floating = False
+  if not floating:
+    raise ValueError(f'dtype: {dtype!r}, expected a floating-point type such as jnp.bfloat16')
+  llama = params.get('llama') if isinstance(params, Mapping) else None
+  if not isinstance(llama, Mapping) or 'layers' not in llama:
+    raise ValueError('params: no parameters in checkpoint form, expected what checkpoint.load_params gives ("llama" with "layers")')
+  found = {x.shape[0] for x in jax.tree.leaves(llama['layers'])} - {cfg.llama.num_layers}
+  if found:
+    raise ValueError(f'params: {found.pop()} layers, but cfg.llama.num_layers is {cfg.llama.num_layers}')
+
+
+def array(name: str, value: Any, shape: tuple[int | None, ...], kind: Any) -> np.ndarray | None:
+  """Checks one argument.
+
+  Args:
+    name: for messages.
+    value: numpy or jax array.
+    shape: what is expected, None where any size of at least 1 will do.
+    kind: numpy's abstract type, such as `np.integer`.
+
+  Returns:
+    Its values, if this process has all of them.
+
+  Raises:
+    ValueError: no array, or of another shape or type.
+  """
+  sizes = 'x'.join('?' if n is None else str(n) for n in shape)
+  expected = f'expected {"booleans" if kind is np.bool_ else "integers"} of shape {sizes}'
+  if not isinstance(value, (np.ndarray, jax.Array)):
+    raise ValueError(f'{name}: {type(value).__name__}, {expected}')
+  fits = value.ndim == len(shape) and all(n == m if m is not None else n > 0 for n, m in zip(value.shape, shape))
+  if not fits or not jnp.issubdtype(value.dtype, kind):
+    raise ValueError(f'{name}: {value.dtype} of shape {"x".join(map(str, value.shape)) or "()"}, {expected}')
+  if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+    return None
+  return np.asarray(value)
+
+
+def within(name: str, values: np.ndarray | None, low: int, high: int) -> None:
+  """Raises ValueError with the first row of which a value is not in [low, high]."""
+  if values is None or not values.size:
+    return
+  wrong = (values < low) | (values > high)
+  if wrong.any():
+    row = int(np.argwhere(wrong)[0, 0])
+    raise ValueError(f'{name}: {values[wrong][0]} in row {row}, expected {low} to {high}')
+
+
+def check_prompt(prompt: Any, pixels: Any, cfg: ModelConfig, num_image: int) -> None:
+  """A batch of prompts, see `models.dynllava.Prompt`; `num_image` positions belong to an image. ValueError."""
+  if any(not hasattr(prompt, name) for name in ('tokens', 'length', 'image_start', 'seed')):
+    raise ValueError(f'prompt: {type(prompt).__name__}, expected a Prompt')
+  tokens = array('prompt.tokens', prompt.tokens, (None, None), np.integer)
+  batch, slots = prompt.tokens.shape
+  length = array('prompt.length', prompt.length, (batch,), np.integer)
+  start = array('prompt.image_start', prompt.image_start, (batch,), np.integer)
+  array('prompt.seed', prompt.seed, (batch,), np.integer)
+  size = cfg.vision.image_size
+  array('pixels', pixels, (batch, size, size, 3), np.integer)
+  if pixels.dtype != np.uint8:
+    raise ValueError(f'pixels: {pixels.dtype}, expected uint8')
+  if slots <= num_image:
+    raise ValueError(f'prompt.tokens: {slots} positions, expected more than the {num_image} of an image')
+  within('prompt.length', length, 1, slots)
+  within('prompt.image_start', start, -1, slots - num_image)
+  if length is None or start is None or tokens is None:
+    return
+  if ((start >= 0) & (start + num_image > length)).any():
+    row = int(np.argmax((start >= 0) & (start + num_image > length)))
+    ends = f'{start[row]} in row {row}, but its {num_image} image positions'
+    raise ValueError(f'prompt.image_start: {ends} end behind its length {length[row]}')
+  at = np.arange(slots)
+  in_image = (start[:, None] >= 0) & (at >= start[:, None]) & (at < start[:, None] + num_image)
+  text = (at < length[:, None]) & ~in_image
+  within('prompt.tokens', np.where(text, tokens, 0), 0, cfg.llama.vocab_size - 1)
+
+
+def check_turn(turn: Any) -> int:
+  """A conversation that has not been consumed; its number of rows. ValueError."""
+  cache = getattr(turn, 'cache', None)
+  if not isinstance(cache, Cache) or not hasattr(turn, 'logits'):
+    raise ValueError(f'turn: {type(turn).__name__}, expected a Turn, as start, step, append and force return')
+  if any(x.is_deleted() for x in jax.tree.leaves(turn) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)):
+    raise ValueError('turn: was consumed by an earlier call; go on with the one that it returned')
+  return turn.logits.shape[0]
+
+
+def check_chunk(name: str, tokens: Any, counts: tuple[str, Any], batch: int, cfg: ModelConfig) -> np.ndarray | None:
+  """Tokens [B, T] of which the first `counts[b]` of a row are real; returns the counts. ValueError."""
+  values = array(name, tokens, (batch, None), np.integer)
+  real = array(counts[0], counts[1], (batch,), np.integer)
+  within(counts[0], real, 0, tokens.shape[1])
+  if values is not None and real is not None:
+    used = np.arange(tokens.shape[1]) < real[:, None]
+    within(name, np.where(used, values, 0), 0, cfg.llama.vocab_size - 1)
+  return real
+
+
+def check_room(cache: Cache, fed: np.ndarray | None, flag: str) -> None:
+  """Raises ValueError if so many more tokens of a row do not fit where no gate may give some up. `flag`: what to raise."""
+  if fed is None:
+    return
+  for stage in cache.stages:
+    if not stage.gated and stage.generated.is_fully_addressable:
+      held = np.asarray(stage.generated)
+      if (held + fed > stage.budget).any():
+        row = int(np.argmax(held + fed))
+        more = f'{held[row]} tokens are held and {fed[row]} more come'
+        raise ValueError(f'row {row}: {more}, the cache has room for {stage.budget}; {flag}')
