@@ -56,7 +56,7 @@ def _pictures(source: Store) -> str:
     if record.image_path and not content:
       digest.update(record.image_path.encode())
       try:
-        digest.update(hashlib.sha256(read_image(record.id, record.image_path, source.images)).digest())
+        digest.update(hashlib.sha256(read_image(record.id, record.image_path, source.images, source.allow_outside)).digest())
       except DataError:
         digest.update(b'missing')  # named when its sample is read
   return digest.hexdigest()
