@@ -100,4 +100,4 @@ def _last_id(name: str, content: bytes) -> int:
     vocabulary = table['model'].get('vocab', {})  # a table of ids, or a list of (piece, score)
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
     ids += [t['id'] for t in table.get('added_tokens') or []]
-  return max(ids, default=-1)
+  return max((int(i) for i in ids), default=-1)

@@ -51,6 +51,9 @@ ARITHMETIC = (
   'rope_parameters',
   'tie_word_embeddings',
 )
+LLAVA_TOWER = dict(
+  hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+)
 # Towers that LLaVA's configs name by their place on the hub; used if only their weights are at hand.
 PUBLISHED_TOWERS = {
   'openai/clip-vit-large-patch14-336': VisionConfig(),
@@ -226,16 +229,6 @@ def select_layer(file: pathlib.Path, layout: Layout, config: dict[str, Any], vis
     raise ConversionError(f'{file}: {key}: {e}') from None
 
 
-def _side(file: pathlib.Path, config: dict[str, Any], key: str) -> int:
-  """A size of a square, which transformers also takes as a pair."""
-  value = config[key]
-  if isinstance(value, list):
-    if len(value) != 2 or value[0] != value[1]:
-      raise ConversionError(f'{file}: {key} is {value!r}, expected one number, or a pair of equal ones')
-    return value[0]
-  return value
-
-
 def vision_config(file: pathlib.Path, config: dict[str, Any]) -> VisionConfig:
   """The tower that a CLIP config (or the `vision_config` inside a larger one) describes.
 
@@ -252,8 +245,8 @@ def vision_config(file: pathlib.Path, config: dict[str, Any]) -> VisionConfig:
   images, norm = image_settings(file.parent)
   try:
     fields = dict(
-      image_size=_side(file, config, 'image_size'),
-      patch_size=_side(file, config, 'patch_size'),
+      image_size=config['image_size'],
+      patch_size=config['patch_size'],
       hidden_size=config['hidden_size'],
       mlp_dim=config['intermediate_size'],
       num_layers=config['num_hidden_layers'],

@@ -108,8 +108,8 @@ def _split(
   for key in sorted(bare):
     if key in pairs or (adapter.targets is not None and adapter.targeted(n.rpartition('.')[0] for n in spellings(layout, key))):
       raise ConversionError(
-        f'{file}: holds {key} whole, but {adapter.file} targets its module, so that PEFT would pass it over; if it was trained, its '
-        'name must end in base_layer.' + key.rpartition('.')[2]
+        f'{file}: holds {key} whole, but {adapter.file} targets its module, so PEFT would pass it over; PEFT names what it trained '
+        'there base_layer.' + key.rpartition('.')[2]
       )
   return pairs, by_name(whole)
 

@@ -19,6 +19,7 @@ from dynllava_jax.models.params import abstract_params
 from dynllava_jax.sharding import unboxed
 
 EXAMPLES = 12  # lines of an error list
+PLAUSIBLE = 2**20  # a width up to this is compared tensor by tensor
 Path = tuple[str, ...]
 
 
@@ -96,15 +97,26 @@ def slots_by_key(info: CheckpointInfo) -> dict[str, tuple[Rule, tuple[int, ...],
   }
 
 
-def _check_layers(info: CheckpointInfo, tensors: list[tuple[str, Tensor]]) -> None:
-  """ConversionError if a config asks for more layers than there are tensors, before anything is made for each of them."""
-  model = info.model
-  layers = {'the decoder': model.llama.num_layers, 'the tower': model.vision.num_layers}
-  layers |= {'the image predictor': model.predictor.num_layers} if model.predictor else {}
+def check_sizes(info: CheckpointInfo, tensors: list[tuple[str, Tensor]]) -> None:
+  """ConversionError if a config asks for far more than there is, before anything of that size is made, or for each layer."""
+  model, vision, llama, predictor = info.model, info.model.vision, info.model.llama, info.model.predictor
+  origin = tensors[0][1].origin if tensors else 'the source'
+  layers = {'the decoder': llama.num_layers, 'the tower': vision.num_layers, 'the projector': model.projector_depth}
+  widths = {'vocab_size': llama.vocab_size, 'hidden_size': llama.hidden_size, 'intermediate_size': llama.mlp_dim}
+  widths |= {'patches': vision.num_patches, 'hidden_size of the tower': vision.hidden_size}
+  widths |= {'intermediate_size of the tower': vision.mlp_dim}
+  if predictor:
+    layers |= {'the image predictor': predictor.num_layers}
+    widths |= {'d_model of the predictors': predictor.d_model, 'dim_feedforward of the predictors': predictor.mlp_dim}
   for part, count in layers.items():
     if count > len(tensors):
-      origin = tensors[0][1].origin if tensors else 'the source'
       raise ConversionError(f'{origin}: {len(tensors)} tensors in all, but the config asks for {count:,} layers of {part} alone')
+  largest = max((n for _, t in tensors for n in t.shape), default=0)
+  for name, width in widths.items():
+    if width > max(largest, PLAUSIBLE):
+      raise ConversionError(
+        f'{origin}: no tensor has more than {largest:,} rows or columns, but the config asks for {width:,} ({name})'
+      )
 
 
 def assign(info: CheckpointInfo, tensors: list[tuple[str, Tensor]], dtype: np.dtype | None) -> list[Assignment]:
@@ -118,7 +130,7 @@ def assign(info: CheckpointInfo, tensors: list[tuple[str, Tensor]], dtype: np.dt
   Raises:
     ConversionError: one message that lists every unknown, duplicate, ill-shaped and missing tensor.
   """
-  _check_layers(info, tensors)
+  check_sizes(info, tensors)
   expected, rules = slots_by_key(info), rules_of(info)
   filled: dict[str, Tensor] = {}
   leaf_dtypes: dict[Path, np.dtype] = {}

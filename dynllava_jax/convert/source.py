@@ -11,6 +11,7 @@ from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import TOKENIZER_FILES, ConfigError, ModelConfig, PredictorConfig, SparsityConfig, VisionConfig
 from dynllava_jax.convert.beside import check_tokenizer
 from dynllava_jax.convert.configs import (
+  LLAVA_TOWER,
   PUBLISHED_TOWERS,
   dynamic_stages,
   model_info,
@@ -23,6 +24,7 @@ from dynllava_jax.convert.export_configs import TOWER_TRAINED, UNPADDED, has_voc
 from dynllava_jax.convert.inputs import ConversionError, nested, read_json, read_small
 from dynllava_jax.convert.layouts import Layout, detect
 from dynllava_jax.convert.parts import NEW, PROJECTOR, PROJECTOR_FILE, Request, base_directory, named, on_base, projector_tensors
+from dynllava_jax.convert.plan import check_sizes
 from dynllava_jax.convert.readers import (
   Tensor,
   directory_tensors,
@@ -108,6 +110,7 @@ def open_source(request: Request) -> Source:
   if info.model.predictor is not None and info.model.predictor.instruct:
     notes.append('the instruction predictor is kept for the way back; it is not run here, so no prompt text is dropped')
   if request.add_predictors or request.projector == NEW:
+    check_sizes(info, found)
     _check_widths(info.model, found)
   if request.projector == NEW:
     params = init_projector(info.model, jax.random.key(request.seed))
@@ -118,8 +121,8 @@ def open_source(request: Request) -> Source:
     info, fresh = _add_predictors(request, info, found)
     found += fresh
     notes.append(f'added {len(fresh)} tensors of untrained predictors (seed {request.seed})')
-  tokenizer, assets = _carried(directories, tower_dir)
-  check_tokenizer(tokenizer, directories[-1], file, text_config(file, layout, config)['vocab_size'])
+  tokenizer, whose, assets = _carried(directories, tower_dir)
+  check_tokenizer(tokenizer, whose, file, text_config(file, layout, config)['vocab_size'])
   name = kind + (f', merged into {base_directory(request)}' if partial else '')
   return Source(name, info, found, tokenizer, assets, notes)
 
@@ -179,8 +182,9 @@ def _tower(
   """(tower, its directory; None if the weights are only `inside` the checkpoint)."""
   if request.vision is not None:
     return _tower_config(request.vision), request.vision
-  if layout is Layout.LLAVA_HF:
-    return vision_config(file, {'vision_config': nested(file, config, 'vision_config')}), None
+  if layout is Layout.LLAVA_HF:  # transformers' LlavaConfig without a tower has ViT-L/14-336, an empty one CLIP's own default
+    told = nested(file, config, 'vision_config') if config.get('vision_config') is not None else LLAVA_TOWER
+    return vision_config(file, {'vision_config': told}), None
   named = config.get('mm_vision_tower') or config.get('vision_tower')
   if not named:
     raise ConversionError(f'{file}: names no vision tower (mm_vision_tower); give the CLIP directory with --vision')
@@ -236,16 +240,19 @@ def _fresh(params: dict[str, Any], rules, dtype: np.dtype, seed: int) -> list[tu
   return fresh
 
 
-def _carried(directories: list[pathlib.Path], tower: pathlib.Path | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
-  """(the files of the last tokenizer, other files to carry along); later directories win."""
-  tokenizer, assets = {}, {}
+def _carried(
+  directories: list[pathlib.Path], tower: pathlib.Path | None
+) -> tuple[dict[str, bytes], pathlib.Path, dict[str, bytes]]:
+  """(the files of the last tokenizer, where they lie, other files to carry along); later directories win."""
+  tokenizer, whose, assets = {}, directories[0], {}
   for directory in directories:
     assets |= _read_present(directory, CARRIED)
     own = _read_present(directory, TOKENIZER_FILES)
-    tokenizer = own if has_vocabulary(own) or not tokenizer else tokenizer  # not files of two tokenizers
+    if has_vocabulary(own) or not tokenizer:  # not files of two tokenizers
+      tokenizer, whose = own, directory
   if tower is not None:
     assets |= {f'vision/{n}': content for n, content in _read_present(tower, TOWER_CARRIED).items()}
-  return tokenizer, assets
+  return tokenizer, whose, assets
 
 
 def _read_present(directory: pathlib.Path, names: tuple[str, ...]) -> dict[str, bytes]:

@@ -69,7 +69,7 @@ def _write_structure(step_dir: pathlib.Path, leaves: dict[Path, tuple[Leaf, np.d
   saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = saving.enable_write_sharding_file = False
   saving.array_metadata_store = None  # it would hold the stand-ins' shapes
   verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)  # Orbax warns of what was just chosen
+  logging.set_verbosity(logging.FATAL)  # Orbax warns of what was just chosen, and what fails is raised as well
   try:
     with context:
       ocp.save_checkpointables(step_dir, {PARAMS: tree})

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax.config import IMAGE_ID
-from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.inputs import ConversionError, check_file
 from dynllava_jax.models.dynllava import Prompt
 
 LOGITS, LOSS, GRADIENT, EXACT = 1e-4, 1e-5, 5e-4, 0.0
@@ -44,10 +44,11 @@ def compare(name: str, ours: Any, recorded: Any, tolerance: float, relative: boo
 
 def load_case(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   """All arrays of a case; ConversionError if the file is not one."""
+  check_file(pathlib.Path(path))
   try:
     with np.load(path) as f:
       return {k: f[k] for k in f.files}
-  except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
+  except (OSError, MemoryError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
     raise ConversionError(f'{path}: not a readable case file ({e})') from None
 
 
