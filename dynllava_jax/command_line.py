@@ -10,7 +10,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dynllava_jax import paths, remote
+from dynllava_jax import hosts, paths, remote
 from dynllava_jax.config import ConfigError, from_config_dict
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import printable
@@ -85,20 +85,23 @@ def readable_errors() -> Iterator[None]:
   try:
     yield
   except KeyboardInterrupt as e:
-    print(printable('; '.join(['interrupted', *map(str, e.args)]), lines=True), file=sys.stderr)
+    message = printable('; '.join(['interrupted', *map(str, e.args)]), lines=True)
+    hosts.failed(message)
+    print(message, file=sys.stderr)
     sys.exit(130)
   except Exception as e:
     if not expected(e):
+      hosts.wait_for_the_news()
+      hosts.failed(f'{type(e).__name__}, see what it wrote')
       raise
+    hosts.failed(printable(e))
     sys.exit(f'error: {printable(e, lines=True)}')
 
 
 def join_hosts() -> None:
   """Makes this process one of several, one per host; ConfigError if the others cannot be found."""
-  import jax
-
   try:
-    jax.distributed.initialize()
+    hosts.join()
   except (RuntimeError, ValueError) as e:
     raise ConfigError(f'--multihost: {_one_line(e)}; leave it out on a single host') from None
 
@@ -126,6 +129,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         value = flags.FLAGS[name].value
         for text in value if isinstance(value, list) else [value] if value is not None else []:
           paths.given(text, f'--{name}')
+    if getattr(flags.FLAGS, 'multihost', False):
+      hosts.guard()
     main(argv)
 
   logging.set_verbosity(logging.WARNING)  # what jax and orbax say of themselves is not for users

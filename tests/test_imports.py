@@ -19,7 +19,7 @@ ORDER = [
   ('losses', 'generate', 'checkpoint'),
   ('data',),
   ('training', 'evals', 'convert'),
-  ('command_line',),
+  ('hosts', 'command_line'),
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
 # Programs that live beside what they drive; nothing imports them, and they stand where the root scripts stand.

@@ -1,19 +1,20 @@
 """Digests of what a training stream is made of, so that a run that goes on notices other data.
 
-What is small is read whole. Of a large data set, hundreds of gigabytes, evenly spaced blocks are: every shard's size and
-some of its content.
+They are those of `prepared.json`. Of folders without them, such as TFDS's own, what is small is read whole; of what is large,
+evenly spaced blocks and every shard's size.
 """
 
 import hashlib
+import json
 import pathlib
 from collections.abc import Iterable
 
 import numpy as np
 
+from dynllava_jax.data.integrity import FILES, SOURCES_FILE, read_settings
 from dynllava_jax.data.records import read_image
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.sources import Source
-from dynllava_jax.data.integrity import SOURCES_FILE
 from dynllava_jax.data.store import Store
 
 WHOLE = 2**28  # bytes of a store that are read in full; of a larger one about as many
@@ -25,9 +26,12 @@ def fingerprint(source: Source) -> dict[str, str]:
   """SHA-256 by what it is of ('samples', 'pictures'); empty for embedded sources, which follow from settings and code."""
   if not isinstance(source, Store):
     return {}
-  shards = sorted(p for p in source.folder.iterdir() if '.array_record' in p.name and not p.name.startswith('.'))
-  described = source.folder / SOURCES_FILE
-  out = {'samples': _files([*shards, *([described] if described.exists() else [])])}
+  known = read_settings(source.folder).get(FILES)
+  if known:  # whatever else `prepared.json` says, such as where the pictures lay, changes no sample
+    content = {name: known[name]['sha256'] for name in (*source.opened.shards, SOURCES_FILE) if name in known}
+    out = {'samples': hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+  else:
+    out = {'samples': _files(source.folder / name for name in source.opened.shards)}
   if source.images != pathlib.Path():
     out['pictures'] = _pictures(source)
   return out

@@ -110,6 +110,8 @@ def find(cfg: TrainConfig, workdir: pathlib.Path, say: Callable[[str], None]) ->
     return None, 0
   if steps and (change := check_same_run(cfg, record, workdir, steps[-1])):
     say(change)
+  if steps and (warning := changed_code(record, code_versions())):
+    say(warning)
   step, told = newest_whole_step(directory, cfg.keep)
   for line in told:
     say(line)
