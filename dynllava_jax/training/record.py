@@ -66,7 +66,8 @@ def read(workdir: pathlib.Path) -> RunRecord | None:
   file = workdir / RUN_FILE
   try:
     content = json.loads(file.read_bytes())
-    intact = content.pop('sha256') == checkpoint.json_digest(content) and content.pop('format') == FORMAT
+    intact = content.pop('sha256') == checkpoint.json_digest(content)
+    intact &= content.pop('format') == FORMAT
     record = RunRecord(**content)
     record = dataclasses.replace(record, history=tuple(record.history))
   except FileNotFoundError:

@@ -58,3 +58,11 @@ def test_a_prepared_data_set_trains_from_the_command_line(tmp_path):
   assert all(line['supervised_tokens'] > 8 and 5 < line['ce'] < 10 for line in lines)
   kept = {p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()}
   assert {'tokenizer.model', 'tokenizer_config.json'} <= kept
+
+  other = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(i + 1, image=i % 5 != 0) for i in range(30)])
+  (tmp_path / 'out').rename(tmp_path / 'before')
+  scan = check.Scan(json={'mix': other}, images=tmp_path, data=data, tokenizer=None, num_patches=4, processes=1)
+  assert prepare.prepare(scan, [1.0], tmp_path / 'out', only_check=False, image_bytes=True, shard_samples=25)
+  again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=environment)
+  assert again.returncode == 1 and again.stderr.count('\n') == 1, again.stderr
+  assert 'the samples in config.data.path' in again.stderr and 'are not those that the run was started with' in again.stderr

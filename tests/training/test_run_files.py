@@ -176,7 +176,7 @@ def test_a_damaged_newest_step_is_named_and_set_aside(how, run, capsys):
     (step / 'integrity.json').unlink()
   else:
     shutil.rmtree(step / 'params')
-  started, found, said = find(run)
+  _, found, said = find(run)
   assert found == 3 and 'set aside as 4.damaged' in said and str(step) in said
   assert (run / 'checkpoints' / '4.damaged').is_dir() and checkpoint.all_steps(run / 'checkpoints') == [2, 3]
   if how == 'flipped':
@@ -432,8 +432,8 @@ def test_ctrl_c_before_the_loop_counts_even_if_a_library_swallows_it():
 def test_a_dynamic_run_ends_at_the_steps_it_was_started_with(finished):
   """Its temperature would rise again."""
   started = record.read(finished)
-  dynamic = [{'start': 0, 'selector': 'all'}, {'start': 1, 'selector': 'dynamic', 'image_keep_rate': 0.2}]
-  settings = started.settings | {'stages': dynamic}
+  dynamic = [{'start': 0, 'selector': 'all'}, {'start': 1, 'selector': 'dynamic', 'image_keep_rate': 0.5}]
+  settings = started.settings | {'stages': dynamic, 'sparsity': started.settings['sparsity'] | {'image_keep_rate': 0.5}}
   settings['model'] = settings['model'] | {'predictor': {'d_model': 16, 'num_heads': 2, 'num_layers': 1, 'mlp_dim': 16}}
   cfg = from_config_dict(TrainConfig, settings | {'steps': 9})
   with pytest.raises(ConfigError, match='config.steps: .*temperature follow from the number of steps'):
