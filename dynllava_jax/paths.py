@@ -90,6 +90,8 @@ def origin(path: pathlib.Path) -> Given | None:
 
 @functools.cache
 def _of_store(url: str) -> Given:
+  # Else gcsfs asks every bucket for its kind through another client.
+  os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
   from etils import epath
 
   return epath.Path(url)

@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -43,7 +44,6 @@ def filesystem(scheme: str) -> Any:
   """The fsspec file system of a scheme."""
   import fsspec
 
-  os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # asks each bucket for its kind, which needs credentials
   # Nothing is cached: other machines write there too.
   return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
 
@@ -94,6 +94,13 @@ def here(path: pathlib.Path) -> pathlib.Path:
   if origin is not None:
     fetched(origin)
   return path
+
+
+def fetch_alone(folder: Given, name: Name, info: Mapping[str, Any], local: pathlib.Path) -> None:
+  """As `fetch`, one process at a time; notes the time of use, by which a bounded cache decides what goes."""
+  with _alone(local):
+    fetch(folder, name, info, local)
+    os.utime(local, ns=(time.time_ns(), local.stat().st_mtime_ns))
 
 
 def whole(names: Iterable[Name]) -> set[Name]:
@@ -206,6 +213,14 @@ def write(path: Given, content: bytes) -> None:
   fs, url = store(path)
   with readable(url):
     fs.pipe_file(url, content)
+
+
+def keep(path: pathlib.Path) -> None:
+  """Puts a file that was made in a copy of a store's folder into the store too, if that may be written to."""
+  origin = paths.origin(path)
+  if origin is not None:
+    with contextlib.suppress(StoreError):
+      write(origin, path.read_bytes())
 
 
 class Pool(concurrent.futures.ThreadPoolExecutor):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from dynllava_jax import remote
 from dynllava_jax.config import DataConfig
 from dynllava_jax.data import conversation
 from dynllava_jax.data.records import Finding, examine
@@ -98,6 +99,7 @@ def load_index(store: Store, files: Mapping[str, bytes], template: str) -> Index
   if os.access(store.folder, os.W_OK):
     try:
       write_index(path, index, store.opened.identity)
+      remote.keep(path)
     except OSError as e:  # the run can do without it
       Terminal(stderr=True).print(f'{path}: cannot be written ({e.strerror}); the samples will be measured again')
   return index

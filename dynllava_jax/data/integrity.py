@@ -36,12 +36,14 @@ class Opened:
     lengths: records of each.
     sources: `name`, `weight` and number of `samples` of each source.
     identity: digest of all that was prepared; '' where none was kept (earlier versions, TFDS's own builder).
+    digests: of every file, {} where none were kept.
   """
 
   shards: tuple[str, ...]
   lengths: tuple[int, ...]
   sources: list[dict[str, Any]]
   identity: str
+  digests: Mapping[str, Mapping[str, Any]]
 
 
 def shard_names(count: int) -> tuple[str, ...]:
@@ -74,8 +76,12 @@ def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
   return {k: v for k, v in content.items() if k not in (FILES, SEAL)}
 
 
-def open_folder(folder: pathlib.Path) -> Opened:
+def open_folder(folder: pathlib.Path, sizes: Mapping[str, int] | None = None) -> Opened:
   """Compares what is cheap to compare.
+
+  Args:
+    folder: the prepared folder.
+    sizes: bytes of the shards where they are not in `folder` yet; they are compared with `check_shard` when they come.
 
   Raises:
     ConfigError: something is missing, damaged, or does not fit the rest; with file and remedy.
@@ -91,8 +97,11 @@ def open_folder(folder: pathlib.Path) -> Opened:
   if known and {n for n in known if n not in SMALL_FILES} != set(names):
     raise damaged(folder, SETTINGS_FILE, f'its shards are not those of {INFO_FILE}')
   for name in names:
-    check_shard(folder, name, known.get(name))
-  return Opened(names, lengths, _sources(folder, sum(lengths), bool(content)), content.get(SEAL, ''))
+    if sizes is None:
+      check_shard(folder, name, known.get(name))
+    elif sizes.get(name) != known.get(name, {}).get('bytes', sizes.get(name, -1)):
+      raise damaged(folder, name, 'it is not there, or has another size than it was written with')
+  return Opened(names, lengths, _sources(folder, sum(lengths), bool(content)), content.get(SEAL, ''), known)
 
 
 def read_settings(folder: pathlib.Path) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from dynllava_jax import paths, remote
 from dynllava_jax.config import ConfigError
+from dynllava_jax.data.cached_shards import CachedShards, without_shards
 from dynllava_jax.data.images import decode
-from dynllava_jax.data.integrity import INFO_FILE, REMEDY, open_folder
+from dynllava_jax.data.integrity import INFO_FILE, REMEDY, check_shard, open_folder
 from dynllava_jax.data.order import Part
 from dynllava_jax.data.records import Record, read_image
 from dynllava_jax.data.samples import DataError, Sample
@@ -58,12 +60,16 @@ class Store:
     Raises:
       ConfigError: there is no finished store, or a file of it is damaged.
     """
-    folder = pathlib.Path(path)
-    if not (folder / INFO_FILE).exists():
+    given = paths.given(path, 'config.data.path') if path else pathlib.Path()
+    folder = remote.fetched(given, without_shards)
+    if not path or not (folder / INFO_FILE).exists():
       hint = 'prepare it first, or start an interrupted preparation again: python -m dynllava_jax.data.prepare'
       raise ConfigError(f'config.data.path: {path or "(empty)"} is no finished data set, {INFO_FILE} is missing; {hint}')
-    self.folder, self.images, self._rotate, self.allow_outside = folder, pathlib.Path(images), rotate, allow_outside
-    self.opened = open_folder(folder)
+    self.folder, self.images, self._rotate, self.allow_outside = folder, pathlib.Path(), rotate, allow_outside
+    if images:
+      self.images = paths.given(images, 'config.data.images')
+    self._cached = None if paths.is_local(given) else CachedShards(given)
+    self.opened = open_folder(folder, self._cached and self._cached.sizes())
     self._ends = np.cumsum(self.opened.lengths)
     self._lock, self._readers, self._features = threading.Lock(), {}, None
 
@@ -116,11 +122,20 @@ class Store:
 
         self._features = self._features or features()
         name, expected = self.opened.shards[shard], self.opened.lengths[shard]
-        reader = ArrayRecordReader(str(self.folder / name))
+        if self._cached is None:
+          reader = ArrayRecordReader(str(self.folder / name))
+        else:
+          reader = self._cached.open(name, self._fetched_reader)
         if reader.num_records() != expected:
           raise DataError(f'{self.folder / name}: holds {reader.num_records():,} records instead of {expected:,}; {REMEDY}')
         self._readers[shard] = reader
       return self._readers[shard]
+
+  def _fetched_reader(self, path: pathlib.Path) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    check_shard(path.parent, path.name, self.opened.digests.get(path.name))
+    return ArrayRecordReader(str(path))
 
   def __getstate__(self):
     return {k: v for k, v in self.__dict__.items() if k not in ('_lock', '_readers', '_features')}
