@@ -38,7 +38,7 @@ def run_conversion(request: Request, dst: pathlib.Path, dtype: str, overwrite: b
   parts = collections.Counter(m.target.split('/')[0] for m in mapped)
   stored = collections.Counter(m.dtype for m in mapped)
   print(
-    f'converted {len(mapped)} tensors to {dst}: '
+    f'converted {len(mapped)} tensors to {printable(dst)}: '
     + ', '.join(f'{n} {part}' for part, n in parts.items())
     + f' ({", ".join(stored)}); every one is listed in {REPORT_FILE}'
   )
@@ -59,7 +59,7 @@ def run_export(src: pathlib.Path, dst: pathlib.Path, layout: str, *, readback: b
   written = export(src, dst, layout, readback=readback, **options)
   stored = collections.Counter(str(o.dtype) for o in written)
   print(
-    f'exported {len(written)} tensors to {dst} as {layout} ({", ".join(stored)}, {sum(o.nbytes for o in written) / 1e9:.2f} GB)'
+    f'exported {len(written)} tensors to {printable(dst)} as {layout} ({", ".join(stored)}, {sum(o.nbytes for o in written) / 1e9:.2f} GB)'
   )
   print(_effort(time.monotonic() - start, readback))
 
