@@ -135,7 +135,8 @@ class _Mirror:
       yield
     except BaseException:
       self.stop.set()
-      thread.join()
+      if not self.held.lost:  # else the thread may be waiting for a store that does not answer
+        thread.join()
       try:
         self.finish()
       except OSError as e:

@@ -59,7 +59,8 @@ def run_export(src: pathlib.Path, dst: pathlib.Path, layout: str, *, readback: b
   written = export(src, dst, layout, readback=readback, **options)
   stored = collections.Counter(str(o.dtype) for o in written)
   print(
-    f'exported {len(written)} tensors to {printable(dst)} as {layout} ({", ".join(stored)}, {sum(o.nbytes for o in written) / 1e9:.2f} GB)'
+    f'exported {len(written)} tensors to {printable(dst)} as {layout} '
+    f'({", ".join(stored)}, {sum(o.nbytes for o in written) / 1e9:.2f} GB)'
   )
   print(_effort(time.monotonic() - start, readback))
 

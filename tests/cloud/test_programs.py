@@ -1,4 +1,4 @@
-"""The command lines over gs:// and s3://: trained, killed, resumed, evaluated, prepared, converted, and never a folder called gs:."""
+"""The command lines over gs:// and s3://: train, kill, resume, evaluate, prepare, convert; never a folder called gs:."""
 
 import contextlib
 import json
@@ -139,8 +139,8 @@ def test_prepare_killed_resumed_trained_on(cloud_folder, tmp_path):
   assert not [n for n in names(out) if n.startswith('.')]
   (tmp_path / 'tiny.py').write_text(TINY.replace('430', '32000'))
   train = ['train.py', f'--config={tmp_path / "tiny.py"}:prepared', f'--workdir={tmp_path / "run"}', '--config.steps=2']
-  train += [f'--config.data.path={out}', f'--config.data.tokenizer={inputs}/tok', '--config.data.conversation=plain_turns']
-  assert 'step 2/2' in run(*train[:-1])
+  train += [f'--config.data.path={out}', f'--config.data.tokenizer={inputs}/tok']
+  assert 'step 2/2' in run(*train)
   assert any(n.startswith('index-') for n in names(out))
 
 
