@@ -57,7 +57,7 @@ class StepReader:
     """The stored parameter."""
     name = '.'.join(path)
     if self.metadata['use_ocdbt']:
-      store = {'driver': 'ocdbt', 'base': f'file://{self.folder}', 'path': name}
+      store = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{self.folder}/'}, 'path': name}
     else:
       store = {'driver': 'file', 'path': str(self.folder / name)}
     return ts.open({'driver': 'zarr3' if self.metadata['use_zarr3'] else 'zarr', 'kvstore': store}, open=True, read=True).result()

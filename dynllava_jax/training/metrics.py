@@ -131,12 +131,12 @@ class Display:
     self._console = Terminal(quiet=quiet)
     self._steps, self._title, self._last = steps, title, 0.0
     self._bar = Progress(
-      TextColumn('[bold]{task.description}'),
+      TextColumn('{task.description}', style='bold', markup=False),
       BarColumn(bar_width=24),
       MofNCompleteColumn(),
       TimeElapsedColumn(),
       TimeRemainingColumn(),
-      TextColumn('{task.fields[numbers]}'),
+      TextColumn('{task.fields[numbers]}', markup=False),
       console=self._console,
       transient=False,
       disable=not self._console.is_terminal,

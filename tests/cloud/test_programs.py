@@ -61,7 +61,7 @@ def no_folder_is_called_like_a_scheme():
 
 def test_train_killed_resumed_evaluated(cloud_folder, tmp_path):
   (tmp_path / 'tiny.py').write_text(TINY)
-  config, workdir = tmp_path / 'tiny.py', f'{cloud_folder}/runs/[a] 50%'
+  config, workdir = tmp_path / 'tiny.py', f'{cloud_folder}/runs/a 50%{{é}}'
   train = ('train.py', f'--config={config}:base', f'--workdir={workdir}')
   words, options = command(*train, '--config.steps=100000')
   with subprocess.Popen(words, **options) as process:
