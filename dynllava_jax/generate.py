@@ -17,7 +17,7 @@ import numpy as np
 
 from dynllava_jax import arguments, methods
 from dynllava_jax.cache import Cache, CacheSpec
-from dynllava_jax.config import ModelConfig, Piece, Stage, check_stages
+from dynllava_jax.config import ModelConfig, Piece, Stage
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
 from dynllava_jax.models.params import cut_params
 from dynllava_jax.ops.images import normalize
@@ -163,8 +163,8 @@ class Generator:
       raise ValueError(f'stages: {stages!r}, expected a tuple of Stage')
     if not isinstance(sampling, Sampling):
       raise ValueError(f'sampling: {sampling!r}, expected a Sampling')
+    methods.check_run(cfg, stages, reducer)
     self._num_image = methods.num_image_tokens(cfg, reducer)
-    check_stages(stages, cfg, self._num_image)
     self.model = DynLlava(cfg, stages, dtype, reducer=reducer)
     self.params = cut_params(params, stages)
     self.max_new_tokens = max_new_tokens

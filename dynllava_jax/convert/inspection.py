@@ -94,7 +94,8 @@ def _ours(directory: pathlib.Path) -> str:
       lines.append(f'{name}: ' + ', '.join(f'{k}={v}' for k, v in dataclasses.asdict(values).items()))
   lines.append(f'projector: {info.model.projector}')
   lines += [f'reducer: {info.reducer.to_plain()}'] if info.reducer else []
-  lines += [f'stage from layer {s.start}: {s.selector}, image_keep_rate={s.image_keep_rate}' for s in info.stages]
+  share = lambda s: f'image_tokens={s.image_tokens}' if s.image_tokens else f'image_keep_rate={s.image_keep_rate}'
+  lines += [f'stage from layer {s.start}: {s.selector}, {share(s)}' for s in info.stages]
   return '\n'.join(lines + _count((k.split('/')[0], v.shape, v.dtype) for k, v in stored.items()))
 
 

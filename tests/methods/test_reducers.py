@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from dynllava_jax import methods, presets
-from dynllava_jax.config import DENSE, IMAGE_ID, ConfigError, Piece, Stage, VisionConfig
+from dynllava_jax import methods, presets, sharding
+from dynllava_jax.config import DENSE, IMAGE_ID, ConfigError, MeshConfig, Piece, Stage, VisionConfig
 from dynllava_jax.convert import verify
 from dynllava_jax.convert.records.bases import Record, open_record
 from dynllava_jax.convert.records.reducers import RECORDED, Reduction, neighbours, samples
@@ -250,6 +250,20 @@ def test_a_reducer_and_a_stage_in_one_run(tiny_params):
   np.testing.assert_array_equal(alone.tokens[0], together.tokens[1])
   first, second = (k[0].tolist() for k in together.kept_image)
   assert len(first) == 8 and first[0] == -1 and len(second) == 4 and set(second) <= set(first)
+
+
+def test_rows_on_several_devices_are_those_of_one(tiny_params):
+  """The choice by block inside the scan follows the batch, which is divided over the mesh."""
+  _, pixels = batch((0, 1, 2, 3) * 2)
+  pixels = normalize(pixels, presets.TINY.vision)
+  model = DynLlava(presets.TINY, DENSE, reducer=REDUCED)
+  run = jax.jit(lambda x: model.apply({'params': cut_params(tiny_params, DENSE)}, x, method='reduce_images'))
+  one, mesh = run(pixels), sharding.make_mesh(MeshConfig(data=8))
+  with sharding.on_mesh(mesh):
+    divided = run(jax.device_put(pixels, sharding.batch_sharding(mesh)))
+  np.testing.assert_array_equal(divided.index, one.index)
+  np.testing.assert_allclose(divided.tokens, one.tokens, atol=1e-5)
+  assert divided.tokens.sharding.shard_shape(divided.tokens.shape)[0] == 1
 
 
 def test_training_on_reduced_images(tiny_params):
