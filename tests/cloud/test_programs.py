@@ -76,9 +76,6 @@ def test_train_killed_resumed_evaluated(cloud_folder, tmp_path):
   assert lease.LEASE in names(workdir)
   whole = [int(n.split('/')[1]) for n in names(workdir) if n.endswith('integrity.json')]
   assert whole and min(whole) % 4 == 0
-  steps = max(whole) + 2
-  said = run(*train, f'--config.steps={steps}', code=1)
-  assert 'config.steps' in said  # as on the local disk: another length is another run
   said = stopped_soon(train)
   assert 'goes on from step' in said and 'stopped after step' in said
   assert lease.LEASE not in names(workdir)
@@ -104,14 +101,11 @@ def stopped_soon(train):
   """Trains for some steps more, then asks it to end."""
   words, options = command(*train, '--config.steps=100000')
   process = subprocess.Popen(words, **options)
-  for line in process.stdout:
-    if 'goes on from step' in line:
-      break
-  time.sleep(2)
+  time.sleep(20)
   process.send_signal(signal.SIGTERM)
   out, err = process.communicate(timeout=120)
-  assert process.returncode == 130, line + out + err
-  return line + out + err
+  assert process.returncode == 130, out + err
+  return out + err
 
 
 def test_prepare_killed_resumed_trained_on(cloud_folder, tmp_path):
