@@ -74,7 +74,7 @@ def place(path: Given, kind: str) -> pathlib.Path:
 def named(text: Any) -> str:
   """Text for people in which places of the cache have their names in the store."""
   text, root = str(text), str(cache())
-  return re.sub(re.escape(root) + r'/(?:read|work/[\w.]+)/(\w+)/', r'\1://', text) if root in text else text
+  return re.sub(re.escape(root) + r'/(?:read|shards|work/[\w.]+)/(\w+)/', r'\1://', text) if root in text else text
 
 
 def overlap(a: Given, b: Given) -> bool:

@@ -10,6 +10,7 @@ DIR/index-<key>.npz                     lengths for one tokenizer and template, 
 import dataclasses
 import pathlib
 import threading
+from collections.abc import Callable
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -130,6 +131,12 @@ class Store:
           raise DataError(f'{self.folder / name}: holds {reader.num_records():,} records instead of {expected:,}; {REMEDY}')
         self._readers[shard] = reader
       return self._readers[shard]
+
+  def with_file(self, name: str, read: Callable[[pathlib.Path], Any]) -> Any:
+    """What `read` makes of a file of the folder, on this machine."""
+    if self._cached is None or name not in self._cached.objects:
+      return read(self.folder / name)
+    return self._cached.open(name, read)
 
   def _fetched_reader(self, path: pathlib.Path) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader

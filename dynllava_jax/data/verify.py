@@ -4,8 +4,9 @@ python -m dynllava_jax.data.verify --path=prepared/llava/1.0.0
 """
 
 import os
-import pathlib
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 
@@ -30,7 +31,7 @@ def verify(path: str, processes: int) -> list[str]:
   if known is None:  # an earlier version or TFDS's builder: what ArrayRecord's checksums tell
     jobs, work = [(store, shard) for shard in range(len(store.opened.shards))], _unreadable
   else:
-    jobs, work = [(store.folder, name, digests) for name, digests in sorted(known.items())], damaged_whole
+    jobs, work = [(store, name, digests) for name, digests in sorted(known.items())], _damaged
   found = []
   with (
     parallel_map(work, jobs, processes) as results,
@@ -40,6 +41,11 @@ def verify(path: str, processes: int) -> list[str]:
       found += [result] if result else []
       advance(1)
   return found
+
+
+def _damaged(job: tuple[Store, str, Mapping[str, Any]]) -> str:
+  store, name, known = job
+  return store.with_file(name, lambda path: damaged_whole((path.parent, name, known)))
 
 
 def _unreadable(job: tuple[Store, int]) -> str:
@@ -65,11 +71,11 @@ def main(_) -> None:
     if found:
       console.print(f'{len(found):,} damaged; {REMEDY}')
     else:
-      console.print(f'{pathlib.Path(given.path)}: every file is as it was written')
+      console.print(f'{given.path}: every file is as it was written')
     sys.exit(1 if found else 0)
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('path', '', 'The prepared folder.')
+  command_line.define_path('path', None, 'The prepared folder.')
   flags.DEFINE_integer('processes', min(os.cpu_count() or 1, 8), 'Worker processes.', lower_bound=1, upper_bound=1024)
   command_line.run(main)

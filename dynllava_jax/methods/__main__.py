@@ -9,12 +9,11 @@ per quantity: its name, the largest difference, the largest allowed. Exit status
 """
 
 import dataclasses
-import pathlib
 import sys
 
 from absl import flags
 
-from dynllava_jax import command_line, methods
+from dynllava_jax import command_line, methods, paths, remote
 from dynllava_jax.config import ConfigError
 
 ANY = dataclasses.MISSING
@@ -38,7 +37,8 @@ def verify(folder: str, bases: str | None) -> bool:
   from dynllava_jax.convert.records.bases import open_record
   from dynllava_jax.convert.verify import verify_method
 
-  record = open_record(pathlib.Path(folder), pathlib.Path(bases) if bases else None)
+  places = (text and remote.fetched(paths.given(text, flag)) for text, flag in ((folder, '--verify'), (bases, '--bases')))
+  record = open_record(*places)
   found = []
   for quantity in verify_method(record):
     print(quantity, flush=True)
@@ -66,6 +66,6 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('verify', None, 'Folder of the record to recompute.')
-  flags.DEFINE_string('bases', None, 'Folder of the models that records name.')
+  command_line.define_path('verify', None, 'Folder of the record to recompute.')
+  command_line.define_path('bases', None, 'Folder of the models that records name.')
   command_line.run(main)

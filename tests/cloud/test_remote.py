@@ -3,11 +3,15 @@
 import contextlib
 import json
 import os
+import re
 import time
 
 import pytest
 
 from dynllava_jax import lease, paths, remote, workspace
+from dynllava_jax.data import cached_shards
+from dynllava_jax.data.cached_shards import SHARD
+from dynllava_jax.evals.folders import Folder
 from dynllava_jax.locks import BusyError
 
 STRANGE = 'a [1]*?#%{} \'"é~/b 50%.txt'
@@ -139,3 +143,29 @@ def test_one_program_at_a_time(cloud_folder):
   put(folder, **{lease.LEASE: json.dumps(held.owner | {'process': 2**22 + 1, 'time': time.time()})})
   with lease.lease(path, '--workdir'):
     pass  # of a process of this machine that was killed
+
+
+def test_benchmark_folders_are_fetched_as_they_are_asked_for(cloud_folder):
+  put(cloud_folder, **{'pope__q.jsonl': '{"a": 1}', 'pope__images__1.jpg': 'x', 'gqa__images__1.jpg': 'large'})
+  folder = Folder(remote.opened(paths.given(cloud_folder, '--data')), ('pope',))
+  assert folder.need('q.jsonl').read_text() == '{"a": 1}' and (folder.need('images') / '1.jpg').read_text() == 'x'
+  assert folder.find('none') is None and not (folder.root / 'gqa').exists()
+  assert not remote.opened(paths.given(f'{cloud_folder}/nothing', '--data')).exists()
+
+
+def test_the_cache_of_shards_is_bounded(cloud_folder, monkeypatch):
+  names = [f'llava-train{SHARD}0000{i}-of-00003' for i in range(3)]
+  put(cloud_folder, **{name: str(i) * 600 for i, name in enumerate(names)}, other='x')
+  monkeypatch.setenv(cached_shards.LIMIT, '1.3e-6')
+  shards = cached_shards.CachedShards(paths.given(cloud_folder, 'config.data.path'))
+  assert shards.sizes() == dict.fromkeys(names, 600)
+  places = [shards.open(name, lambda path: path.read_text() and path) for name in (names[0], names[1], names[0], names[2])]
+  assert [place.exists() for place in places] == [True, False, True, True]
+  assert shards.open(names[1], lambda path: path.read_text()) == '1' * 600
+
+
+def test_words_of_a_store_that_cannot_be_reached_are_one_line(cloud_folder):
+  fs, url = remote.store(paths.given(f'{cloud_folder}/x', 'x'))
+  with pytest.raises(remote.StoreError, match=f'^{re.escape(url)}: .*no such key') as found, remote.readable(url):
+    raise RuntimeError('no such key\nand more')
+  assert '\n' not in str(found.value) and fs
