@@ -37,17 +37,26 @@ def comparison() -> dict:
   )
 
 
+def in_decoder(**stage) -> dict:
+  """All tokens up to layer SPARSE_LAYER, then what `stage` makes of them."""
+  return dict(stages=[dict(start=0), dict(start=SPARSE_LAYER) | stage])
+
+
 def reduced(name: str, **options) -> dict:
   """A dense decoder on the image tokens that a reducer makes."""
   return dict(stages=[dict(start=0)], reducer=dict(name=name, **options))
 
 
 def published() -> dict:
-  """Dense, and methods that need no training, each with 64 of 576 image tokens."""
+  """Dense, and methods that need no training, with 64 of 576 image tokens unless their name says otherwise."""
+  pyramid = [dict(start=8 * i, selector='pyramiddrop', image_keep_rate=0.5**i) for i in (1, 2, 3)]  # as published
   return dict(
     dense=dict(stages=[dict(start=0)]),
     fastervlm_64=reduced('fastervlm', tokens=64),
     visionzip_64=reduced('visionzip', dominant=54, contextual=10),
+    fastv_64=in_decoder(selector='fastv', image_tokens=30),  # 30 of 576 from layer 2 of 32 on: 64 on average
+    pyramiddrop_270=dict(stages=[dict(start=0), *pyramid]),
+    look_m_20=dict(stages=[dict(start=0, compressor=dict(name='look_m', hh_ratio=0.1, recent_ratio=0.1))]),
   )
 
 

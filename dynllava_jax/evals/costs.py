@@ -1,7 +1,8 @@
 """What a run costs, by arithmetic: FLOPs and KV-cache bytes of one sample.
 
 Two conventions of FLOPs, both stated wherever they are printed:
-* `decoder_flops`, `sample_flops`: every matrix product of this architecture, 2 FLOPs per multiply-add, true dimensions;
+* `decoder_flops`, `sample_flops`: every matrix product of this architecture, 2 FLOPs per multiply-add, true dimensions; what
+  methods without parameters compute to choose (attention rows, similarities) is not counted;
 * `paper_flops`: the paper's count, 32 C^2 per token and layer + 4 N^2 C, image tokens only (section 4.1).
 """
 
@@ -13,12 +14,17 @@ from dynllava_jax import methods
 from dynllava_jax.config import ModelConfig, Piece, Stage
 
 
-def layer_flops(model: ModelConfig, tokens: float, keys: float) -> float:
-  """One decoder layer over `tokens` queries, `keys` the summed number of visible keys over these queries."""
+def layer_flops(model: ModelConfig, tokens: float, keys: float, no_mlp: float = 0) -> float:
+  """One decoder layer over `tokens` queries.
+
+  Args:
+    model: what is run; tokens: queries; keys: number of visible keys, summed over them.
+    no_mlp: queries that do not pass the MLP.
+  """
   llama = model.llama
   attention = llama.head_dim * (2 * llama.num_heads + 2 * llama.num_kv_heads)
-  linear = 2 * llama.hidden_size * (attention + 3 * llama.mlp_dim)
-  return tokens * linear + 4 * llama.num_heads * llama.head_dim * keys
+  linear = 2 * llama.hidden_size * (attention * tokens + 3 * llama.mlp_dim * (tokens - no_mlp))
+  return linear + 4 * llama.num_heads * llama.head_dim * keys
 
 
 def vision_flops(model: ModelConfig, reducer: Piece | None = None) -> float:
@@ -65,17 +71,21 @@ def sample_flops(
   total = vision_flops(model, reducer) if image else 0.0
   gated, budget_share = False, 1.0
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
-  for stage, end in zip(stages, ends):
+  for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, num_image)):
     layers = end - stage.start
+    kind, options = methods.bound(stage.layers, 'layers', methods.LayerKind())
     if methods.get(stage.selector).text_margin:
       gated, budget_share = True, stage.text_keep_budget
       total += predictor_flops(model, num_image, len(kept))
     budget = kv.generated_budget(gated, budget_share, spec)
-    prompt = text_tokens + stage.kept_image_tokens(num_image)
-    total += layers * layer_flops(model, prompt, prompt * (prompt + 1) / 2)
+    prompt = text_tokens + image_tokens
+    for layer in range(stage.start, end):
+      keys, rows = kind.saves(model.llama, layer, image_tokens, options)
+      total += layer_flops(model, prompt, prompt * (prompt + 1) / 2 - keys, rows)
+    cached = methods.prompt_slots(stage, text_tokens, image_tokens) if image_tokens else prompt
     held = 0
     for keep in kept:
-      total += layers * layer_flops(model, 1, prompt + held + 1)
+      total += layers * layer_flops(model, 1, cached + held + 1)
       held = min(held + (1 if keep or not gated else 0), budget)
   head = 2 * model.llama.hidden_size * model.llama.vocab_size
   return total + head * (1 + len(kept))
@@ -93,11 +103,11 @@ def cache_bytes(
   llama, num_image = model.llama, methods.num_image_tokens(model, reducer)
   ends = [s.start for s in stages[1:]] + [llama.num_layers]
   sizes, gate, budget_share = [], False, 1.0
-  for stage, end in zip(stages, ends):
+  for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, num_image)):
     if methods.get(stage.selector).text_margin:
       gate, budget_share = True, stage.text_keep_budget
     budget = kv.generated_budget(gate, budget_share, spec)
-    slots = kv.capacity(text_length + stage.kept_image_tokens(num_image), budget, gate, spec)
+    slots = kv.capacity(methods.prompt_slots(stage, text_length, image_tokens), budget, gate, spec)
     sizes.append((end - stage.start) * slots * 2 * llama.num_kv_heads * llama.head_dim * bytes_per_number)
   return sizes
 
@@ -114,7 +124,8 @@ def paper_setting(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece 
   """The paper's view of a run."""
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   num_image = methods.num_image_tokens(model, reducer)
-  counts = [s.kept_image_tokens(num_image) for s, e in zip(stages, ends) for _ in range(e - s.start)]
+  present = methods.stage_image_tokens(stages, num_image)
+  counts = [n for n, s, e in zip(present, stages, ends) for _ in range(e - s.start)]
   return PaperSetting(model.llama.hidden_size, tuple(counts))
 
 

@@ -83,6 +83,23 @@ def num_image_tokens(model: ModelConfig, reducer: Piece | None = None) -> int:
   return get(reducer.name, 'reducer').num_tokens(model, options_of(reducer, 'reducer'))
 
 
+def stage_image_tokens(stages: tuple[Stage, ...], num_image: int) -> tuple[int, ...]:
+  """Image tokens in each stage of a row that begins with `num_image` (0 without image), with those that selectors add."""
+  counts, reached = [], num_image
+  for stage in stages:
+    selector, options = selector_of(stage)
+    budget = stage.kept_image_tokens(num_image)
+    reached = budget + (selector.num_more(reached, budget, options) if num_image else 0)
+    counts.append(reached)
+  return tuple(counts)
+
+
+def prompt_slots(stage: Stage, text: int, image: int) -> int:
+  """Cache slots that a prompt of `text` and `image` tokens in a stage takes up there."""
+  compressor, options = bound(stage.compressor, 'compressor')
+  return text + image if compressor is None else compressor.slots(text, image, options)
+
+
 def tower_needs(vision: VisionConfig, reducer: Piece | None) -> TowerNeeds:
   """What the tower has to give to the run's reducer; ConfigError if it has no such block."""
   if reducer is None:
@@ -140,6 +157,8 @@ __all__ = [
   'get',
   'num_image_tokens',
   'options_of',
+  'prompt_slots',
   'selector_of',
+  'stage_image_tokens',
   'tower_needs',
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dynllava_jax.config import ModelConfig, Piece, VisionConfig, from_config_dict
+from dynllava_jax.config import LlamaConfig, ModelConfig, Piece, VisionConfig, from_config_dict
 from dynllava_jax.ops import layout
 
 
@@ -206,6 +206,8 @@ class LayerKind(Origin):
     flags: (decoder layers, options) -> by name, one bool per decoder layer. A layer with any of them set must lie in the stage.
     attend: (q float[B, S, N, H], k and v float[B, S, K, H], `Rows`, this layer's flags, options) -> float[B, S, N, H]; q and k are
       rotated. None for causal attention.
+    saves: (LLaMA config, decoder layer, its image tokens, options) -> (keys that image rows do not look at, passes of a row
+      through the MLP that are not made), both summed over the layer's rows.
     mlp: (normalised x float[B, S, D], (gate [D, F], up [D, F], down [F, D]), `Rows`, flags, options) -> (float[B, S, D],
       details by name). None for the plain one.
   """
@@ -213,6 +215,7 @@ class LayerKind(Origin):
   flags: Callable[[int, Any], dict[str, tuple[bool, ...]]] = lambda layers, options: {}
   attend: Callable[..., jax.Array] | None = None
   mlp: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
+  saves: Callable[[LlamaConfig, int, int, Any], tuple[float, float]] = lambda llama, layer, image, options: (0.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

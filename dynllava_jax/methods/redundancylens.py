@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dynllava_jax.config import ConfigError
+from dynllava_jax.config import ConfigError, LlamaConfig
 from dynllava_jax.methods.base import LayerKind, Rows
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.attention import causal_attention, hollow_attention
@@ -115,10 +115,20 @@ def _reduced(x, gate, up, down, rows: Rows, options: Options):
   return out, {'channel_scores': scores, 'channels': channels}
 
 
+def saves(llama: LlamaConfig, layer: int, image: int, options: Options) -> tuple[float, float]:
+  """Keys outside the window; channels left out, less what the probes cost, which pass two of the MLP's three products."""
+  hidden = max(image - options.attention_range, 0) if layer in options.attention_layers else 0
+  if layer not in options.ffn_layers or not image:
+    return hidden * (hidden + 1) / 2, 0.0
+  left = num_channels(llama.mlp_dim, options.channel_ratio) / llama.mlp_dim
+  return hidden * (hidden + 1) / 2, image * (1 - left) - len(probe_places(image, options.probe_tokens)) * 2 / 3
+
+
 LAYERS = LayerKind(
   flags=flags,
   attend=attend,
   mlp=mlp,
+  saves=saves,
   options=Options,
   source="arXiv 2501.19036; the authors' code could not be had",
   verified='an independent program written from descriptions of the paper: outputs of both parts, channels, logits and tokens',

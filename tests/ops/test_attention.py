@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynllava_jax.ops.attention import SMALLEST_BLOCK, cached_attention, causal_attention, policy_attention
+from dynllava_jax.ops.attention import (
+  SMALLEST_BLOCK,
+  attention_received,
+  cached_attention,
+  causal_attention,
+  hollow_attention,
+  policy_attention,
+)
 from dynllava_jax.ops.rope import apply_rope, rope_angles
 
 
@@ -72,3 +79,64 @@ def test_rope_scores_depend_on_distance_only():
 
   assert score(3, 10) == pytest.approx(score(103, 110), abs=1e-3)
   assert abs(score(3, 10) - score(3, 11)) > 1e-2
+
+
+def softmax_weights(q, k, visible):
+  """float64[B, N, R, S] from the definition; query heads in order belong to the kv heads in order."""
+  q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+  k = np.repeat(k, q.shape[2] // k.shape[2], 2)
+  scores = np.einsum('brnh,bsnh->bnrs', q, k) / q.shape[-1] ** 0.5
+  scores = np.where(visible, scores, -np.inf)
+  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  return weights / weights.sum(-1, keepdims=True)
+
+
+def test_attention_received_is_the_weighted_sum_of_softmax_rows(qkv):
+  q, k, _ = qkv
+  causal = softmax_weights(q, k, np.tri(9, dtype=bool))
+  weight = jnp.asarray(np.random.default_rng(0).random((2, 9)), jnp.float32)
+  expected = np.einsum('bnrs,br->bns', causal, weight)
+  np.testing.assert_allclose(attention_received(q, k, weight), expected, atol=1e-6)
+  place = jnp.array([[8, 2, 5], [0, 7, 7]])
+  few = jnp.take_along_axis(q, place[..., None, None], 1)
+  expected = np.einsum('bnrs,br->bns', np.take_along_axis(causal, np.asarray(place)[:, None, :, None], 2), weight[:, :3])
+  np.testing.assert_allclose(attention_received(few, k, weight[:, :3], place), expected, atol=1e-6)
+
+
+def test_attention_received_in_blocks_leaves_padding_out():
+  keys = jax.random.split(jax.random.key(3), 2)
+  length = SMALLEST_BLOCK + 40
+  q, k = jax.random.normal(keys[0], (1, length, 2, 8)), jax.random.normal(keys[1], (1, length, 1, 8))
+  real = length - 7
+  received = attention_received(q, k, (jnp.arange(length) < real)[None].astype(jnp.float32))
+  expected = softmax_weights(q, k, np.tri(length, dtype=bool))[:, :, :real].sum(2)
+  np.testing.assert_allclose(received, expected, atol=3e-5)
+  assert (np.asarray(received)[..., real:] == 0).all()
+
+
+@pytest.mark.parametrize('window', [1, 3, 100])
+def test_hollow_attention_is_causal_attention_under_its_mask(qkv, window):
+  """Two rows with the image at other places, one of them thinned; a text-only row sees all before it."""
+  q, k, v = (jnp.concatenate([x, x[:1] + 0.1]) for x in qkv)
+  start = np.array([2, 3, -1])
+  index = np.array([[0, 1, 2, 3], [0, 4, 5, 9], [0, 1, 2, 3]])
+  visible = np.broadcast_to(np.tri(9, dtype=bool), (3, 9, 9)).copy()
+  for row in range(2):
+    for i in range(4):
+      for j in range(4):
+        visible[row, start[row] + i, start[row] + j] &= index[row, i] - index[row, j] < window
+  weights = softmax_weights(q, k, visible[:, None])
+  values = np.repeat(np.asarray(v, np.float64), 4 // v.shape[2], 2)
+  expected = np.einsum('bnts,bsnh->btnh', weights, values)
+  out = np.asarray(hollow_attention(q, k, v, jnp.asarray(start), jnp.asarray(index), window))
+  np.testing.assert_allclose(out[:2], expected[:2], atol=3e-6)
+  np.testing.assert_allclose(out[2, :5], expected[2, :5], atol=3e-6)  # the text of such a row fits beside the image
+
+
+def test_hollow_attention_computes_no_keys_that_nobody_sees():
+  image, text, window = 1024, 64, 64
+  shape = jax.ShapeDtypeStruct((1, image + text, 2, 8), jnp.float32)
+  flops = lambda f, *args: jax.jit(f).lower(shape, shape, shape, *args).compile().cost_analysis()['flops']
+  numbers = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1, image), jnp.int32)
+  hollow = flops(lambda q, k, v, start, index: hollow_attention(q, k, v, start, index, window), *numbers)
+  assert hollow < 0.45 * flops(causal_attention)  # each image row: the text, and at most a block and a window of the image

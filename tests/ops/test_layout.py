@@ -27,3 +27,16 @@ def test_keep_mask_then_compact_keeps_positions():
 def test_take_image_rows():
   x = POSITIONS[..., None].astype(jnp.float32)
   np.testing.assert_array_equal(layout.take_image_rows(x, jnp.array([3, 6]), 4)[..., 0], [[3, 4, 5, 6], [6, 7, 8, 9]])
+
+
+def test_split_rows_and_join_rows_are_inverse():
+  x = jnp.arange(20.0).reshape(2, 10)
+  for starts in ([3, 6], [0, 4], [-1, 2]):
+    text, image = layout.split_rows(x, jnp.array(starts), 4)
+    joined = layout.join_rows(text, image, jnp.array(starts))
+    for row, start in enumerate(starts):
+      real = 10 if start >= 0 else 6
+      np.testing.assert_array_equal(joined[row, :real], x[row, :real])
+    if starts == [3, 6]:
+      np.testing.assert_array_equal(text, [[0, 1, 2, 7, 8, 9], [10, 11, 12, 13, 14, 15]])
+      np.testing.assert_array_equal(image, [[3, 4, 5, 6], [16, 17, 18, 19]])
