@@ -171,18 +171,20 @@ class _Mirror:
     changed = [n for n, f in now.items() if self._differs(n, f)]
     gone = [n for n in self.there if n not in now and n != remote.UPLOADING]
     overwritten = [n for n in changed if n in self.there and not _is_marker(n)]
-    steps = [n for n in (*changed, *gone) if n.rpartition('/')[2] == remote.STEP_MARKER and n in self.there]
+    steps = [n for n in (*changed, *gone) if _is_step_marker(n) and n in self.there]
     void = [n for n in steps if _covers(n, overwritten)]
     self._delete(void)  # while files of a step are replaced, nothing says that it is whole
     data, markers = [n for n in changed if not _is_marker(n)], [n for n in changed if _is_marker(n)]
     with contextlib.closing(remote.Pool()) as pool:
-      complete = all([*pool.map(self._upload, data)])  # a step may go, in favour of a newer one, while it is uploaded
-    if complete:
-      for name in sorted(markers, key=lambda n: (MARKERS.index(n.rpartition('/')[2]), n)):
+      left = {n for n, there in zip(data, pool.map(self._upload, data)) if not there}  # a step may go while it is uploaded
+    for name in sorted(markers, key=lambda n: (MARKERS.index(n.rpartition('/')[2]), n)):
+      if not _covers(name, left):
         self._upload(name)
+    if not any(n in now and _is_step_marker(n) for n in self.there):  # an older step stays until a newer one is there
+      gone = [n for n in gone if not _step(n)]
     self._delete([n for n in gone if _is_marker(n) and n not in void])
     self._delete([n for n in gone if not _is_marker(n)])
-    if complete and remote.UPLOADING in self.there:
+    if not left and remote.UPLOADING in self.there:
       self._delete([remote.UPLOADING])
 
   def _list_upload(self) -> None:
@@ -253,10 +255,20 @@ def _is_marker(name: Name) -> bool:
   return name.rpartition('/')[2] in MARKERS
 
 
+def _is_step_marker(name: Name) -> bool:
+  return name.rpartition('/')[2] == remote.STEP_MARKER
+
+
+def _step(name: Name) -> str:
+  """The folder of the checkpoint step that a file lies in, '' if in none: the name of a step is a number."""
+  parts = name.split('/')
+  return next(('/'.join(parts[: i + 1]) for i in range(len(parts) - 1) if parts[i].isdigit()), '')
+
+
 def _covers(marker: Name, names: Iterable[Name]) -> bool:
-  """Whether a marker speaks of one of the files: of what is in its folder or below it."""
+  """Whether a marker speaks of one of the files: of what is in its folder or below it. Steps have markers of their own."""
   folder = marker.rpartition('/')[0]
-  return any(not folder or n.startswith(f'{folder}/') for n in names)
+  return any((not folder or n.startswith(f'{folder}/')) and _step(n) == _step(marker) for n in names)
 
 
 def _is_temporary(name: str) -> bool:

@@ -169,3 +169,12 @@ def test_words_of_a_store_that_cannot_be_reached_are_one_line(cloud_folder):
   with pytest.raises(remote.StoreError, match=f'^{re.escape(url)}: .*no such key') as found, remote.readable(url):
     raise RuntimeError('no such key\nand more')
   assert '\n' not in str(found.value) and fs
+
+
+def test_an_older_step_stays_until_a_newer_one_is_there(cloud_folder, monkeypatch):
+  put(cloud_folder, **{'c__model.json': '{}', 'c__1__integrity.json': '{}', 'c__1__params': '1'})
+  upload = workspace._Mirror._upload
+  monkeypatch.setattr(workspace._Mirror, '_upload', lambda self, n: False if n == 'c/2/params' else upload(self, n))
+  with workspace.workspace(paths.given(cloud_folder, 'x'), '--out') as local:
+    (local / 'c' / '1').rename(local / 'c' / '2')
+  assert names(cloud_folder) == {'c/model.json', 'c/1/integrity.json', 'c/1/params'}
