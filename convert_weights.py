@@ -27,7 +27,7 @@ BASE = command_line.define_path('base', None, 'Model that the LoRA adapter or lo
 PROJECTOR = command_line.define_path('projector', None, "mm_projector.bin, or 'new' for a random projector.")
 ADD_PREDICTORS = flags.DEFINE_bool('add_predictors', False, 'Make a dense model dynamic with untrained predictors.')
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of untrained projectors and predictors.', lower_bound=0, upper_bound=2**32 - 1)
-EXPORT = flags.DEFINE_enum('export', None, ['llava-hf', 'llava', 'dynamic-llava'], 'Write --src, one of ours, for PyTorch.')
+EXPORT = flags.DEFINE_enum('export', None, ['llava-hf', 'llava', 'dynamic-llava', 'peft'], 'Write --src, one of ours, for PyTorch.')
 DROP_PREDICTORS = flags.DEFINE_bool('drop_predictors', False, 'Export the dense part of a model with predictors.')
 INSPECT = command_line.define_path('inspect', None, 'Only describe the checkpoint in this directory, PyTorch or ours.')
 DTYPE = flags.DEFINE_enum('dtype', 'keep', ['keep', 'float32', 'bfloat16'], 'What to store; keep is what the source has.')

@@ -33,6 +33,7 @@ from dynllava_jax.config import (
   DENSE,
   TOKENIZER_FILES,
   ConfigError,
+  LoraConfig,
   ModelConfig,
   Piece,
   SparsityConfig,
@@ -41,6 +42,7 @@ from dynllava_jax.config import (
   to_dict,
 )
 from dynllava_jax.files import write_atomically
+from dynllava_jax.models.lora import ADAPTERS, abstract_adapters, merged
 from dynllava_jax.models.params import abstract_params
 from dynllava_jax.sharding import shardings, unboxed
 
@@ -70,6 +72,9 @@ class CheckpointInfo:
   conversation: str = 'vicuna_v1'
   image_aspect: str = 'pad'
   unused_vision_layers: bool = False  # the never-run top of the CLIP tower is stored too
+  lora: LoraConfig | None = None  # only adapters and what was trained whole are stored; the rest is in `base`
+  base: str = ''  # DIR/STEP
+  base_sha256: str = ''  # see `weights_digest`
 
 
 def write_info(
@@ -298,7 +303,7 @@ def stored_params(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def load_params(path: str | pathlib.Path, mesh: Mesh | None = None, *, checked: bool = False) -> dict[str, Any]:
-  """Parameters in checkpoint form, in the dtype they are stored in.
+  """Parameters in checkpoint form, in the dtype they are stored in; adapters are merged into the base that they belong to.
 
   Args:
     path: DIR or DIR/STEP.
@@ -308,9 +313,45 @@ def load_params(path: str | pathlib.Path, mesh: Mesh | None = None, *, checked: 
   Raises:
     CheckpointError: missing, damaged, or its arrays are not those that its `model.json` describes.
   """
-  directory, step = locate(path)
   info = read_info(path)
-  boxed = abstract_params(info.model, with_tail=info.unused_vision_layers)
+  if info.lora is None:
+    return _load(path, abstract_params(info.model, with_tail=info.unused_vision_layers), mesh, checked)
+  params = load_base(path, mesh) | load_adapted(path, mesh, checked=checked)
+  adapters = params.pop(ADAPTERS)
+  return params | {'llama': merged(params['llama'], adapters, info.lora.scale)}
+
+
+def load_base(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
+  """The parameters that the adapters in a checkpoint belong to; CheckpointError if they are not there, or are others."""
+  info = read_info(path)
+  check_base(info, path)
+  return load_params(info.base, mesh)
+
+
+def check_base(info: CheckpointInfo, path: str | pathlib.Path) -> None:
+  """Raises CheckpointError unless the weights that the adapters in `path` belong to are where they were."""
+  try:
+    found = weights_digest(info.base)
+  except CheckpointError as e:
+    raise CheckpointError(f'{path}: holds adapters of {info.base}, which cannot be read: {e}') from None
+  if found != info.base_sha256:
+    raise CheckpointError(
+      f'{path}: holds adapters of {info.base}, but other weights are there now (checksum {found[:12]}, expected '
+      f'{info.base_sha256[:12]}); put back those it was trained on'
+    )
+
+
+def load_adapted(path: str | pathlib.Path, mesh: Mesh | None = None, *, checked: bool = False) -> dict[str, Any]:
+  """What a checkpoint with adapters stores itself, in checkpoint form: `adapters` and the groups that were trained whole."""
+  info = read_info(path)
+  boxed = abstract_params(info.model) | {ADAPTERS: abstract_adapters(info.model.llama, info.lora)}
+  own = {name.split('/')[0] for name in stored_params(path)}
+  return _load(path, {name: group for name, group in boxed.items() if name in own | {ADAPTERS}}, mesh, checked)
+
+
+def _load(path: str | pathlib.Path, boxed: dict[str, Any], mesh: Mesh | None, checked: bool) -> dict[str, Any]:
+  """The parameters whose shapes and axis names are `boxed`, and no others."""
+  directory, step = locate(path)
   place = shardings(boxed, mesh) if mesh else SingleDeviceSharding(jax.local_devices()[0])
   wanted = _by_path(unboxed(boxed))
   step_dir = directory / str(step)

@@ -19,7 +19,7 @@ from dynllava_jax.config.model import (
 )
 from dynllava_jax.config.parsing import ConfigError, Options, first_difference, from_config_dict, to_dict
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages
-from dynllava_jax.config.training import DataConfig, OptimizerConfig, SparsityConfig, TrainConfig
+from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, SparsityConfig, TrainConfig
 
 __all__ = [
   'CLIP_MEAN',
@@ -33,6 +33,7 @@ __all__ = [
   'EvalConfig',
   'EvalRun',
   'LlamaConfig',
+  'LoraConfig',
   'MeshConfig',
   'ModelConfig',
   'OptimizerConfig',

@@ -7,6 +7,8 @@ from dynllava_jax.config.parsing import Path, require, require_positive, require
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages
 
 FLOATS = ('float32', 'bfloat16')
+LORA_BASES = ('float32', 'bfloat16', 'int8')
+LORA_TARGETS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 OPTIMIZERS = ('adamw', 'adafactor')
 REMAT = ('none', 'block', 'dots', 'offload')
 
@@ -105,6 +107,40 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+  """Low-rank adapters in place of the decoder's own weights; defaults as LLaVA's scripts.
+
+  Attributes:
+    rank, alpha: what an adapter adds is `alpha / rank` times a product of rank `rank`.
+    dropout: of the adapters' inputs.
+    targets: matrices of every decoder layer that have one.
+    base: what the decoder's own weights are held as. With int8 (one scale per output) the adapter is trained beside rounded
+      weights, but belongs to those that are stored.
+  """
+
+  rank: int = 128
+  alpha: float = 256.0
+  dropout: float = 0.05
+  targets: tuple[str, ...] = LORA_TARGETS
+  base: str = 'bfloat16'
+
+  def __post_init__(self):
+    require_positive(self, 'lora: ', 'rank', 'alpha')
+    require(0 <= self.dropout < 1, f'lora.dropout is {self.dropout}, expected a share in [0, 1)')
+    for target in self.targets:
+      require(
+        target in LORA_TARGETS, f'lora.targets: {target!r} is no matrix of a layer; expected some of {", ".join(LORA_TARGETS)}'
+      )
+    require(len(set(self.targets)) == len(self.targets) > 0, f'lora.targets is {self.targets}, expected some matrices, each once')
+    require(self.base in LORA_BASES, f'lora.base is {self.base!r}, expected one of {", ".join(LORA_BASES)}')
+
+  @property
+  def scale(self) -> float:
+    """What the product of an adapter's two matrices is multiplied with."""
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
   """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts).
 
@@ -142,6 +178,7 @@ class TrainConfig:
   Attributes:
     init_from: checkpoint directory to start from; '' initialises at random.
     frozen: top-level parameter groups that are not trained.
+    lora: train adapters of the decoder in place of its own weights; the other groups as ever.
     accumulate: parts in which each device computes its rows, one after the other: the same update, less memory.
     dtype: of the computation.
     param_dtype: of what is trained. bfloat16 halves it; updates are then rounded up or down at random, so that small ones count.
@@ -158,6 +195,7 @@ class TrainConfig:
   mesh: MeshConfig = MeshConfig()
   init_from: Path = ''
   frozen: tuple[str, ...] = ()
+  lora: LoraConfig | None = None
   batch_size: int = 64
   accumulate: int = 1
   steps: int = 1000
@@ -188,4 +226,12 @@ class TrainConfig:
     for group in self.frozen:
       require(group in groups, f'frozen: {group!r} is no parameter group; expected some of {", ".join(groups)}')
     learning = {'vision', 'projector', 'llama'} | ({'image_predictor', 'text_predictor'} if self.model.predictor else set())
+    if self.lora:
+      require(bool(self.init_from), 'lora: adapters belong to trained weights; give their checkpoint with init_from')
+      require('llama' not in self.frozen, "frozen: with lora the decoder's own weights are; leave 'llama' out")
     require(not learning <= set(self.frozen), f'frozen: {", ".join(self.frozen)} leaves nothing to train')
+
+  @property
+  def held(self) -> tuple[str, ...]:
+    """Parameter groups that the step takes and leaves as they are."""
+    return (*self.frozen, 'llama', 'scales') if self.lora else self.frozen

@@ -1,77 +1,29 @@
 """Checkpoint of this project -> a directory that PyTorch loads, tensor by tensor."""
 
 import dataclasses
-import functools
 import json
 import pathlib
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert import export_configs
 from dynllava_jax.convert.convert import DTYPES, with_progress
 from dynllava_jax.convert.destination import TOWER_FOLDER, check_destination, new_directory
+from dynllava_jax.convert.export_adapter import MergingReader, adapter_files, adapter_plan, reader_of
 from dynllava_jax.convert.export_configs import Vocabulary
 from dynllava_jax.convert.layouts import Layout, canonical, to_llava_hf
-from dynllava_jax.convert.plan import Path, slots_by_key
-from dynllava_jax.convert.readers import ConversionError, Tensor, directory_tensors
-from dynllava_jax.convert.shards import ShardWriter, spec_bytes
+from dynllava_jax.convert.plan import slots_by_key
+from dynllava_jax.convert.readers import ConversionError, Tensor, directory_tensors, file_tensors
+from dynllava_jax.convert.shards import ShardWriter
 from dynllava_jax.convert.source import TOWER, VOCAB_KEYS
-from dynllava_jax.convert.writer import PARAMS
+from dynllava_jax.convert.step_reader import Out, StepReader
 
-LAYOUTS = ('llava-hf', 'llava', 'dynamic-llava')
+PEFT = 'peft'
+LAYOUTS = ('llava-hf', 'llava', 'dynamic-llava', PEFT)
 PREDICTORS = ('image_predictor', 'text_predictor')
-
-
-@dataclasses.dataclass(frozen=True)
-class Out:
-  """One tensor of the export: its name there and the folder below the destination, and what gives its numbers."""
-
-  folder: str
-  key: str
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  read: Callable[[], np.ndarray]
-
-  @property
-  def nbytes(self) -> int:
-    return spec_bytes((self.key, self.shape, self.dtype))
-
-
-class StepReader:
-  """Parameters of one step, slot by slot. What Orbax stored in one piece is read in one piece, one parameter at a time."""
-
-  def __init__(self, step_dir: pathlib.Path):
-    self.folder = step_dir / PARAMS
-    self.metadata = json.loads((self.folder / '_METADATA').read_text())
-    self.lock = threading.Lock()
-    self.held: tuple[Path, np.ndarray] | None = None
-
-  @functools.cache  # noqa: B019 a reader lives as long as an export
-  def array(self, path: Path) -> ts.TensorStore:
-    """The stored parameter."""
-    name = '.'.join(path)
-    if self.metadata['use_ocdbt']:
-      store = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{self.folder}/'}, 'path': name}
-    else:
-      store = {'driver': 'file', 'path': str(self.folder / name)}
-    return ts.open({'driver': 'zarr3' if self.metadata['use_zarr3'] else 'zarr', 'kvstore': store}, open=True, read=True).result()
-
-  def slot(self, path: Path, index: tuple[int, ...]) -> np.ndarray:
-    """One slot, or the whole parameter if it has no slots."""
-    array = self.array(path)
-    if not index or array.chunk_layout.read_chunk.shape[0] == 1:
-      return np.asarray(array[index].read().result())
-    with self.lock:
-      if self.held is None or self.held[0] != path:
-        self.held = None  # the old one goes before the new one comes
-        self.held = path, np.asarray(array.read().result())
-      return self.held[1][index].copy()  # a view would hold all of it
 
 
 def export(
@@ -89,7 +41,8 @@ def export(
 
   Args:
     src: checkpoint directory or step of ours; dst: directory to write.
-    layout: 'llava-hf' for transformers, 'llava' or 'dynamic-llava' for the authors' code.
+    layout: 'llava-hf' for transformers, 'llava' or 'dynamic-llava' for the authors' code; adapters are merged. 'peft' for adapters
+      as they are, and what was trained with them.
     vision: CLIP directory that the tower's never-run top is taken from, if the checkpoint does not hold it.
     dtype, overwrite, readback: as in `convert.convert`.
     drop_predictors: export the dense part of a Dynamic-LLaVA model.
@@ -102,29 +55,33 @@ def export(
   check_destination(dst, overwrite, checkpoint.locate(src)[0], vision)
   info, assets = checkpoint.read_info(src), checkpoint.read_assets(src)
   tokenizer = checkpoint.read_tokenizer(src) or {}
-  directory, step = checkpoint.locate(src)
-  info = _exported_model(info, layout, drop_predictors)
-  checkpoint.check_integrity(directory / str(step), 'params')
+  info, reader = _exported_model(info, layout, drop_predictors), reader_of(src)
   base = export_configs.carried_config(info, layout, json.loads(assets.get('config.json', b'{}')))
   vocab = export_configs.vocabulary(info, base, tokenizer) if layout == 'llava-hf' else None
-  plan = _plan(info, vocab, StepReader(directory / str(step)), DTYPES[dtype], vision)
+  plan = adapter_plan(info, reader, DTYPES[dtype]) if layout == PEFT else _plan(info, vocab, reader, DTYPES[dtype], vision)
   stored = next(str(o.dtype) for o in plan if o.folder == '')
-  files = _files(info, base, vocab, stored, dst, tokenizer, assets)
+  tower = base.get('mm_vision_tower', TOWER_FOLDER) if layout == PEFT else str(dst / TOWER_FOLDER)
+  files = _files(info, base, vocab, stored, tower, tokenizer, assets)
+  if layout == PEFT:
+    files = {n: c for n, c in files.items() if '/' not in n} | adapter_files(info)
   with new_directory(dst, sum(o.nbytes for o in plan)) as partial:
+    places = {(o.folder, o.file) for o in plan}
     writers = {
-      f: ShardWriter(partial / f, [(o.key, o.shape, o.dtype) for o in plan if o.folder == f]) for f in {o.folder for o in plan}
+      at: ShardWriter(partial / at[0], [(o.key, o.shape, o.dtype) for o in plan if (o.folder, o.file) == at], name=at[1])
+      for at in places
     }
 
     def write(out: Out) -> None:
-      value, writer = np.ascontiguousarray(out.read().astype(out.dtype, copy=False)), writers[out.folder]
+      value, writer = np.ascontiguousarray(out.read().astype(out.dtype, copy=False)), writers[out.folder, out.file]
       writer.write(out.key, value)
       if readback and not writer.holds(out.key):
         raise ConversionError(f'{writer.files[out.key]}: {out.key} read back is not what was written; is the disk failing?')
 
     with_progress('exporting', write, plan, [o.nbytes for o in plan])
-    for folder, writer in writers.items():
+    for writer in writers.values():
       writer.finish()
-      directory_tensors(partial / folder)  # the headers can be read, and fit
+      for file in set(writer.files.values()):
+        file_tensors(file)  # the header can be read, and fits
     for name, content in files.items():
       checkpoint.write_atomically(partial / name, content)
   return plan
@@ -138,6 +95,10 @@ def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) ->
     raise ConversionError(
       '--export=dynamic-llava: the model has no predictors; export it as llava, or convert with --add_predictors'
     )
+  if layout == PEFT:
+    if drop_predictors:
+      raise ConversionError('--export=peft: holds what was trained, predictors too; leave out --drop_predictors')
+    return info
   if layout != 'dynamic-llava' and model.predictor is not None:
     if not drop_predictors:
       raise ConversionError(
@@ -151,7 +112,11 @@ def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) ->
 
 
 def _plan(
-  info: CheckpointInfo, vocab: Vocabulary | None, reader: StepReader, dtype: np.dtype | None, vision: pathlib.Path | None
+  info: CheckpointInfo,
+  vocab: Vocabulary | None,
+  reader: StepReader | MergingReader,
+  dtype: np.dtype | None,
+  vision: pathlib.Path | None,
 ) -> list[Out]:
   """Every tensor of the export; `vocab` is that of llava-hf, None for the authors' layouts."""
   tail = _tail_tensors(info, vision)
@@ -206,11 +171,11 @@ def _files(
   base: dict[str, Any],
   vocab: Vocabulary | None,
   dtype: str,
-  dst: pathlib.Path,
+  tower_name: str,
   tokenizer: dict[str, bytes],
   assets: dict[str, bytes],
 ) -> dict[str, bytes]:
-  """What lies beside the weights, by path below `dst`; `base` and `vocab` as in `export_configs`."""
+  """What lies beside the weights, by path below the destination; `base` and `vocab` as in `export_configs`."""
   own = tokenizer | {n: c for n, c in assets.items() if '/' not in n and n != 'config.json'}
   generic = {
     'config.json': export_configs.clip_config(info.model.vision, dtype),
@@ -224,7 +189,7 @@ def _files(
     own.setdefault('preprocessor_config.json', tower['preprocessor_config.json'])
     own.setdefault('processor_config.json', json.dumps(export_configs.processor_config(info.model.vision), indent=1).encode())
   else:
-    config = export_configs.llava_config(info, base, dtype, str(dst / TOWER_FOLDER))
+    config = export_configs.llava_config(info, base, dtype, tower_name)
     images = own.pop('preprocessor_config.json', tower['preprocessor_config.json'])
     own |= {f'{TOWER_FOLDER}/preprocessor_config.json': images, f'{TOWER_FOLDER}/config.json': tower['config.json']}
   return own | {'config.json': (json.dumps(config, indent=1) + '\n').encode()}

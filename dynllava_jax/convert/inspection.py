@@ -68,7 +68,7 @@ def describe(directory: pathlib.Path) -> str:
 def _tensors(directory: pathlib.Path) -> list[Tensor]:
   if has_weights(directory):
     return directory_tensors(directory)
-  names = (*ADAPTERS, TRAINED_WHOLE) if (directory / ADAPTER_CONFIG).exists() else (PROJECTOR_FILE,)
+  names = (*ADAPTERS, *TRAINED_WHOLE) if (directory / ADAPTER_CONFIG).exists() else (PROJECTOR_FILE,)
   found = [t for n in names if (directory / n).exists() for t in file_tensors(directory / n)]
   return found or directory_tensors(directory)  # which says what is missing
 

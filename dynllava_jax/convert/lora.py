@@ -11,7 +11,7 @@ from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical, peft
 from dynllava_jax.convert.readers import FLOATS, Tensor, by_name, check_filled, file_tensors, weights_of
 
 ADAPTERS = ('adapter_model.safetensors', 'adapter_model.bin')
-TRAINED_WHOLE = 'non_lora_trainables.bin'
+TRAINED_WHOLE = ('non_lora_trainables.safetensors', 'non_lora_trainables.bin')
 TIED = ('model.embed_tokens.weight', 'lm_head.weight')
 Pair = dict[str, Tensor]  # by A and B
 WRAPPERS = re.compile(r'\.(base_layer|modules_to_save(\.default)?)(?=\.)')  # PEFT's own levels in a name
@@ -38,8 +38,8 @@ def merge(directory: pathlib.Path, base: dict[str, Tensor], layout: Layout, tied
   if file is None:
     raise ConversionError(f'{directory}: has {ADAPTER_CONFIG} but none of {", ".join(ADAPTERS)}')
   pairs, trained = _split(adapter, file, base, layout)
-  beside = directory / TRAINED_WHOLE
-  more = by_name((k, t) for t in _tensors(beside) if (k := canonical(Layout.LORA, t.key)) is not None) if beside.exists() else {}
+  beside = next((directory / n for n in TRAINED_WHOLE if (directory / n).exists()), None)
+  more = by_name((k, t) for t in _tensors(beside) if (k := canonical(Layout.LORA, t.key)) is not None) if beside else {}
   for key in trained.keys() & more.keys():
     if trained[key].shape != more[key].shape or not np.array_equal(trained[key].load(), more[key].load()):
       raise ConversionError(

@@ -32,7 +32,7 @@ def spec_bytes(spec: Spec) -> int:
 class ShardWriter:
   """A directory of safetensors shards with an index, or one file if that is enough."""
 
-  def __init__(self, directory: pathlib.Path, specs: Iterable[Spec], max_bytes: int = MAX_SHARD_BYTES):
+  def __init__(self, directory: pathlib.Path, specs: Iterable[Spec], max_bytes: int = MAX_SHARD_BYTES, name: str = 'model'):
     directory.mkdir(exist_ok=True)
     self.files: dict[str, pathlib.Path] = {}
     self._places: dict[str, int] = {}
@@ -41,12 +41,12 @@ class ShardWriter:
     self._specs = {key: (shape, dtype) for key, shape, dtype in specs}
     shards = self._split(max_bytes)
     for i, keys in enumerate(shards):
-      name = 'model.safetensors' if len(shards) == 1 else f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-      self._create(directory / name, keys)
+      number = '' if len(shards) == 1 else f'-{i + 1:05d}-of-{len(shards):05d}'
+      self._create(directory / f'{name}{number}.safetensors', keys)
     if len(shards) > 1:
       total = sum(spec_bytes((k, *v)) for k, v in self._specs.items())
       index = {'metadata': {'total_size': total}, 'weight_map': {k: f.name for k, f in self.files.items()}}
-      (directory / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1))
+      (directory / f'{name}.safetensors.index.json').write_text(json.dumps(index, indent=1))
 
   def _split(self, max_bytes: int) -> list[list[str]]:
     shards, room = [[]], max_bytes

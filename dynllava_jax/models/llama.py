@@ -15,6 +15,7 @@ from dynllava_jax import methods
 from dynllava_jax.config import LlamaConfig, Stage
 from dynllava_jax.methods import LayerKind, Observed, Rows
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
+from dynllava_jax.models.lora import multiply
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.attention import attention_received, cached_attention, causal_attention, policy_attention
 from dynllava_jax.ops.rope import apply_rope, rope_angles
@@ -134,7 +135,7 @@ class Block(nn.Module):
       kv_shape, kv_axes = (kv_heads, width, head_dim), ('kv_heads', 'embed', 'head_dim')
       q = self._weight('q', (heads, width, head_dim), ('heads', 'embed', 'head_dim'), HEADS_INIT)
       k, v = (self._weight(name, kv_shape, kv_axes, HEADS_INIT) for name in 'kv')
-      unrotated, k, v = (jnp.einsum('btd,ndh->btnh', y, w) for w in (q, k, v))
+      unrotated, k, v = (multiply(self, n, 'btd,ndh->btnh', y, w) for n, w in (('q', q), ('k', k), ('v', v)))
       q, k = apply_rope(unrotated, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
       if cache is not None:
         y = cached_attention(q, k, v, *cache, context.cache_length)
@@ -145,7 +146,7 @@ class Block(nn.Module):
       else:
         y = causal_attention(q, k, v)
       out = self._weight('o', (heads, head_dim, width), ('heads', 'head_dim', 'embed'), HEADS_OUT_INIT)
-      y = jnp.einsum('btnh,nhd->btd', y, out)
+      y = multiply(self, 'o', 'btnh,nhd->btd', y, out)
       if kind.attend is not None:
         details |= {'attention_output': y}
       x = x + y
@@ -159,7 +160,8 @@ class Block(nn.Module):
         details |= seen | {'mlp_output': y}
         x = x + y
       else:
-        x = x + (jax.nn.silu(y @ gate) * (y @ up)) @ down
+        gate, up = (multiply(self, n, 'btd,df->btf', y, w) for n, w in (('gate', gate), ('up', up)))
+        x = x + multiply(self, 'down', 'btf,fd->btd', jax.nn.silu(gate) * up, down)
     attention = None
     if context.queries is not None:
       with jax.named_scope('ranking'):

@@ -18,9 +18,12 @@ from dynllava_jax.config import ModelConfig, Stage
 from dynllava_jax.models.clip import VisionBlock
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.layers import LayerNorm, scan_layers
+from dynllava_jax.models.lora import ADAPTERS, SCALES
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector
 from dynllava_jax.sharding import unboxed
+
+STACKED = ('llama', ADAPTERS, SCALES)  # groups that hold decoder layers
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def abstract_params(cfg: ModelConfig, with_tail: bool = False) -> dict[str, Any]
 
 def cut_params(params: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
   """Checkpoint form to the form that `DynLlava(cfg, stages)` takes. Call it outside jit."""
-  return params | {'llama': cut_layers(params['llama'], stages)}
+  return params | {name: cut_layers(params[name], stages) for name in STACKED if name in params}
 
 
 def cut_layers(llama: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def join_layers(llama: dict[str, Any]) -> dict[str, Any]:
 
 def join_params(params: dict[str, Any]) -> dict[str, Any]:
   """The inverse of `cut_params`."""
-  return params | {'llama': join_layers(params['llama'])}
+  return params | {name: join_layers(params[name]) for name in STACKED if name in params}
 
 
 def count_parameters(params: Any) -> int:

@@ -51,7 +51,7 @@ def state_bytes(cfg: TrainConfig) -> dict[str, float]:
     numbers[('image_predictor', 'model.predictor: num_layers, d_model, mlp_dim')] = 2 * each
   moments = 2 * SIZES[cfg.optimizer.moment_dtype] if cfg.optimizer.name == 'adamw' else 0
   trained = 2 * SIZES[cfg.param_dtype] + moments  # itself and its gradient
-  return {name: float(count) * (SIZES['bfloat16'] if group in cfg.frozen else trained) for (group, name), count in numbers.items()}
+  return {name: float(count) * (SIZES['bfloat16'] if group in cfg.held else trained) for (group, name), count in numbers.items()}
 
 
 def batch_bytes(cfg: TrainConfig, rows: int) -> dict[str, float]:

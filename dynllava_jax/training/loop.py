@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +20,11 @@ from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.sources import TrainingData, new_tokenizer, require_vocabulary, training_data
 from dynllava_jax.display import Terminal
+from dynllava_jax.models.lora import ADAPTERS
 from dynllava_jax.models.params import abstract_params, cut_params, init_params, join_params
 from dynllava_jax.training import limits
 from dynllava_jax.training import record as records
+from dynllava_jax.training.adapters import adapted, belonging, held_as, new_adapters
 from dynllava_jax.training.metrics import Display, MetricsLog, unreadable_lines
 from dynllava_jax.training.record import CHECKPOINTS
 from dynllava_jax.training.saving import Saver, check_path
@@ -37,6 +38,7 @@ from dynllava_jax.training.step import (
   state_shardings,
 )
 from dynllava_jax.training.stopping import StopRequest
+from dynllava_jax.training.throughput import Clock, compilations
 
 SKIPPED_FILE = 'skipped.json'  # samples left out, by reason
 
@@ -106,6 +108,8 @@ def _train(cfg: TrainConfig, workdir: pathlib.Path, stop: StopRequest, stack: co
       image_aspect=cfg.data.image_aspect,
       unused_vision_layers='vision_tail' in tail,
     )
+    if cfg.lora:
+      info = belonging(cfg, info, directory)
     record = records.begin(cfg, started, first, inputs, checkpoint.describe(info, tokenizer, assets))
     if first_host:
       record.write(workdir)
@@ -121,7 +125,10 @@ def _train(cfg: TrainConfig, workdir: pathlib.Path, stop: StopRequest, stack: co
     def save(state: State) -> None:
       saver.save(
         int(state.step),
-        {'params': join_params(state.params | frozen) | tail, 'optimizer': {'step': state.step, 'opt_state': state.opt_state}},
+        {
+          'params': join_params(state.params if cfg.lora else state.params | frozen | tail),
+          'optimizer': {'step': state.step, 'opt_state': state.opt_state},
+        },
       )
 
     # 4. The loop: batch, step, log, save.
@@ -135,17 +142,18 @@ def _train(cfg: TrainConfig, workdir: pathlib.Path, stop: StopRequest, stack: co
       say(f'{workdir}: ' + ('finished already' if first >= cfg.steps else f'goes on from step {first}'))
     display = stack.enter_context(Display(workdir.name, cfg.steps, first, quiet=not first_host))
     stop.in_loop()
-    since, tokens, unseen = time.monotonic(), 0, []
+    clock, unseen, compiled = Clock(cfg, hosts), [], stack.enter_context(compilations())
     step = first
     for step in range(first + 1, cfg.steps + 1):
-      batch = next(batches)
+      with clock.spent_on('data'):
+        batch = next(batches)
       check_tokens(batch, cfg.model.llama.vocab_size, step)
-      tokens += int(np.sum(batch.length)) * hosts
+      clock.saw(batch)
       state, metrics = train_step(state, frozen, to_mesh(batch, sharding.batch_sharding(mesh)))
       unseen.append((step, metrics['loss'], metrics['grad_norm']))
-      if step == first + 1:  # leave the compilation out of tokens/s
+      if step == first + 1:  # leave the compilation out of the times
         jax.block_until_ready(metrics)
-        since, tokens = time.monotonic(), 0
+        clock.restart()
       logging = step % cfg.log_every == 0 or step == cfg.steps
       stopping = stop.agreed(logging) and step < cfg.steps
       saving = step % cfg.save_every == 0 or step == cfg.steps or stopping
@@ -155,16 +163,14 @@ def _train(cfg: TrainConfig, workdir: pathlib.Path, stop: StopRequest, stack: co
         values = {name: float(v) for name, v in metrics.items()}
       if logging:
         values = {name: v for name, v in values.items() if not np.isnan(v)}  # keep rates of a batch without any such token
-        now = time.monotonic()
-        if tokens:
-          values['tokens_per_second'] = tokens / (now - since)
-        since, tokens = now, 0
+        values |= clock.report() | {'compilations': len(compiled)}
         if log:
           log.write(step, values)
         display.show(step, values)
         record = records.mark(record, saver.written(), workdir)
       if saving:
-        save(state)
+        with clock.spent_on('save'):
+          save(state)
       if stopping:
         break
     saver.close()
@@ -221,8 +227,8 @@ def initial_state(
   """
   places = state_shardings(cfg, optimizer, mesh)
   if checkpoint.all_steps(directory):
-    params = cut_params(checkpoint.load_params(directory, mesh, checked=True), cfg.stages)
-    trained, frozen = split_frozen(params, cfg.frozen)
+    whole = adapted(cfg, directory, mesh) if cfg.lora else checkpoint.load_params(directory, mesh, checked=True)
+    trained, frozen = split_frozen(cut_params(whole, cfg.stages), cfg.held)
     abstract = jax.eval_shape(optimizer.init, trained)
     target = jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -237,7 +243,10 @@ def initial_state(
   boxed = {k: v for k, v in abstract_params(cfg.model).items() if k not in loaded}
   draw = lambda: {k: v for k, v in sharding.unboxed(init_params(cfg.model, jax.random.key(cfg.seed))).items() if k in boxed}
   fresh = jax.jit(draw, out_shardings=sharding.shardings(boxed, mesh))()
-  trained, frozen = split_frozen(cut_params(loaded | fresh, cfg.stages), cfg.frozen)
+  params = loaded | fresh
+  if cfg.lora:
+    params = held_as(params, cfg.lora.base) | {ADAPTERS: new_adapters(cfg, mesh)}
+  trained, frozen = split_frozen(cut_params(params, cfg.stages), cfg.held)
   # Converted checkpoints are often bfloat16, in which the small steps of fine-tuning round to nothing unless rounded at random.
   trained = jax.tree.map(lambda x: x.astype(cfg.param_dtype), trained)
   opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trained)

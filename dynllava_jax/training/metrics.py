@@ -159,6 +159,7 @@ class Display:
         ('text_keep', 'text kept', '.0%'),
         ('tau', 'tau', '.2f'),
         ('tokens_per_second', 'tokens/s', ',.0f'),
+        ('mfu', 'MFU', '.0%'),
       )
       if name in values
     )

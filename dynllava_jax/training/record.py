@@ -194,7 +194,8 @@ def check_same_run(cfg: TrainConfig, record: RunRecord, workdir: pathlib.Path, s
   Raises:
     ConfigError: others that its course depends on; says how to go on.
   """
-  settings = {k: v for k, v in record.settings.items() if k not in MAY_CHANGE}
+  now = to_dict(cfg)
+  settings = record.settings | {name: now[name] for name in MAY_CHANGE}
   started = from_config_dict(TrainConfig, settings)  # what it does not know has its default
   before, now = (_compared(to_dict(side)) for side in (started, cfg))
   raised = cfg.steps > started.steps and all(stage.selector == 'all' for stage in cfg.stages)

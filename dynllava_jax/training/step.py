@@ -14,13 +14,14 @@ from dynllava_jax.config import IGNORE, OptimizerConfig, SparsityConfig, TrainCo
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.losses import count, training_losses
 from dynllava_jax.models.dynllava import DynLlava, Prompt
+from dynllava_jax.models.lora import ADAPTERS, SCALES, abstract_adapters, abstract_scales, as_variables
 from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.ops.images import normalize
 from dynllava_jax.training.precision import in_float32, moments_in, store
 
 PREDICTORS = ('image_predictor', 'text_predictor')
 EMBEDDINGS = ('embedding', 'class_embedding', 'position_embedding')
-ROUNDING = 2**31  # what the key of parameters' rounding is made with
+ROUNDING, DROPOUT = 2**31, 2**31 + 1  # what the keys for these are made with
 NEVER_TRAINED = ('vision_tail', 'instruct_predictor')
 
 
@@ -87,7 +88,7 @@ def split_frozen(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[
 
 def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
   """Where each leaf of the state lives; optimiser moments lie with their parameters."""
-  boxed, _ = split_frozen(cut_abstract(cfg), cfg.frozen)
+  boxed, _ = split_frozen(cut_abstract(cfg), cfg.held)
   params = sharding.shardings(boxed, mesh)
   whole = sharding.replicated(mesh)
   by_path = dict(jax.tree_util.tree_leaves_with_path(params))
@@ -107,6 +108,10 @@ def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
 def cut_abstract(cfg: TrainConfig) -> dict[str, Any]:
   """Shapes and axis names of the parameters that the run uses, cut for its stages."""
   used = {k: v for k, v in abstract_params(cfg.model).items() if k not in NEVER_TRAINED}
+  if cfg.lora:
+    used[ADAPTERS] = abstract_adapters(cfg.model.llama, cfg.lora)
+    if cfg.lora.base == 'int8':
+      used[SCALES] = abstract_scales(cfg.model.llama)
   return jax.eval_shape(lambda p: cut_params(p, cfg.stages), used)
 
 
@@ -114,6 +119,11 @@ def gumbel_noise(key: jax.Array, batch: int, image_tokens: int, positions: int) 
   """Noise of one step: float32[B, P, 2] for the image, float32[B, S, 2] for the text."""
   image_key, text_key = jax.random.split(key)
   return (jax.random.gumbel(image_key, (batch, image_tokens, 2)), jax.random.gumbel(text_key, (batch, positions, 2)))
+
+
+def row_keys(key: jax.Array, rows: int) -> jax.Array:
+  """uint32[rows, 2]: data of one key per row."""
+  return jax.random.key_data(jax.random.split(key, rows))
 
 
 def as_prompt(batch: Batch) -> Prompt:
@@ -164,8 +174,8 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
     dense = jax.random.bernoulli(dense_key, cfg.sparsity.dense_share, (rows,)) if dynamic else None
     counts = count(as_prompt(batch), batch.labels, batch.answer_start, dense, cfg.sparsity, cfg.accumulate)
 
-    def loss_fn(trained, batch, noise, dense):
-      variables, prompt = {'params': trained | frozen}, as_prompt(batch)
+    def loss_fn(trained, batch, noise, dense, dropout):
+      variables, prompt = as_variables(trained | frozen, cfg.lora, cfg.stages, dropout), as_prompt(batch)
       image = model.apply(variables, normalize(batch.pixels, cfg.model.vision), method='encode_images')
       out = model.apply(
         variables, prompt, image, batch.answer_start, cfg.sparsity.min_answer_len, noise, tau, dense, method='train_forward'
@@ -173,12 +183,15 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
       losses = training_losses(out, prompt, batch.labels, batch.answer_start, cfg.sparsity, counts)
       return losses.total, losses
 
-    losses, grads = gradients(loss_fn, state.params, (batch, noise, dense), cfg.accumulate, mesh, places.params)
+    inputs = (batch, noise, dense, row_keys(jax.random.fold_in(key, DROPOUT), rows) if cfg.lora and cfg.lora.dropout else None)
+    losses, grads = gradients(loss_fn, state.params, inputs, cfg.accumulate, mesh, places.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
       'loss': losses.total,
       'ce': losses.ce,
       'grad_norm': optax.tree.norm(grads),
+      **{f'grad_norm/{group}': optax.tree.norm(tree) for group, tree in grads.items()},
+      **{f'update_norm/{group}': optax.tree.norm(tree) for group, tree in updates.items()},
       'learning_rate': schedule(cfg.optimizer.learning_rate, cfg.steps, cfg.optimizer)(state.step),
       'supervised_tokens': (batch.labels[:, 1:] != IGNORE).sum().astype(jnp.float32),
     }
@@ -189,11 +202,12 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
         'image_keep': losses.image_keep,
         'text_keep': losses.text_keep,
         'tau': tau,
+        'predictor_learning_rate': schedule(cfg.optimizer.predictor_learning_rate, cfg.steps, cfg.optimizer)(state.step),
       }
     moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, state.params, updates)
     return State(state.step + 1, store(jax.random.fold_in(key, ROUNDING), moved, state.params), opt_state), metrics
 
-  frozen_boxed = split_frozen(cut_abstract(cfg), cfg.frozen)[1]
+  frozen_boxed = split_frozen(cut_abstract(cfg), cfg.held)[1]
   return jax.jit(
     step_fn,
     donate_argnums=0,

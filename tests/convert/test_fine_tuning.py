@@ -13,9 +13,10 @@ from safetensors.numpy import load_file
 from dynllava_jax import checkpoint
 from dynllava_jax.config import DataConfig, OptimizerConfig, TrainConfig
 from dynllava_jax.convert.convert import convert
-from dynllava_jax.convert.export import StepReader, export
+from dynllava_jax.convert.export import export
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.source import Request
+from dynllava_jax.convert.step_reader import StepReader
 from dynllava_jax.data.sources import new_tokenizer
 from dynllava_jax.training import loop
 from dynllava_jax.training.saving import Saver

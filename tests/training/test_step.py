@@ -44,9 +44,9 @@ def batch(rows=8):
 
 def begin(cfg, optimizer, params, mesh):
   """(state, frozen) at step 0, on the mesh."""
-  trained, frozen = split_frozen(cut_params(jax.tree.map(jnp.copy, params), cfg.stages), cfg.frozen)
+  trained, frozen = split_frozen(cut_params(jax.tree.map(jnp.copy, params), cfg.stages), cfg.held)
   state = jax.device_put(State(jnp.int32(0), trained, optimizer.init(trained)), state_shardings(cfg, optimizer, mesh))
-  return state, jax.device_put(frozen, sharding.shardings(split_frozen(cut_abstract(cfg), cfg.frozen)[1], mesh))
+  return state, jax.device_put(frozen, sharding.shardings(split_frozen(cut_abstract(cfg), cfg.held)[1], mesh))
 
 
 def one_step(cfg, params, optimizer):
