@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dynllava_jax.ops import layout
 
+NEARLY_ONE = 1 - 1e-6
 POLICY_EPS = 1e-6  # as in the authors' `softmax_with_policy`
 # A block of queries computes no scores beyond its own last position: 4 blocks leave out 3/8 of them. Smaller ones than this do not
 # fill a TPU's matrix unit, and are not worth the time to compile them.
@@ -120,21 +121,86 @@ def policy_attention(q: jax.Array, k: jax.Array, v: jax.Array, policy: jax.Array
   Returns:
     float[B, T, N, H].
   """
+  return _policy_attention(q, k, v, policy.astype(jnp.float32))
+
+
+@jax.custom_vjp
+def _policy_attention(q: jax.Array, k: jax.Array, v: jax.Array, policy: jax.Array) -> jax.Array:
+  return _policy_forward(q, k, v, policy)[0]
+
+
+def _policy_weights(
+  q: jax.Array, k: jax.Array, policy: jax.Array, start: int, largest: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
+  """Of a block of queries from `start` on: (exp(score - largest), what it is weighed with, each row's largest score).
+
+  Args:
+    q: float[B, T, K, G, H]; k: float[B, S, K, H]; policy: float32[B, S].
+    largest: float32[B, K, G, T, 1] if it is known.
+  """
+  query, key = start + jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])
+  scores = jnp.einsum('btkgh,bskh->bkgts', q, k, preferred_element_type=jnp.float32)
+  scores = jnp.where(key <= query, scores * q.shape[-1] ** -0.5, -jnp.inf)
+  largest = scores.max(-1, keepdims=True) if largest is None else largest
+  return jnp.exp(scores - largest), jnp.where(key == query, 1.0, policy[:, None, None, None]), largest
+
+
+def _policy_forward(q, k, v, policy):
   batch, length, heads, head_dim = q.shape
   grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
-  policy = policy.astype(jnp.float32)[:, None, None, None]
   # What eps gives to every key is one vector for all queries. So no score is computed for keys that are not visible.
   leaked = POLICY_EPS / length * v.astype(jnp.float32).sum(1)[:, None, :, None]
-  blocks = []
+  blocks, kept = [], []
   for start, end in causal_blocks(length):
-    query, key = jnp.arange(start, end)[:, None], jnp.arange(end)
-    scores = jnp.einsum('btkgh,bskh->bkgts', grouped[:, start:end], k[:, :end], preferred_element_type=jnp.float32)
-    scores = jnp.where(key <= query, scores * head_dim**-0.5, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * jnp.where(key == query, 1.0, policy[..., :end])
-    total = weights.sum(-1).transpose(0, 3, 1, 2)[..., None] + POLICY_EPS
+    exponentials, keep, largest = _policy_weights(grouped[:, start:end], k[:, :end], policy[:, :end], start)
+    weights = exponentials * keep
+    total = weights.sum(-1, keepdims=True) + POLICY_EPS
     out = jnp.einsum('bkgts,bskh->btkgh', weights.astype(v.dtype), v[:, :end], preferred_element_type=jnp.float32)
-    blocks.append(((out + leaked) / total).astype(v.dtype))
-  return jnp.concatenate(blocks, 1).reshape(batch, length, heads, head_dim)
+    blocks.append((out + leaked) / _by_query(total))
+    kept.append((largest, total))
+  out = jnp.concatenate(blocks, 1)
+  return out.reshape(q.shape).astype(v.dtype), (q, k, v, policy, out, kept)
+
+
+def _policy_backward(residuals, gradient):
+  """Scores are computed again, so that no [T, S] matrix is kept."""
+  q, k, v, policy, out, kept = residuals
+  length, scale = q.shape[1], q.shape[-1] ** -0.5
+  grouped, gradient = (x.reshape(out.shape) for x in (q, gradient))
+  exact = gradient.astype(jnp.float32)
+  along = (exact * out).sum(-1).transpose(0, 2, 3, 1)[..., None]  # [B, K, G, T, 1]
+  leaked = POLICY_EPS / length * v.astype(jnp.float32).sum(1)[:, None, :, None]
+  leaking = (exact * leaked).sum(-1).transpose(0, 2, 3, 1)[..., None]
+  of_q, of_k, of_v, of_policy, of_leaked = [], 0.0, 0.0, 0.0, 0.0
+  whole = lambda x: jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+  for (start, end), (largest, total) in zip(causal_blocks(length), kept):
+    rows, keys = slice(start, end), slice(0, end)
+    exponentials, keep, _ = _policy_weights(grouped[:, rows], k[:, keys], policy[:, keys], start, largest)
+    is_largest = exponentials > NEARLY_ONE
+    exponentials /= total
+    along_v = jnp.einsum('btkgh,bskh->bkgts', gradient[:, rows], v[:, keys], preferred_element_type=jnp.float32)
+    of_keep = exponentials * (along_v - along[..., rows, :])
+    # The largest score takes part through eps alone: nearly all else cancels.
+    through_largest = (leaking[..., rows, :] - POLICY_EPS * along[..., rows, :]) / total
+    of_scores = ((of_keep * keep + jnp.where(is_largest, through_largest, 0)) * scale).astype(k.dtype)
+    weights = (exponentials * keep).astype(v.dtype)
+    own = jnp.arange(end) == jnp.arange(start, end)[:, None]
+    of_q.append(jnp.einsum('bkgts,bskh->btkgh', of_scores, k[:, keys], preferred_element_type=jnp.float32))
+    of_k += whole(jnp.einsum('bkgts,btkgh->bskh', of_scores, grouped[:, rows], preferred_element_type=jnp.float32))
+    of_v += whole(jnp.einsum('bkgts,btkgh->bskh', weights, gradient[:, rows], preferred_element_type=jnp.float32))
+    of_policy += whole(jnp.where(own, 0, of_keep).sum((1, 2, 3)))
+    of_leaked += (exact[:, rows] / _by_query(total)).sum((1, 3))
+  of_v += POLICY_EPS / length * of_leaked[:, None]
+  of_q = jnp.concatenate(of_q, 1).reshape(q.shape)
+  return of_q.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), of_policy
+
+
+def _by_query(x: jax.Array) -> jax.Array:
+  """[B, K, G, T, 1] -> [B, T, K, G, 1]."""
+  return x.transpose(0, 3, 1, 2, 4)
+
+
+_policy_attention.defvjp(_policy_forward, _policy_backward)
 
 
 def cached_attention(

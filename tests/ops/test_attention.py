@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynllava_jax.ops import attention
 from dynllava_jax.ops.attention import (
   SMALLEST_BLOCK,
   attention_received,
@@ -42,6 +43,30 @@ def test_blocks_of_queries_change_nothing():
 
   np.testing.assert_allclose(policy_attention(q, k, v, policy)[0], expected(np.asarray(policy), 1e-6), atol=3e-6)
   np.testing.assert_allclose(causal_attention(q, k, v)[0], expected(1.0, 0.0), atol=3e-6)
+
+
+@pytest.mark.parametrize('kv_heads', [4, 2])
+def test_gradient_of_the_policy_softmax_is_that_of_its_formula(kv_heads, monkeypatch):
+  """Own gradient, over several blocks; policies between 0 and 1, so that theirs is not only where they are 1."""
+  monkeypatch.setattr(attention, 'SMALLEST_BLOCK', 5)
+  keys = jax.random.split(jax.random.key(4), 5)
+  q = 3 * jax.random.normal(keys[0], (2, 17, 4, 8))  # rows whose largest key is dropped: there eps counts
+  k, v = (jax.random.normal(key, (2, 17, kv_heads, 8)) for key in keys[1:3])
+  policy = jnp.clip(1.5 * jax.random.uniform(keys[3], (2, 17)) - 0.4, 0, 1)
+  towards = jax.random.normal(keys[4], q.shape)
+
+  def formula(q, k, v, policy):
+    k, v = (jnp.repeat(x, 4 // kv_heads, 2) for x in (k, v))
+    scores = jnp.einsum('btnh,bsnh->bnts', q, k) / 8**0.5
+    scores = jnp.where(jnp.tri(17, dtype=bool), scores, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * jnp.where(jnp.eye(17), 1.0, policy[:, None, None])
+    weights = (weights + 1e-6 / 17) / (weights.sum(-1, keepdims=True) + 1e-6)
+    return (jnp.einsum('bnts,bsnh->btnh', weights, v) * towards).sum()
+
+  own = lambda *args: (policy_attention(*args) * towards).sum()
+  expected, found = (jax.grad(f, (0, 1, 2, 3))(q, k, v, policy) for f in (formula, own))
+  for a, b in zip(found, expected):
+    np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * float(jnp.abs(b).max()))
 
 
 def test_dropped_key_is_visible_to_itself_only(qkv):
