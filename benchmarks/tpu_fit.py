@@ -38,10 +38,11 @@ from rich.console import Console
 
 from dynllava_jax import methods, presets, sharding
 from dynllava_jax.checkpoint import write_atomically
-from dynllava_jax.config import DENSE, ModelConfig, OptimizerConfig, Stage, TrainConfig
+from dynllava_jax.config import DENSE, LoraConfig, ModelConfig, OptimizerConfig, Stage, TrainConfig
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.generate import Generator
 from dynllava_jax.models.dynllava import Prompt
+from dynllava_jax.models.lora import MATRICES, SCALES
 from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.training.step import State, cut_abstract, make_optimizer, make_train_step, split_frozen
 
@@ -119,19 +120,37 @@ def rows(batch: int, text: int, model: ModelConfig, place) -> Batch:
   )
 
 
-def train(topology: str, mesh_shape: tuple[int, int, int], model: ModelConfig, batch: int, text: int, frozen: tuple[str, ...]):
-  """The jitted training step of `train.py`, bfloat16 compute, float32 parameters, rematerialised."""
+def train(
+  topology: str,
+  mesh_shape: tuple[int, int, int],
+  model: ModelConfig,
+  batch: int,
+  text: int,
+  frozen: tuple[str, ...],
+  lora: LoraConfig | None = None,
+):
+  """The jitted training step of `train.py`, bfloat16 compute, float32 of what is trained, rematerialised."""
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   mesh = Mesh(np.array(devices).reshape(mesh_shape), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
   stages = DYNAMIC if model.predictor else DENSE
   cfg = TrainConfig(model=model, stages=stages, batch_size=batch, steps=1000, dtype='bfloat16', remat='block', frozen=frozen)
+  if lora:
+    cfg = dataclasses.replace(cfg, lora=lora, init_from='base')
   optimizer = make_optimizer(OptimizerConfig(), cfg.steps)
   with sharding.on_mesh(mesh):
     step = make_train_step(cfg, optimizer, mesh)
-    trained, kept = (sharding.unboxed(t) for t in split_frozen(cut_abstract(cfg), cfg.frozen))
+    trained, kept = (sharding.unboxed(t) for t in split_frozen(cut_abstract(cfg), cfg.held))
     state = State(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained))
-    stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), kept)
+    stored = jax.tree_util.tree_map_with_path(lambda p, x: jax.ShapeDtypeStruct(x.shape, held_dtype(p, lora)), kept)
     return step.lower(state, stored, rows(batch, text, model, sharding.batch_sharding(mesh))).compile()
+
+
+def held_dtype(path: tuple, lora: LoraConfig | None):
+  """What a parameter that is not trained is held as."""
+  names = [k.key for k in path]
+  if names[0] == SCALES:
+    return jnp.float32
+  return jnp.int8 if lora and lora.base == 'int8' and names[0] == 'llama' and names[-1] in MATRICES else jnp.bfloat16
 
 
 def generate(topology: str, model: ModelConfig, stages: tuple[Stage, ...], batch: int, text: int, new: int, part: str):
@@ -157,6 +176,9 @@ PROGRAMS = {
   'train_7b_v5p': lambda: train('v5p:4x4x4', (4, 16, 1), presets.DYNAMIC_LLAVA_7B, 64, 1472, FROZEN),
   'train_13b_v5p': lambda: train('v5p:4x4x4', (4, 16, 1), presets.DYNAMIC_LLAVA_13B, 64, 1472, FROZEN),
   'train_7b_v5e': lambda: train('v5e:16x16', (1, 64, 4), presets.DYNAMIC_LLAVA_7B, 64, 1472, FROZEN),
+  'lora_7b_v5p': lambda: train('v5p:1x1x1', (1, 1, 1), presets.LLAVA_1_5_7B, 1, 1472, ('vision',), LoraConfig()),
+  'lora_int8_7b_v5p': lambda: train('v5p:1x1x1', (1, 1, 1), presets.LLAVA_1_5_7B, 1, 1472, ('vision',), LoraConfig(base='int8')),
+  'lora_dynamic_7b_v5p': lambda: train('v5p:1x1x1', (1, 1, 1), presets.DYNAMIC_LLAVA_7B, 1, 1472, FROZEN, LoraConfig()),
   'finetune_7b_v5p': lambda: train('v5p:4x4x4', (4, 16, 1), presets.LLAVA_1_5_7B, 128, 1472, ('vision',)),
 }
 for name, stages in (('dense', DENSE), ('dynamic', DYNAMIC)):

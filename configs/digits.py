@@ -74,6 +74,12 @@ def dynamic() -> dict:
   )
 
 
+def dynamic_lora() -> dict:
+  base = dynamic()
+  lora = dict(rank=8, alpha=16.0, dropout=0.0, targets=('q', 'k', 'v', 'o', 'gate', 'up', 'down'), base='float32')
+  return base | dict(lora=lora, optimizer=base['optimizer'] | dict(learning_rate=3e-3))
+
+
 def evaluate() -> dict:
   runs = dict(dense=dict(stages=[dict(start=0)])) | {n: dict(stages=stages(n)) for n in ('dynamic', 'uniform', 'random')}
   runs['dynamic']['stages'][1]['text_keep_budget'] = TEXT_KEEP_RATE
@@ -81,8 +87,8 @@ def evaluate() -> dict:
 
 
 def get_config(name: str = 'base') -> ConfigDict:
-  """`base`, `dynamic` or `eval`."""
-  configs = dict(base=base, dynamic=dynamic, eval=evaluate)
+  """`base`, `dynamic`, `dynamic_lora` or `eval`."""
+  configs = dict(base=base, dynamic=dynamic, dynamic_lora=dynamic_lora, eval=evaluate)
   if name not in configs:
     raise ValueError(f'configs/digits.py has no {name!r}; expected one of {", ".join(configs)}')
   return ConfigDict(configs[name]())

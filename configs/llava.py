@@ -7,6 +7,7 @@
 pretrain: 558,128 captions, projector only, batch 256, learning rate 1e-3 (LLaVA's scripts/v1_5/pretrain.sh).
 finetune: 665,298 conversations, projector and language model, batch 128, 2e-5 (scripts/v1_5/finetune.sh).
 dynamic: the 624,610 of them with an image, language model 5e-6 and predictors 2e-4, batch 64 (the authors' training script).
+finetune_lora, dynamic_lora: the same with adapters of the decoder in place of its weights (docs/training.md).
 
 One epoch each; `steps` counts its whole batches. Hardware: meant for v5p-128 (64 chips of 16 hosts; --multihost on each host) with
 --config.mesh.data=4, so that weights are split 16 ways: the TPU compiler gathers over all 64 chips by sums of zeros, which costs a
@@ -23,6 +24,7 @@ COMMON = dict(
   mesh=dict(data=1, fsdp=-1, tensor=1),
   dtype='bfloat16',
   remat='block',
+  accumulate=1,
   log_every=10,
   save_every=500,
   seed=0,
@@ -83,9 +85,22 @@ def dynamic() -> dict:
   )
 
 
+LORA = dict(rank=128, alpha=256.0, dropout=0.05, targets=('q', 'k', 'v', 'o', 'gate', 'up', 'down'), base='bfloat16')
+
+
+def finetune_lora() -> dict:
+  base = finetune()
+  return base | dict(lora=LORA, optimizer=base['optimizer'] | dict(learning_rate=2e-4))  # scripts/v1_5/finetune_lora.sh
+
+
+def dynamic_lora() -> dict:
+  base = dynamic()
+  return base | dict(lora=LORA, optimizer=base['optimizer'] | dict(learning_rate=5e-5))  # ours: ten times that of all weights
+
+
 def get_config(name: str = 'finetune') -> ConfigDict:
-  """`pretrain`, `finetune` or `dynamic`."""
-  configs = dict(pretrain=pretrain, finetune=finetune, dynamic=dynamic)
+  """`pretrain`, `finetune`, `dynamic`, `finetune_lora` or `dynamic_lora`."""
+  configs = dict(pretrain=pretrain, finetune=finetune, dynamic=dynamic, finetune_lora=finetune_lora, dynamic_lora=dynamic_lora)
   if name not in configs:
     raise ValueError(f'configs/llava.py has no {name!r}; expected one of {", ".join(configs)}')
   return ConfigDict(configs[name]())
