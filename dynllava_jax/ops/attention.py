@@ -146,7 +146,7 @@ def _policy_weights(
 
 
 def _policy_forward(q, k, v, policy):
-  batch, length, heads, head_dim = q.shape
+  batch, length, _, head_dim = q.shape
   grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
   # What eps gives to every key is one vector for all queries. So no score is computed for keys that are not visible.
   leaked = POLICY_EPS / length * v.astype(jnp.float32).sum(1)[:, None, :, None]
