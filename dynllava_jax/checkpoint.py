@@ -341,6 +341,12 @@ def check_base(info: CheckpointInfo, path: str | pathlib.Path) -> None:
     )
 
 
+def groups(path: str | pathlib.Path) -> set[str]:
+  """Names of the parameter groups of DIR or DIR/STEP, those of its base included."""
+  info = read_info(path)
+  return {name.split('/')[0] for name in stored_params(path)} - {ADAPTERS} | (groups(info.base) if info.lora else set())
+
+
 def load_adapted(path: str | pathlib.Path, mesh: Mesh | None = None, *, checked: bool = False) -> dict[str, Any]:
   """What a checkpoint with adapters stores itself, in checkpoint form: `adapters` and the groups that were trained whole."""
   info = read_info(path)

@@ -38,6 +38,12 @@ def adapted(cfg: TrainConfig, directory: pathlib.Path, mesh: Mesh) -> dict[str, 
   return held_as(checkpoint.load_base(directory, mesh), cfg.lora.base) | checkpoint.load_adapted(directory, mesh, checked=True)
 
 
+def to_store(info: CheckpointInfo, trained: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
+  """What a checkpoint of adapters holds: the trained groups, and of the others those that its base does not have."""
+  of_base = checkpoint.groups(info.base)
+  return trained | {name: group for name, group in held.items() if name not in of_base and name != SCALES}
+
+
 def belonging(cfg: TrainConfig, info: CheckpointInfo, directory: pathlib.Path) -> CheckpointInfo:
   """`info` with what the adapters belong to: the very step that the run was started from."""
   if checkpoint.all_steps(directory):

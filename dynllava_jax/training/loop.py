@@ -24,7 +24,7 @@ from dynllava_jax.models.lora import ADAPTERS
 from dynllava_jax.models.params import abstract_params, cut_params, init_params, join_params
 from dynllava_jax.training import limits
 from dynllava_jax.training import record as records
-from dynllava_jax.training.adapters import adapted, belonging, held_as, new_adapters
+from dynllava_jax.training.adapters import adapted, belonging, held_as, new_adapters, to_store
 from dynllava_jax.training.metrics import Display, MetricsLog, unreadable_lines
 from dynllava_jax.training.record import CHECKPOINTS
 from dynllava_jax.training.saving import Saver, check_path
@@ -126,7 +126,7 @@ def _train(cfg: TrainConfig, workdir: pathlib.Path, stop: StopRequest, stack: co
       saver.save(
         int(state.step),
         {
-          'params': join_params(state.params if cfg.lora else state.params | frozen | tail),
+          'params': join_params(to_store(info, state.params, frozen | tail) if cfg.lora else state.params | frozen | tail),
           'optimizer': {'step': state.step, 'opt_state': state.opt_state},
         },
       )

@@ -64,7 +64,7 @@ def test_adapter_and_what_was_trained_whole_come_back_on_their_base(adapted):
 
 def test_peft_loads_the_adapter_and_merges_to_the_same_weights(adapted):
   torch = pytest.importorskip('torch', reason='PEFT needs torch')
-  peft = pytest.importorskip('peft', reason='in requirements-dev.txt')
+  peft = pytest.importorskip('peft', reason='see requirements-torch.txt')
   from transformers import LlamaConfig, LlamaForCausalLM
 
   for name, layout in (('peft', 'peft'), ('merged', 'dynamic-llava')):
