@@ -94,10 +94,10 @@ def base(tmp_path_factory):
   return workdir
 
 
-def lora_run(base, **changes):
+def lora_run(base):
   """One predictor is trained; the other is frozen, but the base has none, so that it has to be stored too."""
   cfg = dynamic(init_from=str(base / loop.CHECKPOINTS), lora=LORA, steps=4, save_every=2)
-  return dataclasses.replace(cfg, frozen=('vision', 'projector', 'text_predictor'), **changes)
+  return dataclasses.replace(cfg, frozen=('vision', 'projector', 'text_predictor'))
 
 
 @pytest.fixture(scope='module')
