@@ -97,7 +97,7 @@ def compress(seen: Observed, options: Options) -> Compressed:
     new = jnp.where(count > 0, (old + added) / (1 + count), old)
     return new.astype(kept.dtype).swapaxes(1, 2)
 
-  details = {'scores': scores, 'keep': keep, 'pivot': pivot}
+  details = {'received': received, 'scores': scores, 'keep': keep, 'pivot': pivot}
   return Compressed(k=merge(k, kept_k), v=merge(v, kept_v), length=length[:, 0], details=details)
 
 

@@ -32,7 +32,10 @@ def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iter
 
 
 def piece(record: Record, group: Group) -> Piece:
-  """The compressor of a config; ConversionError if its name does not say."""
+  """The compressor of a config, by `configs` of `meta.json` or by its name; ConversionError if neither says."""
+  given = record.meta.get('configs', {}).get(group.setting, {})
+  if given:
+    return Piece('look_m', {name: given[name] for name in ('merge', 'hh_ratio', 'recent_ratio') if name in given})
   named = LOOK_M.match(group.config)
   if not named:
     raise ConversionError(f'{record.folder}: config {group.config!r} of a LOOK-M record, expected a name such as pivot_h20_r20')
@@ -47,8 +50,9 @@ def own(name: str, recorded: np.ndarray, answer: Answer) -> tuple[Any, float] | 
   if name in ('k', 'v'):
     return getattr(answer, name)[0].swapaxes(1, 2), KEY
   length = int(answer.traces[0].length)
-  if name == 'scores':
-    return seen['scores'][..., :length], SCORE
+  if name == 'scores':  # per kv head, or before those of a group are added
+    by_query_head = recorded.shape[1] != seen['scores'].shape[1]
+    return seen['received' if by_query_head else 'scores'][..., :length], SCORE
   keep = seen['keep'][..., :length]
   if name == 'keep':
     return keep, EXACT

@@ -230,7 +230,9 @@ def image_number(described: str, prompt: str) -> int:
 
 def neighbours(prompts: Sequence[Asked]) -> list[Asked]:
   """Other rows for a batch: one without image, and a longer one that has its image elsewhere."""
-  with_image = next(a for a in prompts if a.image is not None)
+  with_image = next((a for a in prompts if a.image is not None), None)
+  if with_image is None:
+    return []
   text = with_image.ids[with_image.ids != IMAGE_ID]
   longer = np.concatenate([text[:1], [IMAGE_ID], text[::-1], text[1:4]])
   return [Asked(text[::-1][: len(text) // 2 + 2], None), Asked(longer, with_image.image[::-1])]

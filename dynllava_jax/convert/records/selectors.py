@@ -55,11 +55,11 @@ def stages_of(record: Record, group: Group, base: Base) -> tuple[Stage, ...]:
   if group.config == 'dense':
     return DENSE
   if record.method == 'fastv':
-    named = FASTV.match(group.config)
-    if not named:
+    given, named = record.meta.get('configs', {}).get(group.setting, {}), FASTV.match(group.config)
+    if not named and not {'K', 'R'} <= set(given):
       raise ConversionError(f'{record.folder}: config {group.config!r} of a FastV record, expected a name such as k2_r75')
-    kept = round(image_tokens * (1 - float(named[2]) / 100))
-    return Stage(), Stage(start=int(named[1]), selector='fastv', image_tokens=kept)
+    layer, dropped = (given['K'], given['R']) if 'K' in given else (int(named[1]), float(named[2]) / 100)
+    return Stage(), Stage(start=layer, selector='fastv', image_tokens=round(image_tokens * (1 - dropped)))
   layers = record.setting('configs', group.setting, 'layer_list')
   ratios = record.setting('configs', group.setting, 'image_token_ratio_list')
   cuts = [Stage(start=layer, selector='pyramiddrop', image_keep_rate=r) for layer, r in zip(layers, ratios, strict=True)]
