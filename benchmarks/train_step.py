@@ -116,7 +116,7 @@ def transformers_step():
     num_key_value_heads=HEADS,
   )
   image = VOCABULARY - 1
-  model = LlavaForConditionalGeneration(LlavaConfig(vision, text, image_token_index=image, image_token_id=image)).train()
+  model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=image)).train()
   model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
   for name, parameter in model.named_parameters():
     parameter.requires_grad_('vision' not in name and 'projector' not in name)
@@ -134,7 +134,7 @@ def transformers_step():
     loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
   return step
 
