@@ -15,6 +15,7 @@ from dynllava_jax.config.model import (
   ModelConfig,
   PredictorConfig,
   RopeScaling,
+  TokenPackerConfig,
   VisionConfig,
 )
 from dynllava_jax.config.parsing import ConfigError, Options, first_difference, from_config_dict, to_dict
@@ -43,6 +44,7 @@ __all__ = [
   'RopeScaling',
   'SparsityConfig',
   'Stage',
+  'TokenPackerConfig',
   'TrainConfig',
   'VisionConfig',
   'check_stages',

@@ -144,25 +144,92 @@ class PredictorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenPackerConfig:
+  """The TokenPacker projector (arXiv 2407.02392); defaults are those for CLIP ViT-L/14-336.
+
+  Attributes:
+    scale_factor: patches per image token on each axis: 2, 3 and 4 make 144, 64 and 36 of 24 x 24.
+    levels: states of the tower that keys and values are made of, joined in this order; state l is the output of block l, from 1.
+    num_heads: of its attention; the authors' have 128 numbers each.
+  """
+
+  scale_factor: int = 2
+  levels: tuple[int, ...] = (12, 16, 22, 23)
+  num_heads: int = 8
+
+  def __post_init__(self):
+    require_positive(self, 'packer: ', 'scale_factor', 'num_heads')
+    require(
+      len(self.levels) > 0 and len(set(self.levels)) == len(self.levels),
+      f'packer: levels are {list(self.levels)}, expected some states of the tower, each once',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """Everything the weights' shapes follow from. `predictor=None` is a plain LLaVA."""
+  """Everything the weights' shapes follow from. `predictor=None` is a plain LLaVA.
+
+  Attributes:
+    projector: kind of projector: `linear`, `mlpNx_gelu`, or `tokenpacker`, which `packer` describes.
+  """
 
   vision: VisionConfig = VisionConfig()
   projector: str = 'mlp2x_gelu'
+  packer: TokenPackerConfig | None = None
   llama: LlamaConfig = LlamaConfig()
   predictor: PredictorConfig | None = None
 
   def __post_init__(self):
     self.projector_depth  # raises on an unknown type
+    require(
+      (self.projector == 'tokenpacker') == (self.packer is not None),
+      f'model.packer describes the projector tokenpacker, and model.projector is {self.projector!r}'
+      if self.packer
+      else "model.projector 'tokenpacker' needs model.packer, such as dict(scale_factor=2)",
+    )
+    if self.packer is not None:
+      self._check_packer(self.vision, self.packer)
+
+  @staticmethod
+  def _check_packer(vision: VisionConfig, packer: TokenPackerConfig) -> None:
+    side = vision.image_size // vision.patch_size
+    require(
+      side % packer.scale_factor == 0,
+      f'packer: scale_factor {packer.scale_factor} does not divide the {side} x {side} patches of an image',
+    )
+    outside = [level for level in packer.levels if not 1 <= level <= vision.layers_run]
+    require(
+      not outside,
+      f'packer: levels {outside} are none of the states 1 to {vision.layers_run} that the tower is run to '
+      f'({vision.num_layers} layers, select_layer {vision.select_layer})',
+    )
+    require(
+      vision.hidden_size % packer.num_heads == 0,
+      f'packer: num_heads {packer.num_heads} does not divide hidden_size {vision.hidden_size} of the tower',
+    )
 
   @property
   def projector_depth(self) -> int:
-    """Number of linear layers: `linear` -> 1, `mlp2x_gelu` -> 2, `mlpNx_gelu` -> N."""
+    """Number of linear layers from patch to image token: `linear` -> 1, `mlp2x_gelu` -> 2, `mlpNx_gelu` -> N."""
     if self.projector == 'linear':
       return 1
+    if self.projector == 'tokenpacker':
+      return 2  # those behind its attention
     depth = self.projector.removeprefix('mlp').removesuffix('x_gelu')
     require(
       self.projector == f'mlp{depth}x_gelu' and depth.isdigit() and int(depth) >= 1,
-      f'model.projector {self.projector!r} is unknown; expected linear or mlpNx_gelu, such as mlp2x_gelu',
+      f'model.projector {self.projector!r} is unknown; expected linear, mlpNx_gelu, such as mlp2x_gelu, or tokenpacker',
     )
     return int(depth)
+
+  @property
+  def projector_weights(self) -> int:
+    """Numbers in the projector's matrices."""
+    width, size = self.vision.hidden_size, self.llama.hidden_size
+    packing = 2 * (len(self.packer.levels) + 1) + 5 if self.packer else 0
+    return packing * width**2 + width * size + (self.projector_depth - 1) * size**2
+
+  @property
+  def num_image_tokens(self) -> int:
+    """What the projector makes of an image's patches; `methods.num_image_tokens` is that of a run."""
+    return self.vision.num_patches // (self.packer.scale_factor**2 if self.packer else 1)

@@ -94,7 +94,7 @@ def check_stages(stages: tuple[Stage, ...], model: ModelConfig, image_tokens: in
     image_tokens: of the run, `methods.num_image_tokens`; those of a run without a reducer if None.
   """
   layers = model.llama.num_layers
-  image_tokens = model.vision.num_patches if image_tokens is None else image_tokens
+  image_tokens = model.num_image_tokens if image_tokens is None else image_tokens
   require(len(stages) > 0 and stages[0].start == 0, 'stages: the first stage must start at layer 0')
   starts = [s.start for s in stages]
   require(starts == sorted(set(starts)), f'stages: starts must increase, got {starts}')

@@ -14,13 +14,14 @@ from dynllava_jax.config import (
   PredictorConfig,
   SparsityConfig,
   Stage,
+  TokenPackerConfig,
   VisionConfig,
   check_stages,
   from_config_dict,
   to_dict,
 )
 from dynllava_jax.convert.beside import check_images, image_settings
-from dynllava_jax.convert.export_configs import UNPADDED
+from dynllava_jax.convert.export_configs import PACKER_HEADS, PACKER_LEVELS, UNPADDED
 from dynllava_jax.convert.inputs import ConversionError, nested
 from dynllava_jax.convert.layouts import Layout
 
@@ -51,6 +52,7 @@ ARITHMETIC = (
   'rope_parameters',
   'tie_word_embeddings',
 )
+PACKER_HEAD_DIM = 128  # of TokenPacker's attention
 LLAVA_TOWER = dict(
   hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
 )
@@ -87,7 +89,10 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
       **_rope(file, text),
       tie_embeddings=tied(file, config),
     )
-    model = dict(vision=to_dict(vision), llama=llama, projector='mlp2x_gelu' if hf else config.get('mm_projector_type', 'linear'))
+    projector = 'mlp2x_gelu' if hf else config.get('mm_projector_type', 'linear')
+    model = dict(vision=to_dict(vision), llama=llama, projector=projector)
+    if projector == 'tokenpacker':
+      model['packer'] = _packer(config, vision)
     whole = dict(image_aspect=_aspect(file, layout, config), unused_vision_layers=True)
     if not sparse:
       return CheckpointInfo(model=from_config_dict(ModelConfig, model, 'model'), **whole)
@@ -125,6 +130,17 @@ def text_config(file: pathlib.Path, layout: Layout, config: dict[str, Any]) -> d
 def tied(file: pathlib.Path, config: dict[str, Any]) -> bool:
   """Whether the output head is the embedding."""
   return bool(config.get('tie_word_embeddings') or nested(file, config, 'text_config').get('tie_word_embeddings'))
+
+
+def _packer(config: dict[str, Any], vision: VisionConfig) -> dict[str, Any]:
+  """Fields of `TokenPackerConfig`. The authors' configs say the scale alone; the rest is fixed in their code, for ViT-L/14."""
+  heads = config.get(PACKER_HEADS, vision.hidden_size // PACKER_HEAD_DIM)
+  if PACKER_HEADS not in config and vision.hidden_size % PACKER_HEAD_DIM:
+    raise ValueError(
+      f'tokenpacker: its attention has heads of {PACKER_HEAD_DIM} numbers, of which the tower has {vision.hidden_size}; '
+      f'say in {PACKER_HEADS} how many heads there are'
+    )
+  return dict(scale_factor=config['scale_factor'], levels=config.get(PACKER_LEVELS, TokenPackerConfig().levels), num_heads=heads)
 
 
 def check_same_arithmetic(base_file: pathlib.Path, base: dict[str, Any], file: pathlib.Path, config: dict[str, Any]) -> None:

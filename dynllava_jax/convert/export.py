@@ -106,7 +106,7 @@ def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) ->
         'them behind with --drop_predictors'
       )
     info = dataclasses.replace(info, model=dataclasses.replace(model, predictor=None))
-  if layout == 'llava-hf' and model.projector_depth != 2:
+  if layout == 'llava-hf' and model.projector != 'mlp2x_gelu':
     raise ConversionError(f'--export=llava-hf: transformers has only the projector mlp2x_gelu, the model has {model.projector}')
   return info
 

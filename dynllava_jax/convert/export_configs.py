@@ -6,12 +6,14 @@ from typing import Any
 
 from dynllava_jax import methods
 from dynllava_jax.checkpoint import CheckpointInfo
-from dynllava_jax.config import LlamaConfig, VisionConfig
+from dynllava_jax.config import LlamaConfig, ModelConfig, TokenPackerConfig, VisionConfig
 from dynllava_jax.data.tokenizer import load_tokenizer
 
 IMAGE_TOKEN, PAD_TOKEN = '<image>', '<pad>'
 VOCAB_MULTIPLE = 64  # transformers' conversion of LLaVA pads the embedding to this
 UNPADDED = 'unpadded_vocab_size'  # our note in an exported config: rows from here on were added by the export
+# Notes of ours for a TokenPacker that is not the one in the authors' code, which takes these from nowhere.
+PACKER_SCALE, PACKER_HEADS, PACKER_LEVELS = PACKER = 'scale_factor', 'tokenpacker_heads', 'tokenpacker_levels'
 TOWER_TRAINED = 'unfreeze_mm_vision_tower'  # if true, LLaVA takes the tower from the checkpoint and not from mm_vision_tower
 # What both layouts say of the language model and we do not know; in Hugging Face's it belongs to `text_config`.
 SHARED = (
@@ -209,7 +211,7 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
       'pad_token_id': 0,
       'use_mm_proj': True,
     }
-    | {k: v for k, v in base.items() if k not in ('sparse_config', 'architectures')}
+    | {k: v for k, v in base.items() if k not in ('sparse_config', 'architectures', *PACKER)}
     | {
       'image_aspect_ratio': info.image_aspect,
       'model_type': base['model_type'] if base.get('model_type') in kinds else 'llava_llama',  # Vicuna's is another
@@ -220,7 +222,7 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
       TOWER_TRAINED: False,  # the tower is not among the main weights
     }
   )
-  config = _llama(model.llama, config, dtype)
+  config = _llama(model.llama, config | _packer(model), dtype)
   if model.predictor is None:
     return config | {'architectures': ['LlavaLlamaForCausalLM']}
   sparse = {'instruct_keep_rate': 0.7, 'instruct_len_for_training': 25} | (base.get('sparse_config') or {})
@@ -244,6 +246,17 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
       'vision_keep_rate': stage.image_keep_rate,
     },
   }
+
+
+def _packer(model: ModelConfig) -> dict[str, Any]:
+  """What the authors' config says of a TokenPacker, and our notes where it differs from theirs."""
+  packer, published = model.packer, TokenPackerConfig()
+  if packer is None:
+    return {}
+  notes = {PACKER_LEVELS: list(packer.levels)} if packer.levels != published.levels else {}
+  if packer.num_heads * VisionConfig().hidden_size != published.num_heads * model.vision.hidden_size:
+    notes[PACKER_HEADS] = packer.num_heads
+  return {PACKER_SCALE: packer.scale_factor} | notes
 
 
 def tokenizer_files(vocab: Vocabulary, assets: dict[str, bytes]) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from dynllava_jax.convert.configs import (
   vision_config,
 )
 from dynllava_jax.convert.destination import CARRIED
-from dynllava_jax.convert.export_configs import TOWER_TRAINED, UNPADDED, has_vocabulary
+from dynllava_jax.convert.export_configs import PACKER, TOWER_TRAINED, UNPADDED, has_vocabulary
 from dynllava_jax.convert.inputs import ConversionError, nested, read_json, read_small
 from dynllava_jax.convert.layouts import Layout, detect
 from dynllava_jax.convert.parts import NEW, PROJECTOR, PROJECTOR_FILE, Request, base_directory, named, on_base, projector_tensors
@@ -169,11 +169,18 @@ def _with_projector(
     if request.vision is None:
       raise ConversionError(f'--projector={NEW} needs --vision, whose width it starts from')
     return rest, config | {'mm_projector_type': kind}
-  trained = projector_tensors(pathlib.Path(request.projector))
+  path = pathlib.Path(request.projector)
+  trained = projector_tensors(path)
   depth = sum(k.endswith('.weight') for k in trained)
-  linear = f'{PROJECTOR}weight' in trained
-  notes.append(f'took {len(trained)} tensors from {request.projector}')
-  return [*rest, *trained.items()], config | {'mm_projector_type': 'linear' if linear else f'mlp{depth}x_gelu'}
+  kind = 'linear' if f'{PROJECTOR}weight' in trained else f'mlp{depth}x_gelu'
+  if f'{PROJECTOR}q_proj_1.weight' in trained:  # its scale is in no tensor
+    kind, beside = 'tokenpacker', path.parent / 'config.json'
+    told = read_json(beside) if beside.exists() else {}
+    config = config | {key: told[key] for key in PACKER if key in told}
+    if 'scale_factor' not in config:
+      raise ConversionError(f'{path}: a TokenPacker, whose scale_factor neither {request.src}/config.json nor {beside} says')
+  notes.append(f'took {len(trained)} tensors from {path}')
+  return [*rest, *trained.items()], config | {'mm_projector_type': kind}
 
 
 def _tower(

@@ -67,6 +67,7 @@ HEADS_BIAS = Transform(lambda s: (s[0] * s[1],), lambda x, s: x.reshape(s), lamb
 HEADS_OUT = Transform(  # [D, N*H] -> [N, H, D]
   lambda s: (s[2], s[0] * s[1]), lambda x, s: swap_last(x).reshape(s), lambda y: swap_last(_joined(y, 2))
 )
+FUSED_BIAS = Transform(lambda s: (s[0] * s[1] * s[2],), lambda x, s: x.reshape(s), lambda y: y.reshape(-1))  # [3*N*H] -> [3, N, H]
 FUSED_HEADS = Transform(
   lambda s: (s[0] * s[1] * s[3], s[2]),  # [3*N*H, D] -> [3, N, D, H]
   lambda x, s: swap_last(x.reshape(s[0], s[1], s[3], s[2])),
@@ -182,12 +183,32 @@ def llava_rules(cfg: ModelConfig) -> list[Rule]:
 
 
 def projector_rules(cfg: ModelConfig) -> list[Rule]:
-  """The linear layers between tower and decoder."""
+  """What stands between tower and decoder."""
+  if cfg.packer:
+    return packer_rules()
   rules = []
   for i in range(cfg.projector_depth):
     source = 'model.mm_projector' if cfg.projector == 'linear' else f'model.mm_projector.{2 * i}'
     rules += _dense(source, ('projector', f'linear_{i}'))
   return rules
+
+
+def packer_rules() -> list[Rule]:
+  """TokenPacker; torch's MultiheadAttention holds the projections of query, key and value as one matrix, as ours does."""
+  source = 'model.mm_projector'
+  rules = [Rule(f'{source}.q_proj_1.weight', ('projector', 'query'), LINEAR)]
+  for letter, name in (('q', 'query'), ('k', 'key'), ('v', 'value')):
+    rules += _norm(f'{source}.ln_{letter}_1', ('projector', f'{name}_norm'))
+    for i in range(2) if letter != 'q' else ():
+      rules += _dense(f'{source}.{letter}_proj_1.{2 * i}', ('projector', f'{name}_{i}'))
+  for i in range(2):
+    rules += _dense(f'{source}.mlp.{2 * i}', ('projector', f'linear_{i}'))
+  return rules + [
+    Rule(f'{source}.clip_attn.in_proj_weight', ('projector', 'qkv'), FUSED_HEADS),
+    Rule(f'{source}.clip_attn.in_proj_bias', ('projector', 'qkv_bias'), FUSED_BIAS),
+    Rule(f'{source}.clip_attn.out_proj.weight', ('projector', 'out'), HEADS_OUT),
+    Rule(f'{source}.clip_attn.out_proj.bias', ('projector', 'out_bias'), COPY),
+  ]
 
 
 def predictor_rules(instruct: bool = False) -> list[Rule]:

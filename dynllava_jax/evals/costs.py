@@ -34,8 +34,11 @@ def vision_flops(model: ModelConfig, reducer: Piece | None = None) -> float:
   block = 2 * tokens * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.mlp_dim) + 4 * tokens**2 * v.hidden_size
   patches = 2 * v.num_patches * 3 * v.patch_size**2 * v.hidden_size
   all_projected = reducer is None or methods.get(reducer.name, 'reducer').projects_all
-  projected = v.num_patches if all_projected else methods.num_image_tokens(model, reducer)
+  projected = model.num_image_tokens if all_projected else methods.num_image_tokens(model, reducer)
   projector = 2 * projected * (v.hidden_size * width + (model.projector_depth - 1) * width**2)
+  if model.packer:  # keys and values of every patch, and each token's query
+    of_patches = 2 * (len(model.packer.levels) + 2) * v.hidden_size**2 + 2 * v.hidden_size
+    projector += 2 * v.num_patches * of_patches + 2 * projected * 3 * v.hidden_size**2
   return patches + v.layers_run * block + projector
 
 

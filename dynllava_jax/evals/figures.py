@@ -50,8 +50,9 @@ def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figu
   figure = Figure(figsize=(9, 2.7 * len(shown) + 0.6))
   figure.suptitle(title, fontsize=12, y=1 - 0.2 / figure.get_figheight())
   height = 1 / len(shown) * (1 - 0.6 / figure.get_figheight())
-  vision = loaded.model.vision
-  patch, side = vision.patch_size, vision.image_size // vision.patch_size
+  vision, packer = loaded.model.vision, loaded.model.packer
+  patch = vision.patch_size * (packer.scale_factor if packer else 1)  # what one image token covers, in pixels
+  side = vision.image_size // patch
   for i, answer in enumerate(shown):
     meta = answer.row['metadata']
     kept_image = np.asarray(meta['kept_image'])

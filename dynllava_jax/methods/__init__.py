@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, VisionConfig, check_stages
+from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, check_stages
 from dynllava_jax.methods import (
   base,
   dynamic,
@@ -79,7 +79,11 @@ def selector_of(stage: Stage) -> tuple[Selector, Any]:
 def num_image_tokens(model: ModelConfig, reducer: Piece | None = None) -> int:
   """Image tokens that the language model of a run sees; ConfigError if the reducer cannot run on the model."""
   if reducer is None:
-    return model.vision.num_patches
+    return model.num_image_tokens
+  if model.packer is not None:
+    raise ConfigError(
+      f'reducer {reducer.name}: gives the projector single patches, and this model has {model.projector}, which needs all of them'
+    )
   return get(reducer.name, 'reducer').num_tokens(model, options_of(reducer, 'reducer'))
 
 
@@ -100,12 +104,13 @@ def prompt_slots(stage: Stage, text: int, image: int) -> int:
   return text + image if compressor is None else compressor.slots(text, image, options)
 
 
-def tower_needs(vision: VisionConfig, reducer: Piece | None) -> TowerNeeds:
-  """What the tower has to give to the run's reducer; ConfigError if it has no such block."""
+def tower_needs(model: ModelConfig, reducer: Piece | None) -> TowerNeeds:
+  """What the tower has to give to the run's reducer or to the projector; ConfigError if it has no such block."""
+  vision = model.vision
   if reducer is None:
-    return TowerNeeds()
+    return TowerNeeds(states=tuple(level - 1 for level in model.packer.levels) if model.packer else ())
   needs = get(reducer.name, 'reducer').needs(vision, options_of(reducer, 'reducer'))
-  for block in (*needs.class_attention, *needs.key_mean):
+  for block in (*needs.class_attention, *needs.key_mean, *needs.states):
     if not 0 <= block < vision.layers_run:
       raise ConfigError(
         f'reducer {reducer.name}: looks at block {block} of the vision tower, of which {vision.layers_run} blocks are run '
@@ -117,7 +122,7 @@ def tower_needs(vision: VisionConfig, reducer: Piece | None) -> TowerNeeds:
 def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | None = None) -> None:
   """Raises ConfigError, one line with the reason, unless this model can be run so."""
   check_stages(stages, model, num_image_tokens(model, reducer))
-  tower_needs(model.vision, reducer)
+  tower_needs(model, reducer)
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   for stage, end in zip(stages, ends):
     at = f'stage at layer {stage.start}'

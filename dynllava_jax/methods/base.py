@@ -48,11 +48,13 @@ class TowerNeeds:
     class_feature: the class token's row beside the patch features.
     class_attention: blocks whose attention row of the class token is wanted.
     key_mean: blocks whose keys are wanted, averaged over heads.
+    states: blocks whose output is wanted.
   """
 
   class_feature: bool = False
   class_attention: tuple[int, ...] = ()
   key_mean: tuple[int, ...] = ()
+  states: tuple[int, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -65,12 +67,14 @@ class TowerOutput:
     class_feature: float[B, C], the class token of that layer.
     class_attention: by block, float32[B, N, P]: softmax over all P + 1 tokens, the class token's own column cut off.
     key_mean: by block, float32[B, P + 1, H], head mean of the keys (with bias, unscaled), class token first.
+    states: by block, float[B, P, C], what the block makes of the patches.
   """
 
   features: jax.Array
   class_feature: jax.Array | None = None
   class_attention: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
   key_mean: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+  states: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass

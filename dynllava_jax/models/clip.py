@@ -43,7 +43,7 @@ def class_attention(q: jax.Array, k: jax.Array) -> jax.Array:
   return jax.nn.softmax(scores * q.shape[-1] ** -0.5, -1)[..., 1:]
 
 
-def watch(needs: TowerNeeds, cfg: VisionConfig, batch: int) -> dict[str, Any] | None:
+def watch(needs: TowerNeeds, cfg: VisionConfig, batch: int, dtype: Dtype) -> dict[str, Any] | None:
   """What travels through the blocks beside the hidden states: the number of the next block, and room for what is asked of some.
 
   None if nothing is asked: then the blocks are those of a plain tower.
@@ -52,15 +52,22 @@ def watch(needs: TowerNeeds, cfg: VisionConfig, batch: int) -> dict[str, Any] | 
   rooms = {
     'class_attention': dict.fromkeys(needs.class_attention, (batch, cfg.num_heads, tokens - 1)),
     'key_mean': dict.fromkeys(needs.key_mean, (batch, tokens, head_dim)),
+    'states': dict.fromkeys(needs.states, (batch, tokens, cfg.hidden_size)),
   }
   if not any(rooms.values()):
     return None
-  empty = {n: {b: batch_split(jnp.zeros(shape, jnp.float32)) for b, shape in room.items()} for n, room in rooms.items()}
+  of = {'states': dtype}
+  room = lambda name, shape: batch_split(jnp.zeros(shape, of.get(name, jnp.float32)))
+  empty = {name: {block: room(name, shape) for block, shape in blocks.items()} for name, blocks in rooms.items()}
   return {'block': jnp.int32(0), **empty}
 
 
-def seen_by(watched: dict[str, Any], q: jax.Array, k: jax.Array) -> dict[str, Any]:
-  """`watched` after a block with these queries and keys, float[B, T, N, H]: filled in where something is asked of this block."""
+def seen_by(watched: dict[str, Any], q: jax.Array, k: jax.Array, x: jax.Array) -> dict[str, Any]:
+  """`watched` after a block: filled in where something is asked of it.
+
+  Args:
+    watched: before the block; q, k: its queries and keys, float[B, T, N, H]; x: float[B, T, D], what it gives.
+  """
   here = watched['block']
 
   def put(name: str, value: Callable[[], jax.Array]):
@@ -70,6 +77,7 @@ def seen_by(watched: dict[str, Any], q: jax.Array, k: jax.Array) -> dict[str, An
     'block': here + 1,
     'class_attention': put('class_attention', lambda: class_attention(q, k)),
     'key_mean': put('key_mean', lambda: k.astype(jnp.float32).mean(2)),
+    'states': put('states', lambda: x),
   }
 
 
@@ -89,8 +97,6 @@ class VisionBlock(nn.Module):
     qkv = self.param('qkv', partitioned(init, None, 'heads', 'embed', 'head_dim'), (3, cfg.num_heads, cfg.hidden_size, head_dim))
     bias = self.param('qkv_bias', partitioned(nn.initializers.zeros, None, 'heads', 'head_dim'), (3, cfg.num_heads, head_dim))
     q, k, v = jnp.einsum('btd,cndh->cbtnh', y, qkv.astype(dtype)) + bias.astype(dtype)[:, None, None]
-    if watched is not None:
-      watched = seen_by(watched, q, k)
     y = jax.nn.dot_product_attention(q, k, v)
     out = self.param(
       'out',
@@ -101,7 +107,8 @@ class VisionBlock(nn.Module):
     x = x + jnp.einsum('btnh,nhd->btd', y, out.astype(dtype)) + out_bias.astype(dtype)
     y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm2')(x)
     y = quick_gelu(Dense(cfg.mlp_dim, dtype, ('embed', 'mlp'), name='fc1')(y))
-    return (batch_split(x + Dense(cfg.hidden_size, dtype, ('mlp', 'embed'), name='fc2')(y)), watched), None
+    x = batch_split(x + Dense(cfg.hidden_size, dtype, ('mlp', 'embed'), name='fc2')(y))
+    return (x, watched if watched is None else seen_by(watched, q, k, x)), None
 
 
 class VisionTower(nn.Module):
@@ -127,7 +134,7 @@ class VisionTower(nn.Module):
     first = jnp.broadcast_to(class_token.astype(dtype), (batch, 1, cfg.hidden_size))
     x = jnp.concatenate([first, patches @ kernel.astype(dtype)], 1) + positions.astype(dtype)
     x = batch_split(LayerNorm(cfg.layer_norm_eps, dtype, name='pre_layernorm')(x))
-    watched = watch(self.needs, cfg, batch)
+    watched = watch(self.needs, cfg, batch, dtype)
     if cfg.layers_run:
       (x, watched), _ = scan_layers(VisionBlock, cfg.layers_run, ())(cfg, dtype, name='layers')((x, watched))
     watched = watched or {}
@@ -136,4 +143,5 @@ class VisionTower(nn.Module):
       class_feature=x[:, 0] if self.needs.class_feature else None,
       class_attention=watched.get('class_attention', {}),
       key_mean=watched.get('key_mean', {}),
+      states={block: state[:, 1:] for block, state in watched.get('states', {}).items()},
     )

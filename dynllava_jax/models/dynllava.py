@@ -19,7 +19,7 @@ from dynllava_jax.models.clip import VisionTower
 from dynllava_jax.models.layers import Dtype
 from dynllava_jax.models.llama import LayerOutput, Llama, head_logits
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
-from dynllava_jax.models.projector import Projector
+from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.models.reduction import Judgement
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.selection import gumbel_keep
@@ -107,8 +107,8 @@ class DynLlava(nn.Module):
 
   def setup(self):
     methods.check_run(self.cfg, self.stages, self.reducer)
-    self.vision = VisionTower(self.cfg.vision, self.dtype, methods.tower_needs(self.cfg.vision, self.reducer))
-    self.projector = Projector(self.cfg, self.dtype)
+    self.vision = VisionTower(self.cfg.vision, self.dtype, methods.tower_needs(self.cfg, self.reducer))
+    self.projector = (TokenPacker if self.cfg.packer else Projector)(self.cfg, self.dtype)
     self.llama = Llama(self.cfg.llama, self.stages, self.dtype, self.remat)
     if self.cfg.predictor is not None:
       self.image_predictor = ImagePredictor(self.cfg.predictor, self.dtype)
@@ -124,11 +124,14 @@ class DynLlava(nn.Module):
     return self.vision(pixels).features
 
   def reduce_images(self, pixels: jax.Array) -> methods.Reduced:
-    """Normalised pixels float[B, R, R, 3] -> image tokens float[B, P, D], and the patch that each stands for."""
+    """Normalised pixels float[B, R, R, 3] -> image tokens float[B, P, D], and the patch that each stands for.
+
+    Without a reducer tokens are numbered row by row of their own grid.
+    """
     tower = self.vision(pixels)
     if self.reducer is None:
-      batch, patches = tower.features.shape[:2]
-      return methods.Reduced(self.projector(tower.features), jnp.broadcast_to(jnp.arange(patches), (batch, patches)))
+      tokens = self.projector(tower if self.cfg.packer else tower.features)
+      return methods.Reduced(tokens, jnp.broadcast_to(jnp.arange(self.num_image), tokens.shape[:2]))
     reduce = methods.get(self.reducer.name, 'reducer').reduce
     return reduce(tower, self.projector, methods.options_of(self.reducer, 'reducer'))
 

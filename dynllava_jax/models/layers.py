@@ -23,16 +23,17 @@ def batch_split(x: jax.Array) -> jax.Array:
 
 
 class Dense(nn.Module):
-  """y = x W + b with W: [in, out]. `axes` names W's two axes."""
+  """y = x W + b with W: [in, out]. `axes` names W's two axes, `init` makes it."""
 
   features: int
   dtype: Dtype
   axes: tuple[str | None, str | None] = (None, None)
+  init: Callable = nn.initializers.lecun_normal()
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """float[..., in] -> float[..., out]."""
-    kernel = self.param('kernel', partitioned(nn.initializers.lecun_normal(), *self.axes), (x.shape[-1], self.features))
+    kernel = self.param('kernel', partitioned(self.init, *self.axes), (x.shape[-1], self.features))
     bias = self.param('bias', partitioned(nn.initializers.zeros, self.axes[1]), (self.features,))
     return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 

@@ -20,7 +20,7 @@ from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.layers import LayerNorm, scan_layers
 from dynllava_jax.models.lora import ADAPTERS, SCALES
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
-from dynllava_jax.models.projector import Projector
+from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.sharding import unboxed
 
 STACKED = ('llama', ADAPTERS, SCALES)  # groups that hold decoder layers
@@ -60,6 +60,9 @@ def init_predictors(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
 def init_projector(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
   """A random `projector`, without axis names."""
   x = jnp.zeros((1, cfg.vision.num_patches, cfg.vision.hidden_size))
+  if cfg.packer:
+    tower = methods.TowerOutput(x, states=dict.fromkeys(methods.tower_needs(cfg, None).states, x))
+    return unboxed({'projector': TokenPacker(cfg, jnp.float32).init(key, tower)['params']})
   return unboxed({'projector': Projector(cfg, jnp.float32).init(key, x)['params']})
 
 

@@ -41,8 +41,7 @@ def state_bytes(cfg: TrainConfig) -> dict[str, float]:
     ('vision', 'model.vision: num_layers, hidden_size, mlp_dim, image_size, patch_size'): vision.layers_run
     * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.mlp_dim)
     + vision.hidden_size * (3 * vision.patch_size**2 + vision.num_patches),
-    ('projector', 'model.projector and the hidden sizes'): llama.hidden_size * vision.hidden_size
-    + (cfg.model.projector_depth - 1) * llama.hidden_size**2,
+    ('projector', 'model.projector and the hidden sizes'): cfg.model.projector_weights,
     ('llama', 'model.llama: num_layers, hidden_size, mlp_dim'): llama.num_layers * per_layer,
     ('llama', 'model.llama: vocab_size, hidden_size'): llama.vocab_size * llama.hidden_size * (1 if llama.tie_embeddings else 2),
   }

@@ -7,7 +7,7 @@ A record is a folder with `case.npz` (arrays), `meta.json` (settings) and, if th
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert.plan import assign
-from dynllava_jax.convert.readers import ConversionError, read_json
+from dynllava_jax.convert.readers import ConversionError, Tensor, read_json
 from dynllava_jax.convert.records.base import load_case
 from dynllava_jax.convert.source import Request, open_source
 
@@ -121,8 +121,32 @@ def load_model(src: pathlib.Path, vision: pathlib.Path | None) -> tuple[Checkpoi
     ConversionError: what the converter would say.
   """
   source = open_source(Request(src=src, vision=vision))
+  return source.info, as_params(source.info, source.tensors)
+
+
+def with_weights(record: Record, named: str, own: dict[str, np.ndarray], describe: Callable) -> tuple[CheckpointInfo, dict[str, Any]]:
+  """The model called `named` with a record's own weights in the place of its, or beside them.
+
+  Args:
+    record, named: as in `Record.base`.
+    own: arrays by the converter's names; of the groups `model.x.` and `vision_model.` that are among them nothing else stays.
+    describe: the base's description -> that of the model made so.
+  """
+  folder = record.find(named)
+  source = open_source(Request(src=folder / 'checkpoint' if (folder / 'checkpoint').is_dir() else folder))
+  group = lambda key: key.split('.')[: 1 if key.startswith('vision_model.') else 2]
+  replaced = [group(key) for key in own]
+  tensors = [(key, tensor) for key, tensor in source.tensors if group(key) not in replaced]
+  at = str(record.folder / 'weights.npz')
+  tensors += [(key, Tensor(key, x.shape, x.dtype, at, lambda x=x: x)) for key, x in own.items()]
+  info = describe(source.info)
+  return info, as_params(info, tensors)
+
+
+def as_params(info: CheckpointInfo, tensors: list[tuple[str, Tensor]]) -> dict[str, Any]:
+  """Tensors by the converter's names as parameters in checkpoint form, float32; ConversionError if they are not the model's."""
   leaves: dict[tuple[str, ...], np.ndarray] = {}
-  for part in assign(source.info, source.tensors, np.dtype(np.float32)):
+  for part in assign(info, tensors, np.dtype(np.float32)):
     leaves.setdefault(part.path, np.zeros(part.leaf.shape, np.float32))[part.index] = part.load()
   params: dict[str, Any] = {}
   for path, leaf in leaves.items():
@@ -130,7 +154,7 @@ def load_model(src: pathlib.Path, vision: pathlib.Path | None) -> tuple[Checkpoi
     for step in path[:-1]:
       group = group.setdefault(step, {})
     group[path[-1]] = jnp.asarray(leaf)
-  return source.info, params
+  return params
 
 
 @dataclasses.dataclass(frozen=True)

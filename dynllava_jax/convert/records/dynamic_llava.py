@@ -14,66 +14,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynllava_jax import methods
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import IGNORE
 from dynllava_jax.convert.plan import slots_by_key
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.base import EXACT, GRADIENT, LOGITS, LOSS, Quantity, compare, prompt_from_ids
+from dynllava_jax.convert.records.dynamic_runs import DynamicRunner, row_of
 from dynllava_jax.convert.tables import llava_rules
 from dynllava_jax.losses import training_losses
-from dynllava_jax.models.dynllava import DynLlava, answer_mask
-from dynllava_jax.models.params import cut_params, join_params
-from dynllava_jax.ops import layout
+from dynllava_jax.models.dynllava import answer_mask
+from dynllava_jax.models.params import join_params
 from dynllava_jax.ops.attention import policy_attention
 
 GRADIENTS = ('train/grad_total/', 'train/grad_ce/')  # of the whole loss, of cross entropy alone
 ROW_NORMS = 'embed_tokens_row_norms'  # recorded instead of the embedding's gradient
 
 
-class Verifier:
+class Verifier(DynamicRunner):
   """Runs one model against one case; the methods yield quantities."""
 
   def __init__(self, info: CheckpointInfo, params: dict[str, Any], case: dict[str, np.ndarray]):
-    self.info, self.case = info, case
-    self.model = DynLlava(info.model, info.stages)
-    # Cases are recorded in float32; a gradient in bfloat16 would be rounded.
-    self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), info.stages)
-    self.num_image = methods.num_image_tokens(info.model)
-    self.sparse = next(i for i, s in enumerate(info.stages) if s.selector == 'dynamic')
-    apply = lambda *args, method: self.model.apply({'params': self.params}, *args, method=method)
-    self._prefill = jax.jit(lambda prompt, pixels, spec: self._prefill_impl(apply, prompt, pixels, spec), static_argnums=2)
-    self._extend = jax.jit(
-      lambda tokens, count, cache, judge: self._extend_impl(apply, tokens, count, cache, judge), static_argnums=3
-    )
-    self._apply = apply
+    super().__init__(info, params)
+    self.case = case
     self.pixels = jnp.asarray(case['pixel_values']).transpose(0, 2, 3, 1)
-
-  def _prefill_impl(self, apply, prompt, pixels, spec):
-    image = apply(pixels, method='encode_images')
-    hidden, traces, cache = apply(prompt, image, spec, method='prefill')
-    entry = traces[self.sparse].entry
-    rows = layout.take_image_rows(entry, prompt.image_start, self.num_image)
-    return apply(hidden, method='logits'), traces, cache, apply(rows, method='predict_image')
-
-  def _extend_impl(self, apply, tokens, count, cache, judge):
-    entry_logits = self._text_logits(apply, tokens, cache)
-    hidden, cache, judgement = apply(tokens, count, cache, judge, method='extend')
-    return apply(hidden, method='logits'), cache, judgement, entry_logits
-
-  def _text_logits(self, apply, tokens, cache):
-    """Predictor logits of the tokens: the dense stages alone, then the predictor."""
-
-    def entry(model: DynLlava):
-      x = model.llama.embed(tokens)
-      positions = cache.position[:, None] + jnp.arange(tokens.shape[1])
-      for i in range(self.sparse):
-        old = cache.stages[i]
-        x, _ = model.llama.run_stage(i, x, positions, cache=(old.k, old.v), cache_length=old.length)
-      return model.predict_text(x)
-
-    return apply(method=entry)
 
   def run(self) -> list[Quantity]:
     """Every quantity of the case that this model can be compared on."""
@@ -90,8 +54,8 @@ class Verifier:
 
   def vision(self) -> Iterator[Quantity]:
     """Tower features and projector output."""
-    features = jax.jit(lambda p: self._apply(p, method='vision_features'))(self.pixels)
-    projected = jax.jit(lambda p: self._apply(p, method='encode_images'))(self.pixels)
+    features = jax.jit(lambda p: self.apply(p, method='vision_features'))(self.pixels)
+    projected = jax.jit(lambda p: self.apply(p, method='encode_images'))(self.pixels)
     yield compare('vision/clip_selected', features, self.case['vision/clip_selected'], LOGITS)
     yield compare('vision/projected', projected, self.case['vision/projected'], LOGITS)
 
@@ -100,7 +64,7 @@ class Verifier:
     for name in ('b1', 'b2'):
       prompt = prompt_from_ids(self.case[f'{name}/input_ids'], self.num_image)
       rows = prompt.length.shape[0]
-      logits, traces, _, image_logits = self._prefill(prompt, self.pixels[:rows], CacheSpec(max_new_tokens=1))
+      logits, traces, _, image_logits = self.prefilled(prompt, self.pixels[:rows], CacheSpec(max_new_tokens=1))
       trace, at = traces[self.sparse], f'prefill_{name}/'
       yield compare(at + 'hidden_at_sparse_layer', trace.entry, self.case[at + 'hidden_at_sparse_layer'], LOGITS)
       yield compare(at + 'image_predictor_logits', image_logits, self.case[at + 'image_predictor_logits'], LOGITS)
@@ -115,8 +79,8 @@ class Verifier:
     ids = np.concatenate([case[f'{n}/input_ids'] for n in alone])
     for row, name in enumerate(alone):
       at = f'decode_{name}/'
-      result, cache = self._greedy(
-        case[f'{name}/input_ids'],
+      result, cache = self.greedy(
+        prompt_from_ids(case[f'{name}/input_ids'], self.num_image),
         self.pixels[row : row + 1],
         case[at + 'tokens'].shape[1],
         later=case['round2/chunk_ids'].shape[1] + case['round2/tokens'].shape[1],
@@ -126,46 +90,10 @@ class Verifier:
         round2 = list(self._second_turn(cache, at))
       if at + 'kept_image_index' in case:
         yield compare(at + 'kept_image_index', result['kept_image_index'], case[at + 'kept_image_index'], EXACT)
-    both, _ = self._greedy(ids, self.pixels[:2], case['decode_b1/tokens'].shape[1])
+    both, _ = self.greedy(prompt_from_ids(ids, self.num_image), self.pixels[:2], case['decode_b1/tokens'].shape[1])
     for row, name in enumerate(alone):
-      one = {k: v[row : row + 1] for k, v in both.items() if not k.startswith('cache_len')}
-      one |= {k: v[:, row] for k, v in both.items() if k.startswith('cache_len')}
-      yield from self._compare_run(f'batch of two, row {row}: decode_{name}/', one, lambda key: case[f'decode_{name}/{key}'])
+      yield from self._compare_run(f'batch of two, row {row}: decode_{name}/', row_of(both, row), lambda key: case[f'decode_{name}/{key}'])
     yield from round2
-
-  def _greedy(self, ids, pixels, steps, later=0):
-    """Greedy decoding step by step: everything the case records, and the cache."""
-    prompt = prompt_from_ids(ids, self.num_image)
-    spec = CacheSpec(max_new_tokens=steps + later, later_tokens=later)
-    logits, traces, cache, _ = self._prefill(prompt, pixels, spec)
-    last = logits[jnp.arange(len(ids)), traces[-1].length - 1]
-    record, cache = self._continue(last, cache, steps, self._lengths(cache))
-    return record | {'kept_image_index': traces[self.sparse].kept_image}, cache
-
-  def _lengths(self, cache):
-    dense = cache.position if self.sparse == 0 else cache.stages[0].length
-    return np.asarray(dense), np.asarray(cache.stages[self.sparse].length)
-
-  def _continue(self, last, cache, steps, lengths):
-    count = jnp.ones(last.shape[0], jnp.int32)
-    record = {'tokens': [], 'logits': [last], 'text_keep': [], 'text_predictor_logits': [], 'position': []}
-    dense, sparse = [lengths[0]], [lengths[1]]
-    for step in range(steps):
-      token = jnp.argmax(last, -1).astype(jnp.int32)
-      record['tokens'].append(token)
-      if step + 1 == steps:
-        break
-      record['position'].append(cache.position)
-      logits, cache, judgement, text_logits = self._extend(token[:, None], count, cache, True)
-      last = logits[:, 0]
-      record['logits'].append(last)
-      record['text_keep'].append(judgement.keep)
-      record['text_predictor_logits'].append(text_logits[:, 0])
-      now = self._lengths(cache)
-      dense.append(now[0])
-      sparse.append(now[1])
-    stacked = {k: np.stack([np.asarray(x) for x in v], 1) for k, v in record.items()}
-    return stacked | {'cache_len_dense': np.stack(dense), 'cache_len_sparse': np.stack(sparse)}, cache
 
   def _compare_run(self, at, result, recorded) -> Iterator[Quantity]:
     for key in ('tokens', 'text_keep', 'position', 'cache_len_dense', 'cache_len_sparse'):
@@ -178,9 +106,9 @@ class Verifier:
     chunk = jnp.asarray(case[at + 'chunk_ids'], jnp.int32)
     position = cache.position[:, None] + jnp.arange(chunk.shape[1])
     yield compare(at + 'chunk_position', position, case[at + 'chunk_position'], EXACT)
-    logits, cache, _, _ = self._extend(chunk, jnp.full(len(chunk), chunk.shape[1], jnp.int32), cache, False)
+    logits, cache, _, _ = self.extended(chunk, jnp.full(len(chunk), chunk.shape[1], jnp.int32), cache, False)
     yield compare(at + 'chunk_logits', logits, case[at + 'chunk_logits'], LOGITS)
-    result, _ = self._continue(logits[:, -1], cache, case[at + 'tokens'].shape[1], self._lengths(cache))
+    result, _ = self.go_on(logits[:, -1], cache, case[at + 'tokens'].shape[1])
     yield from self._compare_without_first(at, result)
 
   def text_only(self) -> Iterator[Quantity]:
@@ -188,11 +116,11 @@ class Verifier:
     case, at = self.case, 'text_only/'
     ids = case[at + 'input_ids']
     prompt = prompt_from_ids(ids, self.num_image, spare=self.num_image)
-    logits, _, cache, _ = self._prefill(
+    logits, _, cache, _ = self.prefilled(
       prompt, jnp.zeros_like(self.pixels[:1]), CacheSpec(max_new_tokens=case[at + 'tokens'].shape[1])
     )
     yield compare(at + 'prefill_logits', logits[:, : ids.shape[1]], case[at + 'prefill_logits'], LOGITS)
-    result, _ = self._continue(logits[:, ids.shape[1] - 1], cache, case[at + 'tokens'].shape[1], self._lengths(cache))
+    result, _ = self.go_on(logits[:, ids.shape[1] - 1], cache, case[at + 'tokens'].shape[1])
     yield from self._compare_without_first(at, result)
 
   def _compare_without_first(self, at, result) -> Iterator[Quantity]:
@@ -220,10 +148,10 @@ class Verifier:
 
       @jax.jit
       def call(count):
-        image = self._apply(self.pixels[:rows], method='encode_images')
+        image = self.apply(self.pixels[:rows], method='encode_images')
         now = dataclasses.replace(prompt, tokens=buffer, length=start + count)
-        hidden, judgement = self._apply(now, image, start, text_slots, method='recompute')
-        return self._apply(hidden, method='logits'), judgement
+        hidden, judgement = self.apply(now, image, start, text_slots, method='recompute')
+        return self.apply(hidden, method='logits'), judgement
 
       alone = [f'decode_{n}/' for n in ('b1', 'b1s')[:rows]]
       original, cached = [], []

@@ -1,0 +1,127 @@
+"""Recomputes what was recorded of the TokenPacker projector below Dynamic-LLaVA: tower states, image tokens, prefill and decoding.
+
+The record brings a tower and projectors of its own, one per scale factor; decoder and predictors are those of its base.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import TokenPackerConfig, VisionConfig, from_config_dict
+from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, load_case, prompt_from_ids
+from dynllava_jax.convert.records.bases import Record, with_weights
+from dynllava_jax.convert.records.dynamic_runs import DynamicRunner, row_of
+
+METHOD = 'tokenpacker projector below dynamic-llava'
+GROUP = re.compile(r'scale(\d+)/(\w+)/tokens')
+CHOICES = ('kept_image_index', 'position_ids', 'tokens', 'text_keep', 'position', 'cache_len_dense', 'cache_len_sparse')
+NUMBERS = ('image_predictor_logits', 'logits', 'text_predictor_logits')
+
+
+def verify(record: Record) -> Iterator[Quantity]:
+  """Every quantity of the record; each prompt alone, and all in a batch with a text-only row and a longer one."""
+  prompts: dict[int, list[str]] = {}
+  for found in filter(None, map(GROUP.fullmatch, record.case)):
+    prompts.setdefault(int(found[1]), []).append(found[2])
+  if not prompts:
+    raise ConversionError(f'{record.folder}/case.npz: no group scaleN/PROMPT/tokens; expected a record of {METHOD}')
+  base = load_case(record.find(record.setting('base_model')) / 'case.npz')
+  for i, (scale, names) in enumerate(sorted(prompts.items())):
+    runner = DynamicRunner(*model(record, scale))
+    pixels = jnp.asarray(record.array('pixel_values')).transpose(0, 2, 3, 1)
+    states, projected = jax.jit(functools.partial(image_tokens, runner))(pixels)
+    if i == 0:
+      yield compare('features_multi', states, record.array('features_multi'), LOGITS)
+    yield compare(f'scale{scale}/projected', projected, record.array(f'scale{scale}/projected'), LOGITS)
+    yield from decoded(record, runner, scale, names, pixels, base)
+
+
+def model(record: Record, scale: int) -> tuple[CheckpointInfo, dict]:
+  """The base with the record's tower and its projector of this scale factor."""
+  weights = load_case(record.folder / 'weights.npz')
+  at = f'scale{scale}/'
+  own = {k.removeprefix('clip/'): v for k, v in weights.items() if k.startswith('clip/')}
+  own |= {f'model.{k.removeprefix(at)}': v for k, v in weights.items() if k.startswith(at)}
+  told, projector = record.setting('vision_config'), record.setting('projector')
+  renamed = {'intermediate_size': 'mlp_dim', 'num_hidden_layers': 'num_layers', 'num_attention_heads': 'num_heads'}
+  fields = {renamed.get(k, k): v for k, v in told.items() if k != 'hidden_act'} | {'select_layer': projector['select_layer']}
+  packer = dict(scale_factor=scale, levels=projector['multi_levels'], num_heads=projector['num_heads'])
+
+  def describe(info: CheckpointInfo) -> CheckpointInfo:
+    vision = from_config_dict(VisionConfig, fields, f'{record.folder}/meta.json: vision_config')
+    packed = from_config_dict(TokenPackerConfig, packer, f'{record.folder}/meta.json: projector')
+    rate = record.setting('vision_keep_rate')
+    stages = tuple(dataclasses.replace(s, image_keep_rate=rate) if s.selector == 'dynamic' else s for s in info.stages)
+    described = dataclasses.replace(info.model, vision=vision, projector='tokenpacker', packer=packed)
+    return dataclasses.replace(info, model=described, stages=stages, unused_vision_layers=True)
+
+  return with_weights(record, record.setting('base_model'), own, describe)
+
+
+def image_tokens(runner: DynamicRunner, pixels) -> tuple[jax.Array, jax.Array]:
+  """(the tower's states side by side float[B, P, L C], the projector's tokens float[B, M, D]) of normalised pixels."""
+  states = runner.apply(pixels, method=lambda m, x: m.vision(x)).states
+  return jnp.concatenate(list(states.values()), -1), runner.apply(pixels, method='encode_images')
+
+
+def decoded(
+  record: Record, runner: DynamicRunner, scale: int, names: list[str], pixels: jax.Array, base: dict[str, np.ndarray]
+) -> Iterator[Quantity]:
+  """Prefill and decoding of the prompts `names`."""
+  ids, images = [], []
+  for name in names:
+    found = record.case.get(f'scale{scale}/{name}/input_ids', record.case.get(f'{name}/input_ids', base.get(f'{name}/input_ids')))
+    if found is None:
+      raise ConversionError(f'{record.folder}: prompt {name} has no input_ids, neither here nor in the case of its base')
+    ids.append(found.reshape(-1))
+    images.append(picture(record, scale, name))
+  text = ids[0][ids[0] >= 0]
+  rows = [*ids, text, np.concatenate([text[:1], ids[0][ids[0] < 0], text, text])]
+  longest = max(map(len, rows)) + 1
+  steps = max(len(record.array(f'scale{scale}/{name}/cache_len_dense')) for name in names)
+
+  def run(chosen: list[int]) -> dict[str, np.ndarray]:
+    padded = np.stack([np.pad(rows[i], (0, longest - len(rows[i]))) for i in chosen])
+    valid = np.stack([np.arange(longest) < len(rows[i]) for i in chosen])
+    prompt = prompt_from_ids(padded, runner.num_image, valid)
+    which = [images[i] if i < len(images) else 0 for i in chosen]
+    return runner.greedy(prompt, pixels[jnp.asarray(which)], steps)[0]
+
+  together = run([*range(len(rows))])
+  for row, name in enumerate(names):
+    at = f'scale{scale}/{name}/'
+    for where, result in (('', run([row])), ('in a batch: ', row_of(together, row))):
+      yield from compare_prompt(record, at, where, result)
+
+
+def compare_prompt(record: Record, at: str, where: str, result: dict[str, np.ndarray]) -> Iterator[Quantity]:
+  """One row next to the arrays of its group; its padding is cut off."""
+  real = int(result['rows'][0])
+  steps = len(record.array(f'{at}cache_len_dense'))
+  for name in (*CHOICES, *NUMBERS):
+    recorded = record.array(at + name)
+    ours = result[name][:, :real] if name == 'position_ids' else result[name]
+    if name in ('tokens', 'logits', 'text_keep', 'text_predictor_logits', 'position'):
+      ours = ours[:, : recorded.shape[1]]
+    elif name.startswith('cache_len'):
+      ours = ours[:steps].reshape(-1)
+    yield compare(f'{where}{at}{name}', ours, recorded, EXACT if name in CHOICES else LOGITS)
+  recorded = record.array(f'{at}prefill_logits')
+  ours = result['prefill_logits'][:, real - recorded.shape[1] : real]
+  yield compare(f'{where}{at}prefill_logits', ours, recorded, LOGITS)
+
+
+def picture(record: Record, scale: int, name: str) -> int:
+  """Which of `pixel_values` a prompt has: an array says so, or `meta.json`, as 'b1 (picture 0)'; else the first."""
+  for at in (f'scale{scale}/{name}/', f'{name}/'):
+    if (own := record.case.get(f'{at}image_index')) is not None:
+      return int(own)
+  told = re.search(rf'\b{re.escape(name)} \(picture (\d+)\)', str(record.meta))
+  return int(told[1]) if told else 0
