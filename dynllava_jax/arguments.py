@@ -95,13 +95,15 @@ def within(name: str, values: np.ndarray | None, low: int, high: int) -> None:
 
 def check_prompt(prompt: Any, pixels: Any, cfg: ModelConfig, num_image: int) -> None:
   """A batch of prompts, see `models.dynllava.Prompt`; `num_image` positions belong to an image. ValueError."""
-  if any(not hasattr(prompt, name) for name in ('tokens', 'length', 'image_start', 'seed')):
+  if any(not hasattr(prompt, name) for name in ('tokens', 'length', 'image_start', 'seed', 'instruct_start')):
     raise ValueError(f'prompt: {type(prompt).__name__}, expected a Prompt')
   tokens = array('prompt.tokens', prompt.tokens, (None, None), np.integer)
   batch, slots = prompt.tokens.shape
   length = array('prompt.length', prompt.length, (batch,), np.integer)
   start = array('prompt.image_start', prompt.image_start, (batch,), np.integer)
   array('prompt.seed', prompt.seed, (batch,), np.integer)
+  if prompt.instruct_start is not None:
+    within('prompt.instruct_start', array('prompt.instruct_start', prompt.instruct_start, (batch,), np.integer), 0, slots)
   size = cfg.vision.image_size
   array('pixels', pixels, (batch, size, size, 3), np.integer)
   if pixels.dtype != np.uint8:

@@ -117,15 +117,20 @@ def rotary_positions(cache: StageCache, position: jax.Array) -> jax.Array:
   return position if cache.shift is None else position - cache.shift[:, None]
 
 
-def append_chunk(cache: StageCache, k: jax.Array, v: jax.Array, count: jax.Array) -> StageCache:
-  """Appends the first `count[b]` of T unjudged tokens, k, v: float[L, B, T, K, H].
+def append_chunk(cache: StageCache, k: jax.Array, v: jax.Array, count: jax.Array, keep: jax.Array | None = None) -> StageCache:
+  """Appends the first `count[b]` of T tokens k, v: float[L, B, T, K, H]; of these only what bool[B, T] `keep` says, if given.
 
   The caller guarantees that they fit (`CacheSpec.later_tokens`); what does not fit is not written.
   """
   steps = jnp.arange(k.shape[2])
   beyond = cache.k.shape[2] + steps  # distinct, as the scatter promises unique indices
-  slot = jnp.where(steps < count[:, None], cache.length[:, None] + steps, beyond)
-  return dataclasses.replace(cache, k=_write(cache.k, k, slot), v=_write(cache.v, v, slot), length=cache.length + count)
+  written = steps < count[:, None]
+  if keep is not None:
+    written &= keep
+  place = cache.length[:, None] + jnp.cumsum(written, axis=1, dtype=jnp.int32) - 1
+  slot = jnp.where(written, place, beyond)
+  length = cache.length + written.sum(-1, dtype=jnp.int32)
+  return dataclasses.replace(cache, k=_write(cache.k, k, slot), v=_write(cache.v, v, slot), length=length)
 
 
 def append_judged(

@@ -350,7 +350,7 @@ class Generator:
     full = functools.partial(self._apply, params, method='recompute')
 
     def forward(buffer, length):
-      now = Prompt(buffer, length, prompt.image_start, prompt.seed)
+      now = dataclasses.replace(prompt, tokens=buffer, length=length)
       hidden, judgement = full(now, image, prompt.length, text_slots)
       logits = self._apply(params, hidden, method='logits')
       return sample(logits, self.sampling, prompt.seed, length), judgement, are_numbers(logits)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax.config import IGNORE, SparsityConfig
-from dynllava_jax.models.dynllava import Prompt, TrainOutput, answer_mask
+from dynllava_jax.models.batch import InstructRule, Prompt, TrainOutput, answer_mask, instruct_start_of
 from dynllava_jax.models.layers import batch_split
 from dynllava_jax.models.llama import head_logits
 
@@ -19,9 +19,9 @@ CHUNK = 512  # positions of each row whose float32 logits are in memory at a tim
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Losses:
-  """Scalars; `total = ce + mask_loss_weight * (image_mask + text_mask)`. Keep rates are batch means.
+  """Scalars; `total = ce + mask_loss_weight * (image_mask + text_mask + instruct_mask)`. Keep rates are batch means.
 
-  In a dense run the mask terms are 0 and both keep rates 1. A keep rate is NaN if the batch has nothing that it is about.
+  Where nothing is judged mask terms are 0 and keep rates 1. A keep rate is NaN if the batch has nothing that it is about.
   """
 
   total: jax.Array
@@ -30,6 +30,8 @@ class Losses:
   text_mask: jax.Array
   image_keep: jax.Array
   text_keep: jax.Array
+  instruct_mask: jax.Array
+  instruct_keep: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +41,8 @@ class Counts:
 
   Attributes:
     supervised: tokens with a label that some position predicts.
-    images: rows with an image, answers: rows with a judged answer, rows: all; those run dense are in none of the three.
+    images: rows with an image, answers: rows with a judged answer, rows: all; those run dense are in none of these.
+    instructions: rows with a judged instruction.
     share: 1 over the number of equal parts that the batch is computed in.
   """
 
@@ -47,6 +50,7 @@ class Counts:
   images: jax.Array
   answers: jax.Array
   rows: jax.Array
+  instructions: jax.Array
   share: float = dataclasses.field(default=1.0, metadata={'static': True})
 
 
@@ -68,12 +72,25 @@ def count(
     images=((prompt.image_start >= 0) & sparse).sum(),
     answers=(judged.any(-1) & sparse).sum(),
     rows=sparse.sum(),
+    instructions=(_judged_instruction(prompt, labels, answer_start, cfg).any(-1) & sparse).sum(),
     share=1 / parts,
   )
 
 
 def _judged(prompt: Prompt, labels: jax.Array, answer_start: jax.Array, cfg: SparsityConfig) -> jax.Array:
   return answer_mask(jnp.arange(labels.shape[1])[None], prompt.length, answer_start, cfg.min_answer_len)
+
+
+def instruct_rule(cfg: SparsityConfig) -> InstructRule:
+  """Which of an instruction's tokens are judged."""
+  return InstructRule(cfg.min_instruct_len, cfg.judge_last_instruct_token)
+
+
+def _judged_instruction(prompt: Prompt, labels: jax.Array, answer_start: jax.Array, cfg: SparsityConfig) -> jax.Array:
+  positions = jnp.arange(labels.shape[1])[None]
+  if prompt.instruct_start is None:
+    return jnp.zeros((labels.shape[0], labels.shape[1]), bool)
+  return instruct_rule(cfg).mask(positions, instruct_start_of(prompt), answer_start)
 
 
 def cross_entropy(
@@ -159,7 +176,8 @@ def training_losses(
   """Losses of one batch, or what some of its rows contribute to them.
 
   The image term is the mean over rows with an image of (rate - mean mask)^2, the text term the same over
-  last answers; answers shorter than `min_answer_len` contribute 0 but count in the mean. Rows run dense are in neither.
+  last answers; answers shorter than `min_answer_len` contribute 0 but count in the mean. The instruction term is made like the
+  image's, of instructions, and short ones contribute 0 but count. Rows run dense are in none.
 
   Args:
     out: from `train_forward`.
@@ -171,7 +189,7 @@ def training_losses(
   ce = cross_entropy(out.hidden, labels, out.head, counts.supervised)
   if out.image_mask is None:
     zero, one = jnp.zeros(()), jnp.full((), counts.share)
-    return Losses(ce, ce, zero, zero, one, one)
+    return Losses(ce, ce, zero, zero, one, one, zero, one)
   has_image = (prompt.image_start >= 0) & ~out.dense
   image_means = out.image_mask.mean(-1)
   image_term = jnp.where(has_image, jnp.square(cfg.image_keep_rate - image_means), 0).sum() / jnp.maximum(counts.images, 1)
@@ -179,11 +197,21 @@ def training_losses(
   lengths = judged.sum(-1)
   text_means = jnp.where(judged, out.text_mask, 0).sum(-1) / jnp.maximum(lengths, 1)
   text_term = jnp.where(lengths > 0, jnp.square(cfg.text_keep_rate - text_means), 0).sum() / jnp.maximum(counts.rows, 1)
+  instruct_term, instruct_keep = jnp.zeros(()), jnp.full((), counts.share)
+  if out.instruct_mask is not None:
+    judged = _judged_instruction(prompt, labels, answer_start, cfg) & ~out.dense[:, None]
+    found = judged.any(-1)
+    means = jnp.where(judged, out.instruct_mask, 0).sum(-1) / jnp.maximum(judged.sum(-1), 1)
+    squares = jnp.where(found, jnp.square(cfg.instruct_keep_rate - means), 0)
+    instruct_term = squares.sum() / jnp.maximum(counts.images, 1)
+    instruct_keep = jnp.where(found, means, 0).sum() / counts.instructions
   return Losses(
-    total=ce + cfg.mask_loss_weight * (image_term + text_term),
+    total=ce + cfg.mask_loss_weight * (image_term + text_term + instruct_term),
     ce=ce,
     image_mask=image_term,
     text_mask=text_term,
     image_keep=jnp.where(has_image, image_means, 0).sum() / counts.images,
     text_keep=jnp.where(lengths > 0, text_means, 0).sum() / counts.answers,
+    instruct_mask=instruct_term,
+    instruct_keep=instruct_keep,
   )

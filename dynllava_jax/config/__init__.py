@@ -19,7 +19,7 @@ from dynllava_jax.config.model import (
   VisionConfig,
 )
 from dynllava_jax.config.parsing import ConfigError, Options, first_difference, from_config_dict, to_dict
-from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages
+from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages, judges_instructions
 from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, SparsityConfig, TrainConfig
 
 __all__ = [
@@ -51,5 +51,6 @@ __all__ = [
   'check_trainable_stages',
   'first_difference',
   'from_config_dict',
+  'judges_instructions',
   'to_dict',
 ]

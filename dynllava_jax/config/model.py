@@ -125,8 +125,7 @@ class PredictorConfig:
   """The keep/drop predictors of Dynamic-LLaVA; defaults as released by the authors.
 
   Attributes:
-    instruct: the checkpoint holds a third predictor, for instructions. It is kept for the way back and never run: the
-      authors' scripts switch it off.
+    instruct: there is a third predictor, for instructions. It is run where a 'dynamic' stage has the option `instruct`.
   """
 
   d_model: int = 512

@@ -86,6 +86,11 @@ class Stage:
 DENSE = (Stage(),)
 
 
+def judges_instructions(stages: tuple[Stage, ...]) -> bool:
+  """Whether these stages drop tokens of the user's text too: a 'dynamic' one with its option `instruct`."""
+  return any(s.selector == 'dynamic' and bool(dict(s.options).get('instruct')) for s in stages)
+
+
 def check_stages(stages: tuple[Stage, ...], model: ModelConfig, image_tokens: int | None = None) -> None:
   """Raises ConfigError unless the stage list cuts this model's decoder.
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from dynllava_jax.config.model import ModelConfig
 from dynllava_jax.config.parsing import Path, require, require_positive, require_seed
-from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages
+from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages, judges_instructions
 
 FLOATS = ('float32', 'bfloat16')
 LORA_BASES = ('float32', 'bfloat16', 'int8')
@@ -148,6 +148,8 @@ class SparsityConfig:
     image_keep_rate, text_keep_rate: shares of the image and of the generated tokens to keep.
     mask_loss_weight: of the squared distances from these shares.
     min_answer_len: tokens; shorter answers are kept whole.
+    instruct_keep_rate, min_instruct_len: the same for instructions, where the dynamic stage judges them.
+    judge_last_instruct_token: whether training judges an instruction's last token, which generation always keeps; the authors do.
     tau_start, tau_end: temperature of the first and of the last step.
     dense_share: chance of a row to be trained with all its tokens, so that the same weights also run dense (ours; the
       paper has none).
@@ -157,17 +159,20 @@ class SparsityConfig:
   text_keep_rate: float = 0.5
   mask_loss_weight: float = 100.0
   min_answer_len: int = 50
+  instruct_keep_rate: float = 0.7
+  min_instruct_len: int = 25
+  judge_last_instruct_token: bool = False
   tau_start: float = 1.0
   tau_end: float = 0.1
   dense_share: float = 0.0
 
   def __post_init__(self):
     require(0 <= self.dense_share < 1, f'sparsity.dense_share is {self.dense_share}, expected a share in [0, 1)')
-    for name in ('image_keep_rate', 'text_keep_rate'):
+    for name in ('image_keep_rate', 'text_keep_rate', 'instruct_keep_rate'):
       value = getattr(self, name)
       require(0 < value <= 1, f'sparsity.{name} is {value}, expected a share in (0, 1]')
     require(self.tau_start > 0 and self.tau_end > 0, 'sparsity: temperatures must be positive')
-    for name in ('mask_loss_weight', 'min_answer_len'):
+    for name in ('mask_loss_weight', 'min_answer_len', 'min_instruct_len'):
       require(getattr(self, name) >= 0, f'sparsity.{name} is {getattr(self, name)}, expected 0 or more')
 
 
@@ -222,10 +227,16 @@ class TrainConfig:
     for name in ('dtype', 'param_dtype'):
       require(getattr(self, name) in FLOATS, f'{name} {getattr(self, name)!r}: expected float32 or bfloat16')
     require(self.remat in REMAT, f'remat {self.remat!r}: expected one of {", ".join(REMAT)}')
-    groups = ('vision', 'vision_tail', 'projector', 'llama', 'image_predictor', 'text_predictor')
+    groups = ('vision', 'vision_tail', 'projector', 'llama', 'image_predictor', 'text_predictor', 'instruct_predictor')
     for group in self.frozen:
       require(group in groups, f'frozen: {group!r} is no parameter group; expected some of {", ".join(groups)}')
-    learning = {'vision', 'projector', 'llama'} | ({'image_predictor', 'text_predictor'} if self.model.predictor else set())
+    predictor = self.model.predictor
+    require(
+      not judges_instructions(self.stages) or (predictor is not None and predictor.instruct),
+      'stages: option instruct needs an instruction predictor; set model.predictor.instruct to True',
+    )
+    learning = {'vision', 'projector', 'llama'} | ({'image_predictor', 'text_predictor'} if predictor else set())
+    learning |= {'instruct_predictor'} if judges_instructions(self.stages) else set()
     if self.lora:
       require(bool(self.init_from), 'lora: adapters belong to trained weights; give their checkpoint with init_from')
       require('llama' not in self.frozen, "frozen: with lora the decoder's own weights are; leave 'llama' out")
@@ -234,4 +245,5 @@ class TrainConfig:
   @property
   def held(self) -> tuple[str, ...]:
     """Parameter groups that the step takes and leaves as they are."""
-    return (*self.frozen, 'llama', 'scales') if self.lora else self.frozen
+    idle = () if judges_instructions(self.stages) else ('instruct_predictor',)
+    return (*self.frozen, *idle, 'llama', 'scales') if self.lora else (*self.frozen, *idle)

@@ -112,9 +112,11 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
       mask_loss_weight=sparse['mask_loss_weight'],
       min_answer_len=sparse['output_text_len_for_training'],
     )
+    of_instructions = {'instruct_keep_rate': 'instruct_keep_rate', 'instruct_len_for_training': 'min_instruct_len'}
+    sparsity |= {ours: sparse[theirs] for theirs, ours in of_instructions.items() if theirs in sparse}
     sparsity = from_config_dict(SparsityConfig, sparsity, 'sparse_config')
     model = from_config_dict(ModelConfig, model, 'model')
-    stages = dynamic_stages(model, sparse['sparse_layer'], sparsity.image_keep_rate)
+    stages = dynamic_stages(model, sparse['sparse_layer'], sparsity.image_keep_rate, model.predictor.instruct)
     return CheckpointInfo(model=model, stages=stages, sparsity=sparsity, **whole)
   except KeyError as e:
     raise ConversionError(f'{file}: key {e} is missing') from None
@@ -167,9 +169,10 @@ def _own_rows(file: pathlib.Path, config: dict[str, Any], rows: int) -> int:
   return own
 
 
-def dynamic_stages(model: ModelConfig, start: int, image_keep_rate: float) -> tuple[Stage, ...]:
-  """Dense layers up to `start`, dynamic ones from there."""
-  cut = from_config_dict(Stage, dict(start=start, selector='dynamic', image_keep_rate=image_keep_rate), 'sparse_layer')
+def dynamic_stages(model: ModelConfig, start: int, image_keep_rate: float, instruct: bool = False) -> tuple[Stage, ...]:
+  """Dense layers up to `start`, dynamic ones from there; whether they judge instructions."""
+  fields = dict(start=start, selector='dynamic', image_keep_rate=image_keep_rate, options={'instruct': True} if instruct else {})
+  cut = from_config_dict(Stage, fields, 'sparse_layer')
   stages = (*(DENSE if start else ()), cut)
   check_stages(stages, model)
   return stages

@@ -225,7 +225,7 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
   config = _llama(model.llama, config | _packer(model), dtype)
   if model.predictor is None:
     return config | {'architectures': ['LlavaLlamaForCausalLM']}
-  sparse = {'instruct_keep_rate': 0.7, 'instruct_len_for_training': 25} | (base.get('sparse_config') or {})
+  sparse = base.get('sparse_config') or {}
   stage = next(s for s in info.stages if s.selector == 'dynamic')
   return config | {
     'architectures': ['DynamicLlavaLlamaForCausalLM'],
@@ -233,6 +233,8 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
     | {
       'd_model': model.predictor.d_model,
       'dim_feedforward': model.predictor.mlp_dim,
+      'instruct_keep_rate': info.sparsity.instruct_keep_rate,
+      'instruct_len_for_training': info.sparsity.min_instruct_len,
       'mask_loss_weight': info.sparsity.mask_loss_weight,
       'nhead': model.predictor.num_heads,
       'num_layers': model.predictor.num_layers,

@@ -92,7 +92,8 @@ def _ours(directory: pathlib.Path) -> str:
     values: Any = getattr(info.model, name)
     if values is not None:
       lines.append(f'{name}: ' + ', '.join(f'{k}={v}' for k, v in dataclasses.asdict(values).items()))
-  lines.append(f'projector: {info.model.projector}, {info.model.num_image_tokens} tokens of {info.model.vision.num_patches} patches')
+  count, patches = info.model.num_image_tokens, info.model.vision.num_patches
+  lines.append(f'projector: {info.model.projector}, {count} tokens of {patches} patches')
   lines += [f'reducer: {info.reducer.to_plain()}'] if info.reducer else []
   share = lambda s: f'image_tokens={s.image_tokens}' if s.image_tokens else f'image_keep_rate={s.image_keep_rate}'
   lines += [f'stage from layer {s.start}: {s.selector}, {share(s)}' for s in info.stages]

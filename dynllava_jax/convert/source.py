@@ -108,7 +108,7 @@ def open_source(request: Request) -> Source:
       'tie_word_embeddings to true there'
     )
   if info.model.predictor is not None and info.model.predictor.instruct:
-    notes.append('the instruction predictor is kept for the way back; it is not run here, so no prompt text is dropped')
+    notes.append('the instruction predictor drops prompt text, as the config says (option instruct of the dynamic stage)')
   if request.add_predictors or request.projector == NEW:
     check_sizes(info, found)
     _check_widths(info.model, found)

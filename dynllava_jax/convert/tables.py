@@ -203,7 +203,8 @@ def packer_rules() -> list[Rule]:
       rules += _dense(f'{source}.{letter}_proj_1.{2 * i}', ('projector', f'{name}_{i}'))
   for i in range(2):
     rules += _dense(f'{source}.mlp.{2 * i}', ('projector', f'linear_{i}'))
-  return rules + [
+  return [
+    *rules,
     Rule(f'{source}.clip_attn.in_proj_weight', ('projector', 'qkv'), FUSED_HEADS),
     Rule(f'{source}.clip_attn.in_proj_bias', ('projector', 'qkv_bias'), FUSED_BIAS),
     Rule(f'{source}.clip_attn.out_proj.weight', ('projector', 'out'), HEADS_OUT),

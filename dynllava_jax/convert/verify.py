@@ -6,7 +6,7 @@ from typing import Any
 
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert.readers import ConversionError
-from dynllava_jax.convert.records import compressors, layers, reducers, selectors, tokenpacker
+from dynllava_jax.convert.records import compressors, instruct_predictor, layers, reducers, selectors, tokenpacker
 from dynllava_jax.convert.records.base import Quantity, load_case
 from dynllava_jax.convert.records.bases import Record
 from dynllava_jax.convert.records.dynamic_llava import Verifier, check_case
@@ -18,6 +18,7 @@ OF_METHODS = dict.fromkeys(reducers.RECORDED, reducers.verify) | {
   'look-m': compressors.verify,
   'redundancylens': layers.verify,
   tokenpacker.METHOD: tokenpacker.verify,
+  instruct_predictor.METHOD: instruct_predictor.verify,
 }
 
 

@@ -27,6 +27,8 @@ class Batch:
     image_start: int32[B], position of the first image token, -1 without image.
     answer_start: int32[B], first position of the last answer.
     seed: uint32[B], from the sample's number.
+    instruct_start: int32[B], first position of the last instruction: behind the answer before it or, if that is later, behind the
+      image; `length` without image, where none is judged.
   """
 
   pixels: np.ndarray
@@ -36,6 +38,7 @@ class Batch:
   image_start: np.ndarray
   answer_start: np.ndarray
   seed: np.ndarray
+  instruct_start: np.ndarray | None = None
 
 
 def render_turns(
@@ -142,7 +145,10 @@ def make_row(
   size = vision.image_size
   pixels = preprocess(sample.image, vision, aspect) if has_image else np.zeros((size, size, 3), np.uint8)
   as_int = lambda x: np.asarray(x, np.int32)
-  return Batch(pixels, tokens, labels, as_int(length), as_int(start), as_int(answer_start), np.asarray(number, np.uint32))
+  answered = np.flatnonzero(labels[:answer_start] != IGNORE)
+  instruct_start = max(start + num_image, int(answered.max(initial=-1)) + 1) if has_image else length
+  seed, spans = np.asarray(number, np.uint32), (as_int(length), as_int(start), as_int(answer_start))
+  return Batch(pixels, tokens, labels, *spans, seed, as_int(instruct_start))
 
 
 def stack(rows: list[Batch]) -> Batch:

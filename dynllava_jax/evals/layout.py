@@ -167,7 +167,9 @@ class Layout:
       pixels = images.preprocess(image, vision, self.loaded.info.image_aspect)
     later = pad_rows(self.later[i], self.chunk_length(), pad) if self.later[i] else np.zeros((0, 0), np.int32)
     counts = np.asarray([len(ids) for ids in self.later[i]], np.int32)
-    return Rows(Prompt(tokens, np.int32(len(ids)), np.int32(start), row_seed(self.seed, i)), pixels, later, counts)
+    instruct = start + self.loaded.num_image if len(where) else len(ids)  # there is one question, behind the image
+    prompt = Prompt(tokens, np.int32(len(ids)), np.int32(start), row_seed(self.seed, i), np.int32(instruct))
+    return Rows(prompt, pixels, later, counts)
 
 
 def row_seed(seed: int, i: int) -> np.uint32:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, check_stages
+from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, check_stages, judges_instructions
 from dynllava_jax.methods import (
   base,
   dynamic,
@@ -127,6 +127,8 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
   for stage, end in zip(stages, ends):
     at = f'stage at layer {stage.start}'
     selector, _ = selector_of(stage)
+    if judges_instructions((stage,)) and not model.predictor.instruct:
+      raise ConfigError(f'{at}: {stage.selector} is to judge instructions, and this model has no instruction predictor')
     if selector.attention == 'previous' and stage.start == 0:
       raise ConfigError(f'{at}: {stage.selector} ranks by the attention of the layer before, and there is none')
     kind, options = bound(stage.layers, 'layers', LayerKind())

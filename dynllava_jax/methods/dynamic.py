@@ -1,7 +1,21 @@
-"""Dynamic-LLaVA (arXiv 2412.00876): learned predictors choose image tokens and judge generated ones."""
+"""Dynamic-LLaVA (arXiv 2412.00876): learned predictors choose image tokens and judge generated ones, and on demand instructions."""
+
+import dataclasses
 
 from dynllava_jax.methods.base import Chosen, Selector, SelectorInputs
 from dynllava_jax.ops.selection import keep_margin, top_indices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """Settings of the selector.
+
+  Attributes:
+    instruct: whether the instruction predictor judges the last instruction of a prompt, and all of a later turn. It has no quota.
+      The authors' scripts leave it off, and their table 9 shows what it costs.
+  """
+
+  instruct: bool = False
 
 
 def select(inputs: SelectorInputs, budget: int, options):
@@ -14,4 +28,10 @@ def text_margin(hidden, text_predictor):
   return keep_margin(text_predictor(hidden))
 
 
-SELECTOR = Selector(select=select, text_margin=text_margin, source='arXiv 2412.00876', verified="the authors' code")
+SELECTOR = Selector(
+  select=select,
+  text_margin=text_margin,
+  options=Options,
+  source='arXiv 2412.00876',
+  verified="the authors' code",
+)

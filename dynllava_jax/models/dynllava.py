@@ -13,87 +13,17 @@ import jax.numpy as jnp
 
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
-from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage
+from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, judges_instructions
 from dynllava_jax.models import reduction
+from dynllava_jax.models.batch import InstructRule, Prompt, StageTrace, TrainOutput, answer_mask, instruct_start_of
 from dynllava_jax.models.clip import VisionTower
 from dynllava_jax.models.layers import Dtype
-from dynllava_jax.models.llama import LayerOutput, Llama, head_logits
+from dynllava_jax.models.llama import LayerOutput, Llama
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.models.reduction import Judgement
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.selection import gumbel_keep
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-  """A batch of right-padded sequences, laid out on the host.
-
-  Attributes:
-    tokens: int32[B, S], text ids; anything at the P positions of the image and in the padding.
-    length: int32[B], real positions, image included.
-    image_start: int32[B], position of the first image token, -1 for rows without image.
-    seed: uint32[B], one number per row for whatever is drawn at random.
-  """
-
-  tokens: jax.Array
-  length: jax.Array
-  image_start: jax.Array
-  seed: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StageTrace:
-  """What happened at the entry of one stage, and in it.
-
-  Attributes:
-    entry: float[B, S, D], hidden states before anything was removed, and stream: float[B, S', D], what goes on.
-    kept_image: int32[B, M], image tokens that go on, ascending, counted from the image's start.
-    positions: int32[B, S'], places in the full sequence of what goes on, and rotary: int32[B, S'], rotary positions.
-    length: int32[B], real entries among them.
-    attention: float32[B, N, P'], what the selector saw of it; None if it did not ask.
-    of_selector: what else the selector shows to records, by name, and of_layers what the layers' pieces do, stacked [L, ...].
-  """
-
-  entry: jax.Array
-  stream: jax.Array
-  kept_image: jax.Array
-  positions: jax.Array
-  rotary: jax.Array
-  length: jax.Array
-  attention: jax.Array | None = None
-  of_selector: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-  of_layers: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainOutput:
-  """Output of `train_forward`.
-
-  Attributes:
-    hidden: float[B, S, D] after the final norm, and head: float[D, V]: what the loss makes logits of, some positions at a time.
-      Without `head` the hidden states are the logits.
-    image_logits: float[B, P, 2] and text_logits: float[B, S, 2], predictor outputs; None in a dense run.
-    image_mask: float32[B, P], 0 or 1, 1 where there is no image; None in a dense run.
-    text_mask: float32[B, S], 0 or 1, the sample for every position before any rule; None in a dense run.
-    dense: bool[B], rows whose masks were not used; None in a dense run.
-  """
-
-  hidden: jax.Array
-  image_logits: jax.Array | None = None
-  text_logits: jax.Array | None = None
-  image_mask: jax.Array | None = None
-  text_mask: jax.Array | None = None
-  dense: jax.Array | None = None
-  head: jax.Array | None = None
-
-  @property
-  def logits(self) -> jax.Array:
-    """float32[B, S, V], all of them at once."""
-    return self.hidden if self.head is None else head_logits(self.hidden, self.head)
 
 
 class DynLlava(nn.Module):
@@ -113,6 +43,8 @@ class DynLlava(nn.Module):
     if self.cfg.predictor is not None:
       self.image_predictor = ImagePredictor(self.cfg.predictor, self.dtype)
       self.text_predictor = TextPredictor(self.cfg.predictor, self.dtype)
+      if self.cfg.predictor.instruct:
+        self.instruct_predictor = TextPredictor(self.cfg.predictor, self.dtype)
 
   @property
   def num_image(self) -> int:
@@ -151,6 +83,10 @@ class DynLlava(nn.Module):
     """Text predictor alone: float[..., D] -> float[..., 2], column 0 = keep."""
     return self.text_predictor(hidden)
 
+  def predict_instruct(self, hidden: jax.Array) -> jax.Array:
+    """Instruction predictor alone: float[..., D] -> float[..., 2], column 0 = keep."""
+    return self.instruct_predictor(hidden)
+
   def prefill(self, prompt: Prompt, image: jax.Array, spec: kv.CacheSpec):
     """Runs a prompt and fills a cache.
 
@@ -184,7 +120,8 @@ class DynLlava(nn.Module):
   def extend(self, tokens: jax.Array, count: jax.Array, cache: kv.Cache, judge: bool):
     """Runs new tokens on top of a cache.
 
-    A chunk of a later user turn is appended as it is (`judge=False`). A generated token (T = 1,
+    A chunk of a later user turn is appended as it is (`judge=False`), but where instructions are judged: there the gated stages
+    keep what their predictor keeps and the last token, and the whole chunk sees all of itself. A generated token (T = 1,
     `judge=True`) attends to itself and the cache, and stays in the gated stages only if it is kept.
 
     Args:
@@ -193,25 +130,31 @@ class DynLlava(nn.Module):
       judge: static.
 
     Returns:
-      (hidden float[B, T, D], new cache, `Judgement` with [B] entries; of no meaning for chunks).
+      (hidden float[B, T, D], new cache, `Judgement` with [B] entries, of chunks with [B, T]).
     """
     if judge and tokens.shape[1] != 1:
       raise ValueError(f'only single tokens are judged, got {tokens.shape[1]} at once')
     batch, length = tokens.shape
     active = count > 0
-    keep, margin = jnp.ones(batch, bool), jnp.full(batch, kv.NEVER_EVICTED, jnp.float32)
+    shape = (batch,) if judge else (batch, length)
+    keep, margin = jnp.ones(shape, bool), jnp.full(shape, kv.NEVER_EVICTED, jnp.float32)
     x = self.llama.embed(tokens)
-    positions = cache.position[:, None] + jnp.arange(length)
+    steps = jnp.arange(length)
+    positions = cache.position[:, None] + steps
+    last = steps == count[:, None] - 1
     new = []
     for i, (stage, old) in enumerate(zip(self.stages, cache.stages)):
-      text_margin = methods.get(stage.selector).text_margin
-      if judge and text_margin:
-        margin = text_margin(x[:, 0], self.text_predictor)
+      selector = methods.get(stage.selector)
+      if judge and selector.text_margin:
+        margin = selector.text_margin(x[:, 0], self.text_predictor)
         keep = keep & (margin > 0)
+      elif not judge and judges_instructions((stage,)):
+        margin = selector.text_margin(x, self.instruct_predictor)
+        keep = keep & ((margin > 0) | last)
       rotary = kv.rotary_positions(old, positions)
       x, out = self.llama.run_stage(i, x, rotary, cache=(old.k, old.v), cache_length=old.length)
       chunk = old, out.k, out.v
-      new.append(kv.append_judged(*chunk, keep, margin, active) if judge else kv.append_chunk(*chunk, count))
+      new.append(kv.append_judged(*chunk, keep, margin, active) if judge else kv.append_chunk(*chunk, count, keep))
     return x, kv.Cache(tuple(new), cache.position + count), Judgement(keep, margin)
 
   def recompute(self, prompt: Prompt, image: jax.Array, answer_start: jax.Array, text_slots: int):
@@ -250,9 +193,10 @@ class DynLlava(nn.Module):
     image: jax.Array,
     answer_start: jax.Array,
     min_answer_len: int,
-    noise: tuple[jax.Array, jax.Array] | None,
+    noise: tuple[jax.Array, ...] | None,
     tau: jax.Array | None,
     dense: jax.Array | None = None,
+    instruct: InstructRule | None = None,
   ) -> TrainOutput:
     """Full-length forward with keep masks in place of gathers (paper section 3.3).
 
@@ -263,9 +207,11 @@ class DynLlava(nn.Module):
       prompt: the batch; image: float[B, P, D].
       answer_start: int32[B], first position of the last answer, which ends at `prompt.length`.
       min_answer_len: static threshold in tokens.
-      noise: Gumbel(0, 1) noise, float[B, P, 2] for the image and float[B, S, 2] for the text; None if dense.
+      noise: Gumbel(0, 1) noise, float[B, P, 2] for the image, float[B, S, 2] for the text, and the same once more for instructions
+        where they are judged; None if dense.
       tau: temperature; None if dense.
       dense: bool[B], rows that keep everything whatever the predictors say; none if None.
+      instruct: static; which of an instruction's tokens are judged, if any are; all but the last if None.
 
     Returns:
       `TrainOutput`.
@@ -283,9 +229,17 @@ class DynLlava(nn.Module):
         slot, is_image = layout.image_slots(positions, prompt.image_start, self.num_image)
         judged = answer_mask(positions, prompt.length, answer_start, min_answer_len)
         policy = jnp.where(is_image, layout.gather_rows(image_mask, slot), jnp.where(judged, text_mask, 1.0))
+        if judges_instructions((stage,)):
+          instruct_logits = self.instruct_predictor(x)
+          instruct_mask = gumbel_keep(instruct_logits, noise[2], tau)
+          policy = jnp.where(
+            (instruct or InstructRule()).mask(positions, instruct_start_of(prompt), answer_start), instruct_mask, policy
+          )
+          out = dict(instruct_logits=instruct_logits, instruct_mask=instruct_mask)
         dense = jnp.zeros_like(prompt.length, bool) if dense is None else dense
         policy = jnp.where(dense[:, None], 1.0, policy)
-        out = dict(image_logits=image_logits, text_logits=text_logits, image_mask=image_mask, text_mask=text_mask, dense=dense)
+        out['policy'] = policy
+        out |= dict(image_logits=image_logits, text_logits=text_logits, image_mask=image_mask, text_mask=text_mask, dense=dense)
       x, _ = self.llama.run_stage(i, x, positions, policy=policy)
     hidden, head = self.llama.output(x)
     return TrainOutput(hidden, head=head, **out)
@@ -331,7 +285,7 @@ class DynLlava(nn.Module):
     """Applies a stage's selector to the sequence that reaches it: (what goes on, the attention it ranked by, its details).
 
     With `answer_start` (no cache) earlier generated tokens are judged too, and `text_slots` is the room
-    for text; in a prefill everything but image tokens stays.
+    for text; in a prefill everything but image tokens and what is rejected of an instruction stays.
     """
     stage = self.stages[index]
     if stage.selector == 'all':
@@ -357,6 +311,10 @@ class DynLlava(nn.Module):
       options,
     )
     keep = reduction.kept_rows(state, chosen.index, prompt.image_start, self.num_image)
+    if judges_instructions((stage,)):
+      margin = selector.text_margin(state.x, self.instruct_predictor)
+      judged = (state.positions >= instruct_start_of(prompt)[:, None]) & (state.positions < prompt_length[:, None] - 1)
+      keep = keep & (~judged | (margin > 0))
     more = 0 if chosen.more is None else chosen.more.shape[1]
     if answer_start is None:
       size = state.x.shape[1] - reached + budget + more
@@ -378,10 +336,3 @@ class DynLlava(nn.Module):
     if selector.renumbers(options):
       state = reduction.renumbered(state, prompt_length)
     return state, attention if selector.attention else None, chosen.details
-
-
-def answer_mask(positions: jax.Array, length: jax.Array, answer_start: jax.Array, min_answer_len: int) -> jax.Array:
-  """bool[B, S]: positions of last answers long enough (>= min_answer_len tokens) to be judged."""
-  long_enough = (length - answer_start) >= min_answer_len
-  inside = (positions >= answer_start[:, None]) & (positions < length[:, None])
-  return inside & long_enough[:, None]

@@ -34,14 +34,14 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
     if cfg.predictor is not None:
       model.predict_image(image)
       model.predict_text(image)
+      if cfg.predictor.instruct:
+        model.predict_instruct(image)
     return model.logits(model.prefill(prompt, image, kv.CacheSpec(max_new_tokens=1))[0])
 
   pixels = jnp.zeros((1, cfg.vision.image_size, cfg.vision.image_size, 3))
   size = methods.num_image_tokens(cfg) + 1
   prompt = Prompt(jnp.zeros((1, size), jnp.int32), jnp.full(1, size), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.uint32))
   params = DynLlava(cfg).init(key, pixels, prompt, method=everything)['params']
-  if cfg.predictor is not None and cfg.predictor.instruct:
-    params['instruct_predictor'] = params['text_predictor']  # of the same shape; nothing runs it
   return params | {'llama': {k.replace('stage_0', 'layers'): v for k, v in params['llama'].items()}}
 
 

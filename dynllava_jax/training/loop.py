@@ -29,13 +29,13 @@ from dynllava_jax.training.metrics import Display, MetricsLog, unreadable_lines
 from dynllava_jax.training.record import CHECKPOINTS
 from dynllava_jax.training.saving import Saver, check_path
 from dynllava_jax.training.step import (
-  NEVER_TRAINED,
   PREDICTORS,
   State,
   make_optimizer,
   make_train_step,
   split_frozen,
   state_shardings,
+  unused,
 )
 from dynllava_jax.training.stopping import StopRequest
 from dynllava_jax.training.throughput import Clock, compilations
@@ -97,8 +97,8 @@ def _train(cfg: TrainConfig, workdir: pathlib.Path, stop: StopRequest, stack: co
   with sharding.on_mesh(mesh):
     state, frozen = initial_state(cfg, optimizer, mesh, directory)
     limits.check_weights(state.params | frozen, str(directory if first else cfg.init_from or 'the random weights'))
-    # The top of a CLIP tower and the instruction predictor, never run: no use for the step, but an export needs them.
-    tail = {k: frozen.pop(k) for k in NEVER_TRAINED if k in frozen}
+    # The top of a CLIP tower, and an instruction predictor that is not run: no use for the step, but an export needs them.
+    tail = {k: frozen.pop(k) for k in unused(cfg) if k in frozen}
     info = CheckpointInfo(
       model=cfg.model,
       stages=cfg.stages,
@@ -262,8 +262,10 @@ def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     raise ConfigError(
       f'config.init_from: the model in {cfg.init_from} has {key} {old!r}, the config says {new!r}; set --config.model.{key}={old}'
     )
-  if cfg.model.predictor and found.model.predictor not in (None, cfg.model.predictor):
-    raise ConfigError(f'config.init_from: {cfg.init_from} has other predictors: {found.model.predictor}')
+  known = found.model.predictor
+  grown = cfg.model.predictor and dataclasses.replace(cfg.model.predictor, instruct=False)  # one for instructions is added
+  if cfg.model.predictor and known not in (None, cfg.model.predictor, grown):
+    raise ConfigError(f'config.init_from: {cfg.init_from} has other predictors: {known}')
   left_out = () if cfg.model.predictor else PREDICTORS
   return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
 

@@ -157,6 +157,7 @@ class Display:
         ('loss', 'loss', '.3f'),
         ('image_keep', 'image kept', '.0%'),
         ('text_keep', 'text kept', '.0%'),
+        ('instruct_keep', 'instructions kept', '.0%'),
         ('tau', 'tau', '.2f'),
         ('tokens_per_second', 'tokens/s', ',.0f'),
         ('mfu', 'MFU', '.0%'),

@@ -18,7 +18,7 @@ matplotlib.use('Agg')
 
 PANELS = (
   ('loss', {'ce': 'cross-entropy'}),
-  ('keep rate', {'image_keep': 'image tokens', 'text_keep': 'generated tokens'}),
+  ('keep rate', {'image_keep': 'image tokens', 'text_keep': 'generated tokens', 'instruct_keep': 'instructions'}),
   ('temperature', {'tau': 'tau'}),
 )
 

@@ -10,19 +10,19 @@ import optax
 from jax.sharding import Mesh
 
 from dynllava_jax import methods, sharding
-from dynllava_jax.config import IGNORE, OptimizerConfig, SparsityConfig, TrainConfig
+from dynllava_jax.config import IGNORE, OptimizerConfig, SparsityConfig, TrainConfig, judges_instructions
 from dynllava_jax.data.batches import Batch
-from dynllava_jax.losses import count, training_losses
+from dynllava_jax.losses import count, instruct_rule, training_losses
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.lora import ADAPTERS, SCALES, abstract_adapters, abstract_scales, as_variables
 from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.ops.images import normalize
 from dynllava_jax.training.precision import in_float32, moments_in, store
 
-PREDICTORS = ('image_predictor', 'text_predictor')
+PREDICTORS = ('image_predictor', 'text_predictor', 'instruct_predictor')
 EMBEDDINGS = ('embedding', 'class_embedding', 'position_embedding')
-ROUNDING, DROPOUT = 2**31, 2**31 + 1  # what the keys for these are made with
-NEVER_TRAINED = ('vision_tail', 'instruct_predictor')
+ROUNDING, DROPOUT, INSTRUCT = range(2**31, 2**31 + 3)  # what the keys for these are made with
+NEVER_RUN = ('vision_tail',)
 
 
 @jax.tree_util.register_dataclass
@@ -80,9 +80,14 @@ def decays(params: Any, embeddings: bool) -> Any:
   return jax.tree_util.tree_map_with_path(decayed, params)
 
 
-def split_frozen(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def unused(cfg: TrainConfig) -> tuple[str, ...]:
+  """Groups that the run has no use for; an export needs them."""
+  return NEVER_RUN if judges_instructions(cfg.stages) else (*NEVER_RUN, 'instruct_predictor')
+
+
+def split_frozen(params: dict[str, Any], held: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
   """(trained groups, groups left as they are)."""
-  out = set(frozen) | set(NEVER_TRAINED)
+  out = {*held, *NEVER_RUN}
   return ({k: v for k, v in params.items() if k not in out}, {k: v for k, v in params.items() if k in out})
 
 
@@ -107,7 +112,7 @@ def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
 
 def cut_abstract(cfg: TrainConfig) -> dict[str, Any]:
   """Shapes and axis names of the parameters that the run uses, cut for its stages."""
-  used = {k: v for k, v in abstract_params(cfg.model).items() if k not in NEVER_TRAINED}
+  used = {k: v for k, v in abstract_params(cfg.model).items() if k not in unused(cfg)}
   if cfg.lora:
     used[ADAPTERS] = abstract_adapters(cfg.model.llama, cfg.lora)
     if cfg.lora.base == 'int8':
@@ -115,10 +120,11 @@ def cut_abstract(cfg: TrainConfig) -> dict[str, Any]:
   return jax.eval_shape(lambda p: cut_params(p, cfg.stages), used)
 
 
-def gumbel_noise(key: jax.Array, batch: int, image_tokens: int, positions: int) -> tuple[jax.Array, jax.Array]:
-  """Noise of one step: float32[B, P, 2] for the image, float32[B, S, 2] for the text."""
+def gumbel_noise(key: jax.Array, batch: int, image_tokens: int, positions: int, instruct: bool) -> tuple[jax.Array, ...]:
+  """Noise of one step: float32[B, P, 2] for the image, float32[B, S, 2] for the text, and once more for instructions."""
   image_key, text_key = jax.random.split(key)
-  return (jax.random.gumbel(image_key, (batch, image_tokens, 2)), jax.random.gumbel(text_key, (batch, positions, 2)))
+  noise = jax.random.gumbel(image_key, (batch, image_tokens, 2)), jax.random.gumbel(text_key, (batch, positions, 2))
+  return (*noise, jax.random.gumbel(jax.random.fold_in(key, INSTRUCT), (batch, positions, 2))) if instruct else noise
 
 
 def row_keys(key: jax.Array, rows: int) -> jax.Array:
@@ -128,7 +134,7 @@ def row_keys(key: jax.Array, rows: int) -> jax.Array:
 
 def as_prompt(batch: Batch) -> Prompt:
   """What the model sees of a batch."""
-  return Prompt(batch.tokens, batch.length, batch.image_start, batch.seed)
+  return Prompt(batch.tokens, batch.length, batch.image_start, batch.seed, batch.instruct_start)
 
 
 def gradients(loss_fn, params: Any, inputs: Any, parts: int, mesh: Mesh, places: Any) -> tuple[Any, Any]:
@@ -162,14 +168,14 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
   """
   model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat, cfg.reducer)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
-  dynamic = any(s.selector == 'dynamic' for s in cfg.stages)
+  dynamic, instruct = any(s.selector == 'dynamic' for s in cfg.stages), judges_instructions(cfg.stages)
   places = state_shardings(cfg, optimizer, mesh)
 
   def step_fn(state: State, frozen: dict[str, Any], batch: Batch):
     rows, positions = batch.tokens.shape
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
     noise_key, dense_key = jax.random.split(key)
-    noise = gumbel_noise(noise_key, rows, num_image, positions) if dynamic else None
+    noise = gumbel_noise(noise_key, rows, num_image, positions, instruct) if dynamic else None
     tau = temperature(state.step, cfg.steps, cfg.sparsity) if dynamic else None
     dense = jax.random.bernoulli(dense_key, cfg.sparsity.dense_share, (rows,)) if dynamic else None
     counts = count(as_prompt(batch), batch.labels, batch.answer_start, dense, cfg.sparsity, cfg.accumulate)
@@ -177,9 +183,8 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
     def loss_fn(trained, batch, noise, dense, dropout):
       variables, prompt = as_variables(trained | frozen, cfg.lora, cfg.stages, dropout), as_prompt(batch)
       image = model.apply(variables, normalize(batch.pixels, cfg.model.vision), method='encode_images')
-      out = model.apply(
-        variables, prompt, image, batch.answer_start, cfg.sparsity.min_answer_len, noise, tau, dense, method='train_forward'
-      )
+      judging = cfg.sparsity.min_answer_len, noise, tau, dense, instruct_rule(cfg.sparsity)
+      out = model.apply(variables, prompt, image, batch.answer_start, *judging, method='train_forward')
       losses = training_losses(out, prompt, batch.labels, batch.answer_start, cfg.sparsity, counts)
       return losses.total, losses
 
@@ -204,6 +209,8 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
         'tau': tau,
         'predictor_learning_rate': schedule(cfg.optimizer.predictor_learning_rate, cfg.steps, cfg.optimizer)(state.step),
       }
+    if instruct:
+      metrics |= {'instruct_mask': losses.instruct_mask, 'instruct_keep': losses.instruct_keep}
     moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, state.params, updates)
     return State(state.step + 1, store(jax.random.fold_in(key, ROUNDING), moved, state.params), opt_state), metrics
 

@@ -124,7 +124,9 @@ def load_model(src: pathlib.Path, vision: pathlib.Path | None) -> tuple[Checkpoi
   return source.info, as_params(source.info, source.tensors)
 
 
-def with_weights(record: Record, named: str, own: dict[str, np.ndarray], describe: Callable) -> tuple[CheckpointInfo, dict[str, Any]]:
+def with_weights(
+  record: Record, named: str, own: dict[str, np.ndarray], describe: Callable[[CheckpointInfo], CheckpointInfo]
+) -> tuple[CheckpointInfo, dict[str, Any]]:
   """The model called `named` with a record's own weights in the place of its, or beside them.
 
   Args:

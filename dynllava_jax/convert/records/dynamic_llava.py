@@ -16,19 +16,12 @@ import numpy as np
 
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.checkpoint import CheckpointInfo
-from dynllava_jax.config import IGNORE
 from dynllava_jax.convert.plan import slots_by_key
 from dynllava_jax.convert.readers import ConversionError
-from dynllava_jax.convert.records.base import EXACT, GRADIENT, LOGITS, LOSS, Quantity, compare, prompt_from_ids
+from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, prompt_from_ids
 from dynllava_jax.convert.records.dynamic_runs import DynamicRunner, row_of
-from dynllava_jax.convert.tables import llava_rules
-from dynllava_jax.losses import training_losses
-from dynllava_jax.models.dynllava import answer_mask
-from dynllava_jax.models.params import join_params
+from dynllava_jax.convert.records.training import GRADIENTS, ROW_NORMS, compare_training
 from dynllava_jax.ops.attention import policy_attention
-
-GRADIENTS = ('train/grad_total/', 'train/grad_ce/')  # of the whole loss, of cross entropy alone
-ROW_NORMS = 'embed_tokens_row_norms'  # recorded instead of the embedding's gradient
 
 
 class Verifier(DynamicRunner):
@@ -64,7 +57,7 @@ class Verifier(DynamicRunner):
     for name in ('b1', 'b2'):
       prompt = prompt_from_ids(self.case[f'{name}/input_ids'], self.num_image)
       rows = prompt.length.shape[0]
-      logits, traces, _, image_logits = self.prefilled(prompt, self.pixels[:rows], CacheSpec(max_new_tokens=1))
+      logits, traces, _, (image_logits, _) = self.prefilled(prompt, self.pixels[:rows], CacheSpec(max_new_tokens=1))
       trace, at = traces[self.sparse], f'prefill_{name}/'
       yield compare(at + 'hidden_at_sparse_layer', trace.entry, self.case[at + 'hidden_at_sparse_layer'], LOGITS)
       yield compare(at + 'image_predictor_logits', image_logits, self.case[at + 'image_predictor_logits'], LOGITS)
@@ -92,7 +85,8 @@ class Verifier(DynamicRunner):
         yield compare(at + 'kept_image_index', result['kept_image_index'], case[at + 'kept_image_index'], EXACT)
     both, _ = self.greedy(prompt_from_ids(ids, self.num_image), self.pixels[:2], case['decode_b1/tokens'].shape[1])
     for row, name in enumerate(alone):
-      yield from self._compare_run(f'batch of two, row {row}: decode_{name}/', row_of(both, row), lambda key: case[f'decode_{name}/{key}'])
+      at = f'batch of two, row {row}: decode_{name}/'
+      yield from self._compare_run(at, row_of(both, row), lambda key: case[f'decode_{name}/{key}'])
     yield from round2
 
   def _compare_run(self, at, result, recorded) -> Iterator[Quantity]:
@@ -187,83 +181,7 @@ class Verifier(DynamicRunner):
 
   def train(self) -> Iterator[Quantity]:
     """The training forward with the recorded noise: masks, logits, losses, gradients."""
-    case, at, n = self.case, 'train/', self.num_image
-    ids, valid = case[at + 'input_ids'], case[at + 'attention_mask'].astype(bool)
-    prompt = prompt_from_ids(ids, n, valid)
-    labels = case[at + 'expanded_labels']
-    spans = case[at + 'answer_span']
-    rows, _width = case[at + 'gumbel_text'].shape[:2]
-    span = [slice(a, b) for a, b in spans]
-    noise = np.zeros((*labels.shape, 2), np.float32)
-    for i in range(rows):
-      noise[i, span[i]] = case[at + 'gumbel_text'][i, : spans[i, 1] - spans[i, 0]]
-    starts = jnp.asarray(last_answer_start(labels, np.asarray(prompt.length)))
-    yield compare(at + 'valid_len', prompt.length, case[at + 'valid_len'], EXACT)
-    yield compare(at + 'answer_span', jnp.stack([starts, prompt.length], 1), spans, EXACT)
-
-    def losses(params):
-      apply = lambda *args, method: self.model.apply({'params': params}, *args, method=method)
-      image = apply(self.pixels, method='encode_images')
-      out = apply(
-        prompt,
-        image,
-        starts,
-        self.info.sparsity.min_answer_len,
-        (jnp.asarray(case[at + 'gumbel_image']), jnp.asarray(noise)),
-        jnp.asarray(case[at + 'tau']),
-        method='train_forward',
-      )
-      return training_losses(out, prompt, jnp.asarray(labels), starts, self.info.sparsity), out
-
-    result, out = jax.jit(losses)(self.params)
-    first = int(case[at + 'logits_from'])
-    judged = np.asarray(answer_mask(jnp.arange(labels.shape[1])[None], prompt.length, starts, self.info.sparsity.min_answer_len))
-    used = np.where(judged, out.text_mask, 1.0)
-    inside = lambda x, i: np.asarray(x)[i, span[i]]
-    yield compare(at + 'image_predictor_logits', out.image_logits, case[at + 'image_predictor_logits'], LOGITS)
-    yield compare(at + 'image_mask', out.image_mask, case[at + 'image_mask'], EXACT)
-    for i in range(rows):
-      size = spans[i, 1] - spans[i, 0]
-      yield compare(
-        f'{at}text_predictor_logits[{i}]', inside(out.text_logits, i), case[at + 'text_predictor_logits'][i, :size], LOGITS
-      )
-      yield compare(f'{at}text_mask_sampled[{i}]', inside(out.text_mask, i), case[at + 'text_mask_sampled'][i, :size], EXACT)
-      yield compare(f'{at}text_mask[{i}]', inside(used, i), case[at + 'text_mask'][i, :size], EXACT)
-      end = spans[i, 1]
-      yield compare(f'{at}logits_tail[{i}]', out.logits[i, first:end], case[at + 'logits_tail'][i, : end - first], LOGITS)
-    for ours, key in (
-      (result.total, 'loss'),
-      (result.ce, 'ce_loss'),
-      (result.image_mask, 'image_mask_loss'),
-      (result.text_mask, 'text_mask_loss'),
-    ):
-      yield compare(at + key, ours, case[at + key], LOSS, relative=True)
-    yield compare(at + 'mask_loss_weight', self.info.sparsity.mask_loss_weight, case[at + 'mask_loss_weight'], 1e-6, relative=True)
-    for group, pick in zip(GRADIENTS, (lambda r: r.total, lambda r: r.ce)):
-      gradients = join_params(jax.jit(jax.grad(lambda p: pick(losses(p)[0])))(self.params))
-      yield from self._gradients(group, gradients)
-
-  def _gradients(self, at, gradients) -> Iterator[Quantity]:
-    rules = llava_rules(self.info.model)
-    for key in (k for k in self.case if k.startswith(at)):
-      name, recorded = key.removeprefix(at), self.case[key]
-      if name == ROW_NORMS:
-        ours = jnp.linalg.norm(gradients['llama']['embedding'], axis=-1)
-      else:
-        ((rule, index),) = [(r, i) for r in rules if (i := r.match(name)) is not None]
-        leaf = gradients
-        for step in rule.path:
-          leaf = leaf[step]
-        ours, recorded = leaf[index], rule.transform.apply(recorded, leaf[index].shape)
-      yield compare(key, ours, recorded, GRADIENT, relative=True)
-
-
-def last_answer_start(labels: np.ndarray, length: np.ndarray) -> np.ndarray:
-  """int32[B]: where the last answer begins, after the last ignored label of each row's real positions."""
-  real = np.arange(labels.shape[1]) < length[:, None]
-  ignored = (labels == IGNORE) & real
-  last = labels.shape[1] - 1 - np.argmax(ignored[:, ::-1], axis=1)
-  return np.where(ignored.any(1), last + 1, 0).astype(np.int32)
+    yield from compare_training(self, self.case, self.pixels)
 
 
 def check_case(info: CheckpointInfo, case: dict[str, np.ndarray], case_file: str | pathlib.Path) -> None:

@@ -24,6 +24,7 @@ class DynamicRunner:
     self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), info.stages)
     self.num_image = methods.num_image_tokens(info.model)
     self.sparse = next(i for i, s in enumerate(info.stages) if s.selector == 'dynamic')
+    self.instruct = info.model.predictor.instruct
     self.prefilled = jax.jit(self._prefill, static_argnums=2)
     self.extended = jax.jit(self._extend, static_argnums=3)
 
@@ -32,19 +33,20 @@ class DynamicRunner:
     return self.model.apply({'params': self.params}, *args, method=method)
 
   def _prefill(self, prompt: Prompt, pixels, spec: CacheSpec):
-    """(logits, traces, cache, image predictor's logits) of a prompt."""
+    """(logits, traces, cache, logits of the image predictor and, if there is one, the instruction predictor) of a prompt."""
     image = self.apply(pixels, method='encode_images')
     hidden, traces, cache = self.apply(prompt, image, spec, method='prefill')
     entry = traces[self.sparse].entry
     rows = layout.take_image_rows(entry, prompt.image_start, self.num_image)
-    return self.apply(hidden, method='logits'), traces, cache, self.apply(rows, method='predict_image')
+    judged = self.apply(rows, method='predict_image'), self.apply(entry, method='predict_instruct') if self.instruct else None
+    return self.apply(hidden, method='logits'), traces, cache, judged
 
   def _extend(self, tokens, count, cache, judge):
-    """(logits, cache, judgement, text predictor's logits) of new tokens."""
+    """(logits, cache, judgement, logits of the text predictor or, for chunks, the instruction predictor) of new tokens."""
     hidden, after, judgement = self.apply(tokens, count, cache, judge, method='extend')
-    return self.apply(hidden, method='logits'), after, judgement, self._text_logits(tokens, cache)
+    return self.apply(hidden, method='logits'), after, judgement, self._judged(tokens, cache, judge)
 
-  def _text_logits(self, tokens, cache):
+  def _judged(self, tokens, cache, judge):
     """Predictor logits of the tokens: the dense stages alone, then the predictor."""
 
     def entry(model: DynLlava):
@@ -53,24 +55,26 @@ class DynamicRunner:
       for i in range(self.sparse):
         old = cache.stages[i]
         x, _ = model.llama.run_stage(i, x, positions, cache=(old.k, old.v), cache_length=old.length)
-      return model.predict_text(x)
+      return model.predict_instruct(x) if self.instruct and not judge else model.predict_text(x)
 
     return self.apply(method=entry)
 
-  def greedy(self, prompt: Prompt, pixels, steps: int, later: int = 0):
+  def greedy(self, prompt: Prompt, pixels, steps: int | np.ndarray, later: int = 0):
     """Prefill and greedy decoding of `steps` tokens: everything a record holds, by its names, and the cache.
 
     Args:
       prompt: the batch; pixels: float[B, R, R, 3], normalised.
+      steps: or int[B], rows that have had theirs wait.
       later: tokens of later turns, and as many generated after them, that the cache has room for.
     """
-    spec = CacheSpec(max_new_tokens=steps + later, later_tokens=later)
-    logits, traces, cache, image_logits = self.prefilled(prompt, pixels, spec)
+    spec = CacheSpec(max_new_tokens=int(np.max(steps)) + later, later_tokens=later)
+    logits, traces, cache, (image_logits, instruct_logits) = self.prefilled(prompt, pixels, spec)
     last = logits[jnp.arange(len(logits)), traces[-1].length - 1]
     record, cache = self.go_on(last, cache, steps)
     trace = traces[self.sparse]
     record |= {'kept_image_index': trace.kept_image, 'image_predictor_logits': image_logits}
     record |= {'prefill_logits': logits, 'position_ids': trace.positions, 'rows': trace.length}
+    record |= {'entry_instruct_logits': instruct_logits} if self.instruct else {}
     return {k: np.asarray(v) for k, v in record.items()}, cache
 
   def lengths(self, cache) -> tuple[np.ndarray, np.ndarray]:
@@ -78,17 +82,18 @@ class DynamicRunner:
     dense = cache.position if self.sparse == 0 else cache.stages[0].length
     return np.asarray(dense), np.asarray(cache.stages[self.sparse].length)
 
-  def go_on(self, last, cache, steps: int):
-    """Greedy decoding of `steps` tokens after logits float[B, V]; rows do not stop. (what a record holds, cache)."""
-    count = jnp.ones(last.shape[0], jnp.int32)
+  def go_on(self, last, cache, steps: int | np.ndarray):
+    """Greedy decoding of `steps` tokens, or int[B], after logits float[B, V]: (what a record holds, cache)."""
+    steps = np.broadcast_to(steps, last.shape[:1])
     record = {'tokens': [], 'logits': [last], 'text_keep': [], 'text_predictor_logits': [], 'position': []}
     lengths = [self.lengths(cache)]
-    for step in range(steps):
+    for step in range(int(steps.max())):
       token = jnp.argmax(last, -1).astype(jnp.int32)
       record['tokens'].append(token)
-      if step + 1 == steps:
+      if step + 1 == steps.max():
         break
       record['position'].append(cache.position)
+      count = jnp.asarray(step + 1 < steps, jnp.int32)
       logits, cache, judgement, text_logits = self.extended(token[:, None], count, cache, True)
       last = logits[:, 0]
       record['logits'].append(last)
