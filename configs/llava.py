@@ -7,6 +7,7 @@
 pretrain: 558,128 captions, projector only, batch 256, learning rate 1e-3 (LLaVA's scripts/v1_5/pretrain.sh).
 finetune: 665,298 conversations, projector and language model, batch 128, 2e-5 (scripts/v1_5/finetune.sh).
 dynamic: the 624,610 of them with an image, language model 5e-6 and predictors 2e-4, batch 64 (the authors' training script).
+dynamic_tokenpacker: `dynamic` on a LLaVA with TokenPacker (arXiv 2407.02392), 57 of 144 image tokens, from a converted checkpoint.
 finetune_lora, dynamic_lora: the same with adapters of the decoder in place of its weights (docs/training.md).
 
 One epoch each; `steps` counts its whole batches. Hardware: meant for v5p-128 (64 chips of 16 hosts; --multihost on each host) with
@@ -98,9 +99,17 @@ def dynamic_lora() -> dict:
   return base | dict(lora=LORA, optimizer=base['optimizer'] | dict(learning_rate=5e-5))  # ours: ten times that of all weights
 
 
+def dynamic_tokenpacker() -> dict:
+  base, rate = dynamic(), 0.4
+  stages = [dict(start=0), dict(start=2, selector='dynamic', image_keep_rate=rate)]
+  sparsity = base['sparsity'] | dict(image_keep_rate=rate)
+  return base | dict(model=to_dict(presets.DYNAMIC_TOKENPACKER_7B), stages=stages, sparsity=sparsity)
+
+
 def get_config(name: str = 'finetune') -> ConfigDict:
-  """`pretrain`, `finetune`, `dynamic`, `finetune_lora` or `dynamic_lora`."""
-  configs = dict(pretrain=pretrain, finetune=finetune, dynamic=dynamic, finetune_lora=finetune_lora, dynamic_lora=dynamic_lora)
+  """`pretrain`, `finetune`, `dynamic`, `finetune_lora`, `dynamic_lora` or `dynamic_tokenpacker`."""
+  made = (pretrain, finetune, dynamic, finetune_lora, dynamic_lora, dynamic_tokenpacker)
+  configs = {make.__name__: make for make in made}
   if name not in configs:
     raise ValueError(f'configs/llava.py has no {name!r}; expected one of {", ".join(configs)}')
   return ConfigDict(configs[name]())

@@ -4,7 +4,7 @@ Sizes of the published models are those of their `config.json` files (liuhaotian
 openai/clip-vit-large-patch14-336).
 """
 
-from dynllava_jax.config import LlamaConfig, ModelConfig, PredictorConfig, VisionConfig
+from dynllava_jax.config import LlamaConfig, ModelConfig, PredictorConfig, TokenPackerConfig, VisionConfig
 
 CLIP_L14_336 = VisionConfig()
 
@@ -15,6 +15,13 @@ LLAVA_1_5_13B = ModelConfig(
 
 DYNAMIC_LLAVA_7B = ModelConfig(vision=CLIP_L14_336, llama=LLAVA_1_5_7B.llama, predictor=PredictorConfig())
 DYNAMIC_LLAVA_13B = ModelConfig(vision=CLIP_L14_336, llama=LLAVA_1_5_13B.llama, predictor=PredictorConfig())
+
+# TokenPacker (arXiv 2407.02392) as published, two by two patches in an image token: 144 of them.
+TOKENPACKER = dict(projector='tokenpacker', packer=TokenPackerConfig())
+TOKENPACKER_7B = ModelConfig(vision=CLIP_L14_336, llama=LLAVA_1_5_7B.llama, **TOKENPACKER)
+TOKENPACKER_13B = ModelConfig(vision=CLIP_L14_336, llama=LLAVA_1_5_13B.llama, **TOKENPACKER)
+DYNAMIC_TOKENPACKER_7B = ModelConfig(vision=CLIP_L14_336, llama=LLAVA_1_5_7B.llama, predictor=PredictorConfig(), **TOKENPACKER)
+DYNAMIC_TOKENPACKER_13B = ModelConfig(vision=CLIP_L14_336, llama=LLAVA_1_5_13B.llama, predictor=PredictorConfig(), **TOKENPACKER)
 
 TINY = ModelConfig(
   vision=VisionConfig(image_size=56, hidden_size=32, mlp_dim=64, num_layers=3, num_heads=4),

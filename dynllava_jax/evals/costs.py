@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
-from dynllava_jax.config import ModelConfig, Piece, Stage
+from dynllava_jax.config import ModelConfig, Piece, Stage, judges_instructions
 
 
 def layer_flops(model: ModelConfig, tokens: float, keys: float, no_mlp: float = 0) -> float:
@@ -79,7 +79,8 @@ def sample_flops(
     kind, options = methods.bound(stage.layers, 'layers', methods.LayerKind())
     if methods.get(stage.selector).text_margin:
       gated, budget_share = True, stage.text_keep_budget
-      total += predictor_flops(model, num_image, len(kept))
+      judged = text_tokens + num_image if image and judges_instructions((stage,)) else 0  # computed of every row that arrives
+      total += predictor_flops(model, num_image, len(kept) + judged)
     budget = kv.generated_budget(gated, budget_share, spec)
     prompt = text_tokens + image_tokens
     for layer in range(stage.start, end):

@@ -43,7 +43,7 @@ def verify(folder: str, bases: str | None) -> bool:
   for quantity in verify_method(record):
     print(quantity, flush=True)
     found.append(quantity)
-  named = {q.name.rpartition(': ')[2] for q in found}
+  named = {q.name.rpartition(': ')[2].partition('[')[0] for q in found}  # NAME[ROW] is a part of an array
   left = [k for k in record.case if k not in named and not k.endswith(('input_ids', 'pixel_values'))]
   if left:
     print(f'not compared: {", ".join(left)}')

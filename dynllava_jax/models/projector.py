@@ -60,8 +60,7 @@ class TokenPacker(nn.Module):
     bias = bias.astype(dtype)
     q = jnp.einsum('bmd,ndh->bmnh', query, qkv[0]) + bias[0]
     k, v = (jnp.einsum('bmrd,ndh->bmrnh', of[name], qkv[i]) + bias[i] for i, name in ((1, 'key'), (2, 'value')))
-    scores = jnp.einsum('bmnh,bmrnh->bmnr', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    seen = jnp.einsum('bmnr,bmrnh->bmnh', jax.nn.softmax(scores, -1).astype(dtype), v)
+    seen = attend(q, k, v)
     out = self.param('out', partitioned(PACKER_INIT, 'heads', 'head_dim', 'embed'), (heads, width // heads, width))
     out_bias = self.param('out_bias', partitioned(nn.initializers.zeros, None), (width,))
     x = batch_split(jnp.einsum('bmnh,nhd->bmd', seen, out.astype(dtype)) + out_bias.astype(dtype))
@@ -73,6 +72,12 @@ def regions(x: jax.Array, coarse: int, scale: int) -> jax.Array:
   """Patches float[B, (G s)^2, C] of a square image, G = `coarse` and s = `scale` -> float[B, G^2, s^2, C], region by region."""
   x = x.reshape(x.shape[0], coarse, scale, coarse, scale, -1).transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(x.shape[0], coarse**2, scale**2, -1)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Every token to its own region: queries float[B, M, N, H], keys and values float[B, M, R, N, H] -> float[B, M, N, H]."""
+  scores = jnp.einsum('bmnh,bmrnh->bmnr', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+  return jnp.einsum('bmnr,bmrnh->bmnh', jax.nn.softmax(scores, -1).astype(v.dtype), v)
 
 
 def shrink(x: jax.Array) -> jax.Array:
