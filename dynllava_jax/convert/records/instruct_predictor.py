@@ -57,25 +57,28 @@ def verify(record: Record) -> Iterator[Quantity]:
       yield from compare_prompt(record, name, prompt, where, *found)
   yield from uncached(record, prompts, run)
   if 'train/input_ids' in record.case:
-    yield from compare_training(runner, record.case, pixels[jnp.asarray(record.array('train/image_index'))])
+    try:
+      yield from compare_training(runner, record.case, pixels[jnp.asarray(record.array('train/image_index'))])
+    except KeyError as e:
+      raise ConversionError(f'{record.folder}/case.npz: array {e} is missing; expected a record of {METHOD}') from None
 
 
 def model(record: Record) -> tuple[CheckpointInfo, dict]:
   """The base with the record's predictor, judging as the authors' code does."""
-  weights, told = load_case(record.folder / 'weights.npz'), record.setting('sparse_config')
+  told = lambda name: record.setting('sparse_config', name)
 
   def describe(info: CheckpointInfo) -> CheckpointInfo:
     predictor = dataclasses.replace(info.model.predictor, instruct=True)
     stages = tuple(dataclasses.replace(s, options={'instruct': True}) if s.selector == 'dynamic' else s for s in info.stages)
     sparsity = dataclasses.replace(
       info.sparsity,
-      instruct_keep_rate=told['instruct_keep_rate'],
-      min_instruct_len=told['instruct_len_for_training'],
+      instruct_keep_rate=told('instruct_keep_rate'),
+      min_instruct_len=told('instruct_len_for_training'),
       judge_last_instruct_token=True,
     )
     return dataclasses.replace(info, model=dataclasses.replace(info.model, predictor=predictor), stages=stages, sparsity=sparsity)
 
-  return with_weights(record, record.setting('base_model'), weights, describe)
+  return with_weights(record, record.setting('base_model'), load_case(record.folder / 'weights.npz'), describe)
 
 
 def asked(record: Record, name: str) -> Asked:

@@ -20,6 +20,15 @@ from dynllava_jax.convert.records.bases import Record, with_weights
 from dynllava_jax.convert.records.dynamic_runs import DynamicRunner, row_of
 
 METHOD = 'tokenpacker projector below dynamic-llava'
+TOWER = {
+  'hidden_size': 'hidden_size',
+  'intermediate_size': 'mlp_dim',
+  'num_hidden_layers': 'num_layers',
+  'num_attention_heads': 'num_heads',
+  'image_size': 'image_size',
+  'patch_size': 'patch_size',
+  'layer_norm_eps': 'layer_norm_eps',
+}
 GROUP = re.compile(r'scale(\d+)/(\w+)/tokens')
 CHOICES = ('kept_image_index', 'position_ids', 'tokens', 'text_keep', 'position', 'cache_len_dense', 'cache_len_sparse')
 NUMBERS = ('image_predictor_logits', 'logits', 'text_predictor_logits')
@@ -49,10 +58,10 @@ def model(record: Record, scale: int) -> tuple[CheckpointInfo, dict]:
   at = f'scale{scale}/'
   own = {k.removeprefix('clip/'): v for k, v in weights.items() if k.startswith('clip/')}
   own |= {f'model.{k.removeprefix(at)}': v for k, v in weights.items() if k.startswith(at)}
-  told, projector = record.setting('vision_config'), record.setting('projector')
-  renamed = {'intermediate_size': 'mlp_dim', 'num_hidden_layers': 'num_layers', 'num_attention_heads': 'num_heads'}
-  fields = {renamed.get(k, k): v for k, v in told.items() if k != 'hidden_act'} | {'select_layer': projector['select_layer']}
-  packer = dict(scale_factor=scale, levels=projector['multi_levels'], num_heads=projector['num_heads'])
+  fields = {ours: record.setting('vision_config', theirs) for theirs, ours in TOWER.items()}
+  fields['select_layer'] = record.setting('projector', 'select_layer')
+  of_packer = {'levels': 'multi_levels', 'num_heads': 'num_heads'}
+  packer = {'scale_factor': scale} | {ours: record.setting('projector', theirs) for ours, theirs in of_packer.items()}
 
   def describe(info: CheckpointInfo) -> CheckpointInfo:
     vision = from_config_dict(VisionConfig, fields, f'{record.folder}/meta.json: vision_config')
