@@ -121,6 +121,8 @@ class Run:
     first, cache = self.runner.greedy(prompt, pixels, np.asarray([p.steps for p in chosen]), self.later)
     size = max(len(p.chunk) for p in self.prompts)
     first |= {'image_start': np.asarray(prompt.image_start)}
+    if not any(len(p.chunk) for p in chosen):
+      return first, {}
     chunk = jnp.asarray(np.stack([np.pad(p.chunk, (0, size - len(p.chunk))) for p in chosen]), jnp.int32)
     count = jnp.asarray([len(p.chunk) for p in chosen], jnp.int32)
     position = cache.position[:, None] + jnp.arange(size)
@@ -155,12 +157,12 @@ def compare_prompt(
     yield from put('instruct_predictor_logits', judged)
     yield from put('instruct_keep', kept)
     yield from put('prefill_position_ids', positions)
-  for part, result, steps in (('decode', first, prompt.steps), ('round2', second, prompt.more)):
+  for part, result, steps in (('decode', first, prompt.steps), *([('round2', second, prompt.more)] if prompt.more else [])):
     for key in DECODED:
       yield from put(f'{part}/{key}', result[key][:, : steps if key in ('tokens', 'logits') else steps - 1])
     for key in LENGTHS:
       yield from put(f'{part}/{key}', result[key][:steps])
-  for key in ('position', 'logits', 'keep', 'instruct_logits'):
+  for key in ('position', 'logits', 'keep', 'instruct_logits') if prompt.more else ():
     yield from put(f'round2/chunk_{key}', second[f'chunk_{key}'][:, : len(prompt.chunk)])
 
 
