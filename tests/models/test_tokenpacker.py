@@ -222,6 +222,7 @@ def test_a_projector_file_needs_its_scale(tmp_path):
   assert open_source(Request(src=source, projector=str(file))).info.model.packer.scale_factor == 3
 
 
+@pytest.mark.slow
 def test_a_tower_of_sixteen_patches_is_trained_with_it_frozen():
   """One step of Dynamic-LLaVA: four image tokens, of which two are kept, and gradients for all but what is frozen."""
   cfg = TrainConfig(
