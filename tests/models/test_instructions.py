@@ -30,7 +30,7 @@ def test_every_recorded_quantity_agrees():
   found, well, lines = verified('instruct_predictor')
   assert [str(q) for q in found if not q.ok] == [] and well
   (left,) = [line for line in lines if line.startswith('not compared')]
-  inputs = ('image_index', 'attention_mask', 'train/labels', 'gumbel_', 'train/tau', 'expanded_labels')
+  inputs = ('image_index', 'chunk_ids', 'attention_mask', 'train/labels', 'gumbel_', 'train/tau', 'expanded_labels')
   assert [name for name in left.partition(': ')[2].split(', ') if not any(i in name for i in inputs)] == []
 
 
@@ -87,6 +87,20 @@ def test_wrong_builds_are_far_off(built, expected):
 
 
 @pytest.mark.slow
+def test_a_quota_and_new_positions_are_far_off(built, expected, monkeypatch):
+  def quota(name):  # a threshold that 0.7 of the span pass
+    logits = built.record.array(f'{name}/instruct_predictor_logits')[0]
+    margin = np.sort(logits[:, 0] - logits[:, 1])[::-1]
+    return margin[int(0.7 * len(margin)) - 1 :][:2].mean()
+
+  right = methods.SELECTORS['dynamic']
+  shifted = lambda x, predictor: right.text_margin(x, predictor) - jnp.asarray([[quota(name)] for name in NAMES])
+  for build, least in (({'text_margin': shifted}, 0.5), ({'renumbers': lambda options: True}, 0.1)):
+    monkeypatch.setitem(methods.SELECTORS, 'dynamic', dataclasses.replace(right, **build))
+    assert np.abs(built.last_logits() - expected).max() > least
+
+
+@pytest.mark.slow
 def test_wrong_builds_of_a_later_turn_are_far_off(built, monkeypatch):
   truth = np.stack([built.record.array(f'{name}/round2/logits')[0, 1] for name in NAMES[:2]])
   far = lambda: np.abs(built.last_logits(chunk=True) - truth).max(-1)
@@ -94,6 +108,9 @@ def test_wrong_builds_of_a_later_turn_are_far_off(built, monkeypatch):
   right = kv.append_chunk
   monkeypatch.setattr(kv, 'append_chunk', lambda cache, k, v, count, keep=None: right(cache, k, v, count))
   assert (far() > 0.1).all()  # the chunk is not judged
+  last = lambda count, keep: jnp.arange(keep.shape[1]) == count[:, None] - 1
+  monkeypatch.setattr(kv, 'append_chunk', lambda cache, k, v, count, keep: right(cache, k, v, count, keep & ~last(count, keep)))
+  assert (far() > 0.05).all()  # its last token goes too
 
 
 def test_off_the_weights_are_not_looked_at(built):

@@ -35,6 +35,7 @@ from dynllava_jax.data.batches import Batch
 from dynllava_jax.evals import costs
 from dynllava_jax.methods.base import TowerOutput
 from dynllava_jax.models import projector
+from dynllava_jax.models.clip import VisionTower
 from dynllava_jax.models.dynllava import DynLlava
 from dynllava_jax.models.params import abstract_params, count_parameters, cut_params, init_params
 from dynllava_jax.ops.images import normalize
@@ -63,12 +64,12 @@ def scale3():
   return record, info.model, params
 
 
-def packed(scale3, order=(0, 1, 2, 3), query=3) -> float:
+def packed(scale3, order=(0, 1, 2, 3), query=3, features=None) -> float:
   """How far the projector's tokens are from the recorded ones."""
   record, cfg, params = scale3
   states = np.split(record.array('features_multi'), 4, -1)
   levels = {level - 1: jnp.asarray(states[i]) for level, i in zip(cfg.packer.levels, order)}
-  tower = TowerOutput(jnp.asarray(states[query]), states=levels)
+  tower = TowerOutput(jnp.asarray(states[query]) if features is None else features, states=levels)
   tokens = projector.TokenPacker(cfg, jnp.float32).apply({'params': params['projector']}, tower)
   return float(np.abs(tokens - record.array('scale3/projected')).max())
 
@@ -87,6 +88,17 @@ def test_the_projector_alone_and_wrong_builds_of_it(scale3, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(projector, 'PACKER_EPS', 1e-2)
     assert packed(scale3) > LOGITS
+
+
+@pytest.mark.slow
+def test_the_towers_last_block_is_not_part_of_it(scale3):
+  """State 24 as the queries' source gives other tokens."""
+  record, cfg, params = scale3
+  layers = jax.tree.map(lambda *x: jnp.concatenate(x), params['vision']['layers'], params['vision_tail']['layers'])
+  pixels = jnp.asarray(record.array('pixel_values')).transpose(0, 2, 3, 1)
+  tower = VisionTower(dataclasses.replace(cfg.vision, select_layer=-1), jnp.float32)
+  last = jax.jit(tower.apply)({'params': params['vision'] | {'layers': layers}}, pixels).features
+  assert packed(scale3, features=last) > 0.1
 
 
 @pytest.mark.parametrize('scale, middle', [(2, (0, 1, 6, 7)), (3, (7,)), (6, (14, 15, 20, 21))])
@@ -112,7 +124,7 @@ def test_published_sizes(scale, tokens):
   mlp = dataclasses.replace(cfg, projector='mlp2x_gelu', packer=None)
   if scale == 2:
     assert [round((costs.vision_flops(m) - tower_flops(m)) / 1e9) for m in (cfg, mlp)] == [21, 24]
-    assert Stage(image_keep_rate=0.4).kept_image_tokens(tokens) == 57  # the paper's
+    assert [Stage(image_keep_rate=rate).kept_image_tokens(tokens) for rate in (0.4, 0.2)] == [57, 28]  # the paper's is 0.4
 
 
 def tower_flops(cfg: ModelConfig) -> float:

@@ -97,6 +97,11 @@ class Record:
     beside = folder.parent / 'case.npz'
     return Base(info, params, load_case(beside) if beside.exists() else {})
 
+  def base_case(self) -> dict[str, np.ndarray]:
+    """The arrays of the case that `base_model` names, by its folder or that of its checkpoint."""
+    folder = self.find(self.setting('base_model'))
+    return load_case((folder.parent if folder.name == 'checkpoint' else folder) / 'case.npz')
+
   def described_base(self) -> tuple[Base, str]:
     """The model that `base_model` describes, a name or a group with tower and prompts, and its sentence about the prompts."""
     described = self.setting('base_model')

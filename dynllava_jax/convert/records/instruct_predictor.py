@@ -47,8 +47,7 @@ def verify(record: Record) -> Iterator[Quantity]:
   if not names:
     raise ConversionError(f'{record.folder}/case.npz: no group PROMPT/decode/tokens; expected a record of {METHOD}')
   runner = DynamicRunner(*model(record))
-  base = load_case(record.find(record.setting('base_model')) / 'case.npz')
-  pixels = jnp.asarray(base['pixel_values']).transpose(0, 2, 3, 1)
+  pixels = jnp.asarray(record.base_case()['pixel_values']).transpose(0, 2, 3, 1)
   prompts = {name: asked(record, name) for name in names}
   run = Run(runner, pixels, list(prompts.values()))
   together = run(range(len(names)))

@@ -41,7 +41,7 @@ def verify(record: Record) -> Iterator[Quantity]:
     prompts.setdefault(int(found[1]), []).append(found[2])
   if not prompts:
     raise ConversionError(f'{record.folder}/case.npz: no group scaleN/PROMPT/tokens; expected a record of {METHOD}')
-  base = load_case(record.find(record.setting('base_model')) / 'case.npz')
+  base = record.base_case()
   for i, (scale, names) in enumerate(sorted(prompts.items())):
     runner = DynamicRunner(*model(record, scale))
     pixels = jnp.asarray(record.array('pixel_values')).transpose(0, 2, 3, 1)
