@@ -33,6 +33,7 @@ class StageCache:
     evicted: int32[B], generated tokens given up because the budget was full.
     shift: int32[B], how much earlier than `Cache.position` the next token is rotated in this stage, which numbers its tokens
       anew; None if it does not.
+    first: int32[L, B], where a layer's visible slots begin, if layers hold different numbers of a prompt's tokens; None for 0.
     gated: whether generated tokens are judged. Static.
     budget: generated tokens a row may hold. Static.
   """
@@ -44,6 +45,7 @@ class StageCache:
   generated: jax.Array
   evicted: jax.Array
   shift: jax.Array | None
+  first: jax.Array | None
   gated: bool = dataclasses.field(metadata={'static': True})
   budget: int = dataclasses.field(metadata={'static': True})
 
@@ -93,8 +95,9 @@ def from_prompt(
   text_keep_budget: float,
   spec: CacheSpec,
   shift: jax.Array | None = None,
+  first: jax.Array | None = None,
 ) -> StageCache:
-  """A cache that holds a prompt's keys and values float[L, B, S, K, H], int32[B] `length` of them; `shift` as in `StageCache`."""
+  """A cache that holds a prompt's keys and values float[L, B, S, K, H]; `length`, `shift` and `first` as in `StageCache`."""
   budget = generated_budget(gated, text_keep_budget, spec)
   slots = capacity(k.shape[2], budget, gated, spec)
   pad = [(0, 0), (0, 0), (0, slots - k.shape[2]), (0, 0), (0, 0)]
@@ -107,6 +110,7 @@ def from_prompt(
     generated=jnp.zeros(batch, jnp.int32),
     evicted=jnp.zeros(batch, jnp.int32),
     shift=shift,
+    first=first,
     gated=gated,
     budget=budget,
   )

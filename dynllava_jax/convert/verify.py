@@ -6,13 +6,13 @@ from typing import Any
 
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.convert.readers import ConversionError
-from dynllava_jax.convert.records import compressors, instruct_predictor, layers, reducers, selectors, tokenpacker
+from dynllava_jax.convert.records import compressors, instruct_predictor, kv, layers, reducers, selectors, tokenpacker
 from dynllava_jax.convert.records.base import Quantity, load_case
 from dynllava_jax.convert.records.bases import Record
 from dynllava_jax.convert.records.dynamic_llava import Verifier, check_case
 
 # How the record of a method is recomputed, by the method's name in `meta.json`.
-OF_METHODS = dict.fromkeys(reducers.RECORDED, reducers.verify) | {
+OF_METHODS = dict.fromkeys(reducers.RECORDED, reducers.verify) | dict.fromkeys(kv.RECORDED, kv.verify) | {
   'fastv': selectors.verify,
   'pyramiddrop': selectors.verify,
   'look-m': compressors.verify,

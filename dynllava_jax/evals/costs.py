@@ -86,13 +86,19 @@ def sample_flops(
     for layer in range(stage.start, end):
       keys, rows = kind.saves(model.llama, layer, image_tokens, options)
       total += layer_flops(model, prompt, prompt * (prompt + 1) / 2 - keys, rows)
-    cached = methods.prompt_slots(stage, text_tokens, image_tokens) if image_tokens else prompt
+    cached = sum(stage_slots(model, stage, end, text_tokens, image_tokens)) / layers
     held = 0
     for keep in kept:
       total += layers * layer_flops(model, 1, cached + held + 1)
       held = min(held + (1 if keep or not gated else 0), budget)
   head = 2 * model.llama.hidden_size * model.llama.vocab_size
   return total + head * (1 + len(kept))
+
+
+def stage_slots(model: ModelConfig, stage: Stage, end: int, text: int, image: int) -> list[int]:
+  """Cache slots that a prompt takes up in each layer of a stage that ends before layer `end`."""
+  layers = model.llama.num_layers
+  return [methods.prompt_slots(stage, layer, layers, text, image) for layer in range(stage.start, end)]
 
 
 def cache_bytes(
@@ -111,7 +117,7 @@ def cache_bytes(
     if methods.get(stage.selector).text_margin:
       gate, budget_share = True, stage.text_keep_budget
     budget = kv.generated_budget(gate, budget_share, spec)
-    slots = kv.capacity(methods.prompt_slots(stage, text_length, image_tokens), budget, gate, spec)
+    slots = kv.capacity(max(stage_slots(model, stage, end, text_length, image_tokens)), budget, gate, spec)
     sizes.append((end - stage.start) * slots * 2 * llama.num_kv_heads * llama.head_dim * bytes_per_number)
   return sizes
 

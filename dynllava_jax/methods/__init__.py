@@ -7,12 +7,21 @@ from dynllava_jax.methods import (
   base,
   dynamic,
   everything,
+  expected_attention,
   fastervlm,
   fastv,
+  keydiff,
+  knorm,
+  lagkv,
   look_m,
+  observed_attention,
   pyramiddrop,
+  pyramidkv,
   random,
   redundancylens,
+  snapkv,
+  streaming_llm,
+  tova,
   uniform,
   visionzip,
 )
@@ -20,11 +29,13 @@ from dynllava_jax.methods.base import (
   Chosen,
   Compressed,
   Compressor,
+  Depth,
   LayerKind,
   Observed,
   Origin,
   Reduced,
   Reducer,
+  Rotation,
   Rows,
   Selector,
   SelectorInputs,
@@ -48,7 +59,16 @@ LAYER_KINDS: dict[str, LayerKind] = {
   'redundancylens': redundancylens.LAYERS,
 }
 COMPRESSORS: dict[str, Compressor] = {
+  'expected_attention': expected_attention.COMPRESSOR,
+  'keydiff': keydiff.COMPRESSOR,
+  'knorm': knorm.COMPRESSOR,
+  'lagkv': lagkv.COMPRESSOR,
   'look_m': look_m.COMPRESSOR,
+  'observed_attention': observed_attention.COMPRESSOR,
+  'pyramidkv': pyramidkv.COMPRESSOR,
+  'snapkv': snapkv.COMPRESSOR,
+  'streaming_llm': streaming_llm.COMPRESSOR,
+  'tova': tova.COMPRESSOR,
 }
 METHODS = {'reducer': REDUCERS, 'selector': SELECTORS, 'layers': LAYER_KINDS, 'compressor': COMPRESSORS}  # by site
 
@@ -98,10 +118,10 @@ def stage_image_tokens(stages: tuple[Stage, ...], num_image: int) -> tuple[int, 
   return tuple(counts)
 
 
-def prompt_slots(stage: Stage, text: int, image: int) -> int:
-  """Cache slots that a prompt of `text` and `image` tokens in a stage takes up there."""
+def prompt_slots(stage: Stage, layer: int, layers: int, text: int, image: int) -> int:
+  """Cache slots that a prompt of `text` and `image` tokens in a stage takes up in one of its layers, of `layers` in the decoder."""
   compressor, options = bound(stage.compressor, 'compressor')
-  return text + image if compressor is None else compressor.slots(text, image, options)
+  return text + image if compressor is None else compressor.slots(text, image, layer, layers, options)
 
 
 def tower_needs(model: ModelConfig, reducer: Piece | None) -> TowerNeeds:
@@ -148,11 +168,13 @@ __all__ = [
   'Chosen',
   'Compressed',
   'Compressor',
+  'Depth',
   'LayerKind',
   'Observed',
   'Origin',
   'Reduced',
   'Reducer',
+  'Rotation',
   'Rows',
   'Selector',
   'SelectorInputs',

@@ -223,6 +223,30 @@ class LayerKind(Origin):
 
 
 @dataclasses.dataclass(frozen=True)
+class Rotation:
+  """By what a layer rotates.
+
+  Attributes:
+    positions: int32[B, S] of the rows; next: int32[B] of the token to come.
+    angles: int32[B, T] positions -> (cos, sin) float32[B, T, H/2].
+  """
+
+  positions: jax.Array
+  next: jax.Array
+  angles: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+  """Where a layer stands: `layer` int32[], counted from the decoder's first; `stage`, the layers of its stage; `layers`, how many the
+  decoder has."""
+
+  layer: jax.Array
+  stage: range
+  layers: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Observed:
   """What a layer shows a compressor. Nothing is computed for it: what is derived from these costs only those who derive it.
 
@@ -230,6 +254,8 @@ class Observed:
     q: float[B, S, N, H], rotated queries; unrotated: the same before rotation.
     k, v: float[B, S, K, H], rotated keys, and values.
     rows: what of it is text, image and padding.
+    rotation: by what queries and keys were rotated.
+    depth: which layer it is.
   """
 
   q: jax.Array
@@ -237,6 +263,8 @@ class Observed:
   k: jax.Array
   v: jax.Array
   rows: Rows
+  rotation: Rotation | None = None
+  depth: Depth | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -246,7 +274,8 @@ class Compressed:
 
   Attributes:
     k, v: float[B, C, K, H], slots in the order of their positions; each head may hold other tokens.
-    length: int32[B], slots in use, the same in all layers of a stage.
+    length: int32[B], behind the last slot in use, the same in all layers of a stage.
+    first: int32[B], the first slot in use, where layers keep different numbers of entries; None for 0.
     shift: int32[B], how much earlier than its place in the conversation the next token is rotated; None for not at all.
     details: what else a record wants to see, by name; computed only where it is read.
   """
@@ -254,6 +283,7 @@ class Compressed:
   k: jax.Array
   v: jax.Array
   length: jax.Array
+  first: jax.Array | None = None
   shift: jax.Array | None = None
   details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
@@ -264,8 +294,9 @@ class Compressor(Origin):
 
   Attributes:
     compress: (`Observed`, options) -> `Compressed`; a row depends on that row alone, and not on its padding.
-    slots: (text slots, image tokens that reach the stage, options) -> C.
+    slots: (text slots, image tokens that reach the stage, layer, decoder layers, options) -> most slots that the layer fills; C is
+      the most of a stage.
   """
 
   compress: Callable[[Observed, Any], Compressed]
-  slots: Callable[[int, int, Any], int]
+  slots: Callable[[int, int, int, int, Any], int]

@@ -42,8 +42,8 @@ class Options:
       raise ConfigError(f'merge {self.merge!r} is unknown; expected one of {", ".join(MERGES)}')
 
 
-def slots(text: int, image: int, options: Options) -> int:
-  """Room for the largest share of the longest prompt."""
+def slots(text: int, image: int, layer: int, layers: int, options: Options) -> int:
+  """Room for the largest share of the longest prompt, the same in all layers."""
   size = text + image
   return min(size, max(text, int(size * options.hh_ratio)) + int(size * options.recent_ratio))
 
@@ -73,7 +73,7 @@ def compress(seen: Observed, options: Options) -> Compressed:
   received = attention_received(seen.q, seen.k, real.astype(jnp.float32))
   scores = received.reshape(batch, kv_heads, -1, size).sum(2)
   keep = choose(scores, seen, options)
-  index, length = layout.compact(keep, slots(size - num_image, num_image, options))
+  index, length = layout.compact(keep, slots(size - num_image, num_image, 0, 1, options))
   k, v = (x.swapaxes(1, 2) for x in (seen.k, seen.v))  # [B, K, S, H]
   kept_k, kept_v = (jnp.take_along_axis(x, index[..., None], 2) for x in (k, v))
   in_use = jnp.arange(index.shape[-1]) < length[..., None]

@@ -114,7 +114,8 @@ class DynLlava(nn.Module):
       if out.length is not None:  # compressed
         length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
       gated, budget = self.gate(i)
-      caches.append(kv.from_prompt(out.k, out.v, length, gated=gated, text_keep_budget=budget, spec=spec, shift=shift))
+      room = dict(gated=gated, text_keep_budget=budget, spec=spec)
+      caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, **room))
     return state.x, tuple(traces), kv.Cache(tuple(caches), prompt.length)
 
   def extend(self, tokens: jax.Array, count: jax.Array, cache: kv.Cache, judge: bool):
@@ -152,7 +153,7 @@ class DynLlava(nn.Module):
         margin = selector.text_margin(x, self.instruct_predictor)
         keep = keep & ((margin > 0) | last)
       rotary = kv.rotary_positions(old, positions)
-      x, out = self.llama.run_stage(i, x, rotary, cache=(old.k, old.v), cache_length=old.length)
+      x, out = self.llama.run_stage(i, x, rotary, cache=(old.k, old.v, old.first), cache_length=old.length)
       chunk = old, out.k, out.v
       new.append(kv.append_judged(*chunk, keep, margin, active) if judge else kv.append_chunk(*chunk, count, keep))
     return x, kv.Cache(tuple(new), cache.position + count), Judgement(keep, margin)
@@ -268,7 +269,8 @@ class DynLlava(nn.Module):
     if ranks_next:
       queries = reduction.ranking_queries(state, prompt.image_start, prompt_length, weights[index + 1])
     rows = state.rows(prompt.image_start) if ranks_next or stage.layers or stage.compressor else None
-    x, out = self.llama.run_stage(index, state.x, state.rotary, rows=rows, queries=queries)
+    behind = prompt_length if state.shift is None else prompt_length - state.shift
+    x, out = self.llama.run_stage(index, state.x, state.rotary, rows=rows, queries=queries, next_position=behind)
     last = None if out.attention is None else out.attention[-1]
     return dataclasses.replace(state, x=x), dataclasses.replace(out, attention=last)
 

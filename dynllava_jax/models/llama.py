@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dynllava_jax import methods
 from dynllava_jax.config import LlamaConfig, Stage
-from dynllava_jax.methods import LayerKind, Observed, Rows
+from dynllava_jax.methods import Depth, LayerKind, Observed, Rotation, Rows
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
 from dynllava_jax.models.lora import multiply
 from dynllava_jax.ops import layout
@@ -23,6 +23,7 @@ from dynllava_jax.ops.rope import apply_rope, rope_angles
 LINEAR_INIT = nn.initializers.lecun_normal()
 HEADS_INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1))  # [N, D, H]
 LAST = 'last'  # flag of a stage's last layer
+LAYER = 'layer'  # what is scanned along for a compressor: which layer it is
 HEADS_OUT_INIT = nn.initializers.lecun_normal(in_axis=(-3, -2))  # [N, H, D]
 
 
@@ -46,6 +47,7 @@ class Context:
     cache_length: int32[B] visible cache slots, or None without a cache.
     rows: where text and image stand, for the pieces of the stage; None if it has none.
     queries: rows that the next stage's selector ranks by, by their attention in the last layer; None if it does not.
+    positions: int32[B, T], rotary positions, and next_position: int32[B], that of the token to come, for a compressor.
   """
 
   cos: jax.Array
@@ -54,6 +56,8 @@ class Context:
   cache_length: jax.Array | None = None
   rows: Rows | None = None
   queries: Queries | None = None
+  positions: jax.Array | None = None
+  next_position: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +67,7 @@ class LayerOutput:
 
   Attributes:
     k, v: float[B, T, K, H] of these tokens, keys rotated; what a compressor left of them where the stage has one.
-    length: int32[B], how many of them are real, and shift: int32[B], as `Compressed` has them; None without a compressor.
+    length, first, shift: int32[B], as `Compressed` has them; None without a compressor.
     attention: float32[B, N, P], what the image rows receive from `Context.queries`, zeros but for the last layer; None if
       not asked.
     details: what records look at, by name.
@@ -72,6 +76,7 @@ class LayerOutput:
   k: jax.Array
   v: jax.Array
   length: jax.Array | None = None
+  first: jax.Array | None = None
   shift: jax.Array | None = None
   attention: jax.Array | None = None
   details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -108,19 +113,20 @@ class Block(nn.Module):
   cfg: LlamaConfig
   dtype: Dtype
   stage: Stage
+  layers: range
 
   def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init=LINEAR_INIT) -> jax.Array:
     return self.param(name, partitioned(init, *axes), shape).astype(self.dtype)
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None, flags: dict[str, jax.Array] | None):
+  def __call__(self, x: jax.Array, context: Context, cache: tuple[jax.Array, ...] | None, flags: dict[str, jax.Array] | None):
     """Runs the layer.
 
     Args:
       x: float[B, T, D].
       context: see `Context`.
-      cache: this layer's (k, v), float[B, C, K, H] each, or None.
-      flags: this layer's, by name: those of the stage's `LayerKind`, and `LAST`; None if nothing needs any.
+      cache: this layer's (k, v), float[B, C, K, H] each, and int32[B] `StageCache.first`; None without one.
+      flags: this layer's, by name: those of the stage's `LayerKind`, `LAST` and `LAYER`; None if nothing needs any.
 
     Returns:
       (float[B, T, D], `LayerOutput`).
@@ -138,7 +144,8 @@ class Block(nn.Module):
       unrotated, k, v = (multiply(self, n, 'btd,ndh->btnh', y, w) for n, w in (('q', q), ('k', k), ('v', v)))
       q, k = apply_rope(unrotated, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
       if cache is not None:
-        y = cached_attention(q, k, v, *cache, context.cache_length)
+        old_k, old_v, first = cache
+        y = cached_attention(q, k, v, old_k, old_v, context.cache_length, first)
       elif context.policy is not None:
         y = policy_attention(q, k, v, context.policy)
       elif kind.attend is not None:
@@ -174,8 +181,11 @@ class Block(nn.Module):
     if rows is not None and self.stage.compressor is not None:
       with jax.named_scope('compressor'):
         compressor, options = methods.bound(self.stage.compressor, 'compressor')
-        left = compressor.compress(Observed(q, unrotated, k, v, rows), options)
-        output = LayerOutput(left.k, left.v, left.length, left.shift, attention, details | left.details)
+        angles = lambda positions: rope_angles(positions, head_dim, cfg.rope_theta, cfg.rope_scaling)
+        rotation = Rotation(context.positions, context.next_position, angles)
+        depth = Depth(flags[LAYER], self.layers, cfg.num_layers)
+        left = compressor.compress(Observed(q, unrotated, k, v, rows, rotation, depth), options)
+        output = LayerOutput(left.k, left.v, left.length, left.first, left.shift, attention, details | left.details)
     return batch_split(x), output
 
 
@@ -198,13 +208,18 @@ class Llama(nn.Module):
     self.embedding = self.param(
       'embedding', partitioned(nn.initializers.normal(1.0), 'vocab', 'embed'), (cfg.vocab_size, cfg.hidden_size)
     )
-    ends = [s.start for s in self.stages[1:]] + [cfg.num_layers]
-    for i, (stage, end) in enumerate(zip(self.stages, ends)):
-      block = scan_layers(Block, end - stage.start, (nn.broadcast, 0, 0), self.remat)
-      setattr(self, f'stage_{i}', block(cfg, self.dtype, stage))
+    for i, stage in enumerate(self.stages):
+      layers = self.layers_of(i)
+      block = scan_layers(Block, len(layers), (nn.broadcast, 0, 0), self.remat)
+      setattr(self, f'stage_{i}', block(cfg, self.dtype, stage, layers))
     self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
     if not cfg.tie_embeddings:
       self.head = self.param('head', partitioned(LINEAR_INIT, 'embed', 'vocab'), (cfg.hidden_size, cfg.vocab_size))
+
+  def layers_of(self, index: int) -> range:
+    """Decoder layers of a stage."""
+    ends = [s.start for s in self.stages[1:]] + [self.cfg.num_layers]
+    return range(self.stages[index].start, ends[index])
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int32[B, T] -> float[B, T, D]."""
@@ -217,10 +232,11 @@ class Llama(nn.Module):
     positions: jax.Array,
     *,
     policy: jax.Array | None = None,
-    cache: tuple[jax.Array, jax.Array] | None = None,
+    cache: tuple[jax.Array, jax.Array, jax.Array | None] | None = None,
     cache_length: jax.Array | None = None,
     rows: Rows | None = None,
     queries: Queries | None = None,
+    next_position: jax.Array | None = None,
   ) -> tuple[jax.Array, LayerOutput]:
     """Runs the layers of one stage.
 
@@ -228,22 +244,26 @@ class Llama(nn.Module):
       index: stage number.
       x: float[B, T, D]; positions: int32[B, T], rotary positions.
       policy: float[B, T] keep weight per key, for training.
-      cache, cache_length: (k, v) float[L, B, C, K, H] each and int32[B] visible slots, for decoding.
-      rows, queries: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without they are plain.
+      cache, cache_length: (k, v) float[L, B, C, K, H] each with `StageCache.first`, and int32[B] visible slots, for decoding.
+      rows, queries, next_position: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without they
+        are plain.
 
     Returns:
       (float[B, T, D], `LayerOutput` of all layers, stacked [L, ...]).
     """
-    stage, flags = self.stages[index], {}
-    ends = [s.start for s in self.stages[1:]] + [self.cfg.num_layers]
-    layers = slice(stage.start, ends[index])
+    stage, layers, flags = self.stages[index], self.layers_of(index), {}
     if rows is not None and stage.layers is not None:
       kind, options = methods.bound(stage.layers, 'layers')
-      flags |= {name: jnp.asarray(marks[layers]) for name, marks in kind.flags(self.cfg.num_layers, options).items()}
+      flags |= {
+        name: jnp.asarray(marks[layers.start : layers.stop]) for name, marks in kind.flags(self.cfg.num_layers, options).items()
+      }
     if queries is not None:
       flags[LAST] = jnp.arange(layers.start, layers.stop) == layers.stop - 1
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
     context = Context(cos, sin, policy, cache_length, rows, queries)
+    if rows is not None and stage.compressor is not None:
+      flags[LAYER] = jnp.arange(layers.start, layers.stop)
+      context = dataclasses.replace(context, positions=positions, next_position=next_position)
     return getattr(self, f'stage_{index}')(x, context, cache, flags or None)
 
   def entering_attention(self, index: int, x: jax.Array, positions: jax.Array, rows: Rows, queries: Queries) -> jax.Array:

@@ -204,7 +204,13 @@ _policy_attention.defvjp(_policy_forward, _policy_backward)
 
 
 def cached_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array, cache_length: jax.Array
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  cache_k: jax.Array,
+  cache_v: jax.Array,
+  cache_length: jax.Array,
+  cache_first: jax.Array | None = None,
 ) -> jax.Array:
   """New tokens attend to the cache and, causally, to each other.
 
@@ -214,7 +220,8 @@ def cached_attention(
   Args:
     q: float[B, T, N, H]; k, v: float[B, T, K, H] of the T new tokens.
     cache_k, cache_v: float[B, C, K, H].
-    cache_length: int32[B], the first `cache_length[b]` slots of row b are real.
+    cache_length: int32[B], the first `cache_length[b]` slots of row b are real,
+    cache_first: int32[B], but for the first `cache_first[b]`; None for none of them.
 
   Returns:
     float[B, T, N, H].
@@ -223,7 +230,10 @@ def cached_attention(
   slots = cache_k.shape[1]
   grouped = q.reshape(batch, length, k.shape[2], -1, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
   old = jnp.einsum('btkgh,bckh->bkgtc', grouped, cache_k, preferred_element_type=jnp.float32)
-  old = jnp.where((jnp.arange(slots) < cache_length[:, None])[:, None, None, None], old, -jnp.inf)
+  real = jnp.arange(slots) < cache_length[:, None]
+  if cache_first is not None:
+    real = real & (jnp.arange(slots) >= cache_first[:, None])
+  old = jnp.where(real[:, None, None, None], old, -jnp.inf)
   new = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32)
   new = jnp.where(jnp.tril(jnp.ones((length, length), bool)), new, -jnp.inf)
   weights = jax.nn.softmax(jnp.concatenate([old, new], -1), -1).astype(v.dtype)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynllava_jax.cache import CacheSpec
+from dynllava_jax.cache import Cache, CacheSpec, StageCache
 from dynllava_jax.config import IMAGE_ID, ModelConfig, Piece, Stage
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, prompt_from_ids
@@ -41,7 +41,8 @@ class Answer:
   Attributes:
     prefill_logits: [S', V] of what is left of the prompt in the last stage; hidden: [S', D], before the final norm.
     traces: one `StageTrace` per stage, of this row.
-    k, v: [L, C, K, H] per stage, after the prefill, slots in use.
+    k, v: [L, C, K, H] per stage, after the prefill, slots in use; where layers hold different numbers of them, zeros behind the
+      fewer.
     tokens: [T]; logits: [T, V], those that each token was drawn from.
     position: [T - 1, L], rotary position of each fed token in every layer.
     cache_len: [T, L], slots in use after the prefill and after each fed token.
@@ -105,7 +106,7 @@ class Runner:
     after_prefill = jax.device_get(cache)
     last = prefill_logits[jnp.arange(len(asked)), traces[-1].length - 1]
     ones = jnp.ones(len(asked), jnp.int32)
-    tokens, logits, position, length = [], [last], [], [self._per_layer(cache, 'length')]
+    tokens, logits, position, length = [], [last], [], [self._slots_in_use(cache)]
     for step in range(steps):
       token = jnp.argmax(last, -1).astype(jnp.int32)
       tokens.append(token)
@@ -115,7 +116,7 @@ class Runner:
       position.append(np.asarray(cache.position)[:, None] - shift)
       last, cache = self._extend(token[:, None], ones, cache)
       logits.append(last)
-      length.append(self._per_layer(cache, 'length'))
+      length.append(self._slots_in_use(cache))
     stack = lambda x: np.stack([np.asarray(a) for a in x], 1) if x else np.zeros((len(asked), 0), np.int32)
     tokens, logits, position, length = map(stack, (tokens, logits, position, length))
     hidden, prefill_logits, traces = jax.device_get((hidden, prefill_logits, traces))
@@ -123,16 +124,22 @@ class Runner:
     for row in range(len(asked)):
       mine = tuple(_row_of_trace(t, row) for t in traces)
       real = int(traces[-1].length[row])
-      k, v = (tuple(getattr(s, name)[:, row, : int(s.length[row])] for s in after_prefill.stages) for name in ('k', 'v'))
+      k, v = (tuple(_in_use(getattr(s, name), s, row) for s in after_prefill.stages) for name in ('k', 'v'))
       of_row = tokens[row], logits[row], position[row], length[row]
       answers.append(Answer(prefill_logits[row, :real], hidden[row, :real], mine, k, v, *of_row))
     return answers
 
-  def _per_layer(self, cache, name: str) -> np.ndarray:
-    """[B, L] of a number that every stage's cache has; 0 where it has none."""
-    values = [getattr(s, name) for s in cache.stages]
-    zero = np.zeros(cache.position.shape, np.int32)
-    return np.stack([zero if v is None else np.asarray(v) for v in values], 1)[:, self.stage_of_layer]
+  def _per_layer(self, cache: Cache, name: str) -> np.ndarray:
+    """[B, L] of a number that every stage's cache has, int32[B] or for its layers int32[L, B]; 0 where it has none."""
+    found, batch = [], cache.position.shape[0]
+    for stage, layers in zip(cache.stages, np.bincount(self.stage_of_layer)):
+      value = getattr(stage, name)
+      found.append(np.broadcast_to(0 if value is None else np.asarray(value), (layers, batch)))
+    return np.concatenate(found).T
+
+  def _slots_in_use(self, cache: Cache) -> np.ndarray:
+    """[B, L]."""
+    return self._per_layer(cache, 'length') - self._per_layer(cache, 'first')
 
   def uncached(self, asked: Sequence[Asked], tokens: np.ndarray) -> np.ndarray:
     """Logits [B, V] behind the prompts and int[B, T] generated tokens, recomputed as a whole."""
@@ -143,6 +150,17 @@ class Runner:
       whole[row, length : length + steps] = tokens[row]
     now = dataclasses.replace(prompt, tokens=jnp.asarray(whole), length=prompt.length + steps)
     return np.asarray(self._recompute(now, image, prompt.length, slots - self.num_image + steps))
+
+
+def _in_use(x: np.ndarray, stage: StageCache, row: int) -> np.ndarray:
+  """A row's slots in use, [L, C, K, H]; where layers begin at different slots, zeros behind the fewer."""
+  x = x[:, row, : int(stage.length[row])]
+  if stage.first is None:
+    return x
+  moved = np.zeros_like(x)
+  for layer, first in enumerate(stage.first[:, row]):
+    moved[layer, : x.shape[1] - first] = x[layer, first:]
+  return moved[:, : x.shape[1] - int(stage.first[:, row].min())]
 
 
 def _row_of_trace(trace: StageTrace, row: int) -> StageTrace:
@@ -207,8 +225,7 @@ def asked(record: Record, base: Base, group: Group) -> Asked:
   ids = ids.reshape(-1)
   if not (ids == IMAGE_ID).any():
     return Asked(ids, None)
-  image = record.case.get(f'{own}image_index') if own else None
-  number = int(image) if image is not None else image_number(str(record.meta.get('input', '')), group.prompt)
+  number = image_of(record, own or group.at, group)
   projected = base.case.get('vision/projected')
   if projected is None or number >= len(projected):
     raise ConversionError(
@@ -217,13 +234,28 @@ def asked(record: Record, base: Base, group: Group) -> Asked:
   return Asked(ids, projected[number])
 
 
+def image_of(record: Record, own: str, group: Group) -> int:
+  """Which image a prompt has: its array below `own` or its entry of `margins` says so, else the sentence about the prompts."""
+  if f'{own}image_index' in record.case:
+    return int(record.case[f'{own}image_index'])
+  margins, arrays = (part if isinstance(part := record.meta.get(name), dict) else {} for name in ('margins', 'arrays'))
+  if isinstance(entry := margins.get(group.at), dict) and isinstance(entry.get('image'), int):
+    return entry['image']
+  described = record.meta.get('input') or next((text for name, text in arrays.items() if name.endswith('input_ids')), '')
+  return image_number(str(described), group.prompt)
+
+
 def image_number(described: str, prompt: str) -> int:
-  """Which image a prompt has: 'image 0 -> b1, 1 -> b1s' or 'b1 -> 0' says so; else the number that its name ends with, else 0."""
+  """Which image a prompt has: 'image 0 -> b1, 1 -> b1s', 'b1 -> 0' or 'p0 and p2 use image 0, p1 image 1' says so; else the number
+  that its name ends with, else 0."""
   for first, second in re.findall(r'(\w+) -> (\w+)', described):
     if first == prompt and second.isdigit():
       return int(second)
     if second == prompt and first.isdigit():
       return int(first)
+  named = re.search(rf'\b{re.escape(prompt)}((?:\s|,|and|use|uses|\b[a-z]+\d+\b)*)\bimage (\d+)', described)
+  if named:
+    return int(named[2])
   number = re.search(r'(\d+)$', prompt)
   return int(number[1]) if number and not re.fullmatch(r'b\d+', prompt) else 0
 
