@@ -238,8 +238,12 @@ class Rotation:
 
 @dataclasses.dataclass(frozen=True)
 class Depth:
-  """Where a layer stands: `layer` int32[], counted from the decoder's first; `stage`, the layers of its stage; `layers`, how many the
-  decoder has."""
+  """Where a layer stands.
+
+  Attributes:
+    layer: int32[], counted from the decoder's first.
+    stage: the layers of its stage; layers: how many the decoder has.
+  """
 
   layer: jax.Array
   stage: range

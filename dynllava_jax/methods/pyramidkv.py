@@ -1,8 +1,8 @@
 """PyramidKV (arXiv 2406.02069): SnapKV's choice, with more places in the lower layers than in the upper ones.
 
 `Stage(compressor=Piece('pyramidkv', dict(ratio=0.75)))`. All layers of a stage have as many slots as its largest one fills: in one
-stage up to `2 - 1 / beta` times those of SnapKV at the same ratio. A list that names it in several stages keeps the very same tokens,
-in slots that follow the pyramid in as many steps; one stage per layer has no slot too many.
+stage up to `2 - 1 / beta` times those of SnapKV at the same ratio. A list that names it in several stages keeps the very same
+tokens, in slots that follow the pyramid in as many steps; one stage per layer has no slot too many.
 """
 
 import dataclasses
@@ -30,8 +30,7 @@ class Options(snapkv.Options):
 
 
 def budget(count: int, layer: int, layers: int, options: Options) -> int:
-  """Places of a layer, in equal steps from the most in the first to the least in the last; kvpress's rule, over the image without a
-  window."""
+  """Places of a layer, in equal steps from the first to the last: kvpress's rule, for the image without a window."""
   window = options.window if options.over == PROMPT else 0
   mean = window + count * (1 - options.ratio) - window  # its rounding, not ours
   least = mean / options.beta

@@ -1,8 +1,8 @@
 """Recomputes what was recorded of compressors that keep the best-scored keys, mostly by kvpress: one format for all of them.
 
 `PROMPT/CASE/NAME` per prompt and setting, with the settings of the scores in `hyper` and the share that leaves in
-`PROMPT/CASE/ratio`. A method `kv_NAME` is over the prompt, `kv_NAME_image` over the image; in `kv_rerotation` a case begins with the
-name of its scores.
+`PROMPT/CASE/ratio`. A method `kv_NAME` is over the prompt, `kv_NAME_image` over the image; in `kv_rerotation` a case begins with
+the name of its scores.
 """
 
 import dataclasses
