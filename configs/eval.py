@@ -47,6 +47,11 @@ def reduced(name: str, **options) -> dict:
   return dict(stages=[dict(start=0)], reducer=dict(name=name, **options))
 
 
+def compressed(name: str, **options) -> dict:
+  """A dense prefill, of which a compressor leaves less in the cache."""
+  return dict(stages=[dict(start=0, compressor=dict(name=name, **options))])
+
+
 def published() -> dict:
   """Dense, and methods that need no training, with 64 of 576 image tokens unless their name says otherwise."""
   pyramid = [dict(start=8 * i, selector='pyramiddrop', image_keep_rate=0.5**i) for i in (1, 2, 3)]  # as published
@@ -56,7 +61,10 @@ def published() -> dict:
     visionzip_64=reduced('visionzip', dominant=54, contextual=10),
     fastv_64=in_decoder(selector='fastv', image_tokens=30),  # 30 of 576 from layer 2 of 32 on: 64 on average
     pyramiddrop_270=dict(stages=[dict(start=0), *pyramid]),
-    look_m_20=dict(stages=[dict(start=0, compressor=dict(name='look_m', hh_ratio=0.1, recent_ratio=0.1))]),
+    snapkv_64=compressed('snapkv', ratio=8 / 9, window=16),
+    knorm_64=compressed('knorm', ratio=8 / 9),
+    pyramidkv_64=compressed('pyramidkv', ratio=8 / 9, window=16),
+    look_m_20=compressed('look_m', hh_ratio=0.1, recent_ratio=0.1),
   )
 
 

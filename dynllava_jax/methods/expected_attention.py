@@ -45,14 +45,11 @@ def score(part: Part, options: Options) -> tuple[jax.Array, dict[str, jax.Array]
   counts = (seen.rows.is_real(size) & (jnp.arange(size) >= options.n_sink))[:, None, :]
   k = seen.k.swapaxes(1, 2).astype(jnp.float32)[:, :, None]  # [B, K, 1, S, H]
   q = seen.unrotated.swapaxes(1, 2).astype(jnp.float32)  # [B, N, S, H]
-  number = jnp.maximum(counts.sum(-1), 1)[..., None]
-  mean = jnp.where(counts[..., None], q, 0.0).sum(2) / number
+  mean, spread = statistics(q, counts)
   turn = average_rotation(seen.rotation, options.n_future)
   grouped = lambda x: x.reshape(batch, kv_heads, -1, *x.shape[2:])
   logits = jnp.einsum('bkgh,bkgsh->bkgs', grouped(turn(mean)), k, precision='highest') * head_dim**-0.5
   if options.covariance:
-    centred = jnp.where(counts[..., None], q - mean[:, :, None], 0.0)
-    spread = jnp.einsum('bnsh,bnsj->bnhj', centred, centred, precision='highest') / number[..., None]
     spread = turn(turn(spread).swapaxes(-1, -2))
     along = jnp.einsum('bkgsh,bkghj->bkgsj', k, grouped(spread), precision='highest')
     logits = logits + (along * k).sum(-1) / (2 * head_dim)
@@ -61,6 +58,14 @@ def score(part: Part, options: Options) -> tuple[jax.Array, dict[str, jax.Array]
   if options.value_norm:
     scores = (scores + options.epsilon) * jnp.linalg.norm(seen.v.swapaxes(1, 2).astype(jnp.float32), axis=-1)
   return first_ones(part, options.n_sink, part.columns(scores)), {}
+
+
+def statistics(q: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean float32[B, N, H] and covariance float32[B, N, H, H] of the queries float32[B, N, S, H] that bool[B, 1, S] `counts`."""
+  number = jnp.maximum(counts.sum(-1), 1)[..., None]
+  mean = jnp.where(counts[..., None], q, 0.0).sum(2) / number
+  centred = jnp.where(counts[..., None], q - mean[:, :, None], 0.0)
+  return mean, jnp.einsum('bnsh,bnsj->bnhj', centred, centred, precision='highest') / number[..., None]
 
 
 def average_rotation(rotation: Rotation, count: int):

@@ -1,8 +1,8 @@
 """LagKV (arXiv 2504.04704): keys and values stay that stand out in the light of the tokens that come after them.
 
-`Stage(compressor=Piece('lagkv', dict(ratio=0.5, lag=32)))`. Behind the sinks tokens are cut into partitions of `lag`. What is scored
-is how a token spreads over its channels once these are scaled by the range of the next partition. The last full partition, which
-has none, and what is left over stay. Over the image alone the image is what is cut, and has no sinks.
+`Stage(compressor=Piece('lagkv', dict(ratio=0.5, lag=32)))`. Behind the sinks tokens are cut into partitions of `lag`. What is
+scored is how a token spreads over its channels once these are scaled by the range of the next partition. The last full partition,
+which has none, and what is left over stay. Over the image alone the image is what is cut, and has no sinks.
 """
 
 import dataclasses
