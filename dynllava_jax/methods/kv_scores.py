@@ -3,10 +3,13 @@
 They are `snapkv`, `streaming_llm`, `tova`, `knorm`, `keydiff`, `expected_attention`, `observed_attention`, `pyramidkv` and `lagkv`.
 A file of theirs says how keys are scored; how many stay, which these are and what becomes of them is said here, after kvpress
 (github.com/NVIDIA/kvpress, 0.5.5). Unlike there every row is what it would be alone, whatever the padding: budgets, windows and
-statistics count its own tokens. Everything is computed in float32, and ties go to the earlier token.
+statistics count its own tokens. Everything is computed in float32, and ties go to the earlier token. What comes after the prompt is
+cached as it is: cutting again while tokens are generated (kvpress's DecodingPress) would take slots back that the cache's capacity,
+its room for later turns and the gate count on.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -146,6 +149,7 @@ def compressor(score: Score, budget: Callable[[int, int, int, Any], int] = share
     origin: fields of `Origin`.
   """
 
+  @functools.lru_cache  # the cost of every sample asks
   def slots(text: int, image: int, layer: int, layers: int, options: Options) -> int:
     if options.over == IMAGE:
       return text + budget(image, layer, layers, options)
