@@ -107,9 +107,9 @@ def competing(seen: Observed, options: Options) -> Part:
 
 
 def first_ones(part: Part, count: int, scores: jax.Array) -> jax.Array:
-  """`scores` float32[B, K, M] with the first `count` of the prompt forced, the earliest before the others."""
+  """`scores` float32[B, K, M] with the first `count` of the prompt forced, the earliest before all others, `last_ones` too."""
   place = part.start[:, None, None] + part.place
-  return jnp.where((place < count) & part.real, FORCED * (1.0 + count - place), scores)
+  return jnp.where((place < count) & part.real, FORCED * (1.0 + part.size + count - place), scores)
 
 
 def last_ones(part: Part, forced: jax.Array, scores: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Compressors that keep the best-scored keys: equal to kvpress in any batch, and with grouped heads to the definitions."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -57,18 +58,27 @@ def observed(base):
     yield lambda record: known.get(record.method) or known.setdefault(record.method, look(record))
 
 
-def compress_all(piece, arrays, rows, llama, change=lambda seen: seen):
-  """The compressor at every layer: `Compressed`, stacked [L, ...]."""
+def as_it_is(seen):
+  return seen
+
+
+def compress_all(piece, arrays, rows, llama, change=as_it_is, build=''):
+  """The compressor at every layer: `Compressed`, stacked [L, ...]. `build` names one that was changed."""
+  return jax.device_get(compressed(piece, arrays, rows, llama.head_dim, llama.rope_theta, change, build))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
+def compressed(piece, arrays, rows, head_dim, theta, change, build):
   compressor, options = methods.bound(piece, 'compressor')
   size, layers = arrays['k'].shape[2], arrays['k'].shape[0]
   positions = jnp.broadcast_to(jnp.arange(size), (len(rows.length), size))
-  rotation = Rotation(positions, rows.length, lambda p: rope_angles(p, llama.head_dim, llama.rope_theta))
+  rotation = Rotation(positions, rows.length, lambda p: rope_angles(p, head_dim, theta))
 
   def at(layer):
     seen = Observed(**layer[0], rows=rows, rotation=rotation, depth=Depth(layer[1], range(layers), layers))
     return compressor.compress(change(seen), options)
 
-  return jax.device_get(jax.jit(lambda arrays: jax.lax.map(at, (arrays, jnp.arange(layers))))(arrays))
+  return jax.lax.map(at, (arrays, jnp.arange(layers)))
 
 
 def answer_of(left, row):
@@ -169,6 +179,10 @@ def with_sinks(q, counts):
   return STATISTICS(q, counts | (jnp.arange(counts.shape[-1]) < 4))
 
 
+def not_turned(rotation, count):
+  return lambda x: x
+
+
 def by_its_own_range(x, sinks, lag):
   doubled = x[:, :, sinks : sinks + (x.shape[2] - sinks) // lag * lag]
   doubled = jnp.repeat(doubled.reshape(*x.shape[:2], -1, lag, x.shape[3]), 2, 2).reshape(*x.shape[:2], -1, x.shape[3])
@@ -187,7 +201,9 @@ WRONG = {
   'keydiff: unrotated keys': ('kv_keydiff', dict(change=keys_unrotated), 8.9),
   'expected attention: rotated queries': (
     'kv_expected_attention',
-    dict(change=lambda seen: dataclasses.replace(seen, unrotated=seen.q)),
+    dict(
+      change=lambda seen: dataclasses.replace(seen, unrotated=seen.q), patch=(expected_attention, 'average_rotation', not_turned)
+    ),
     11.1,
   ),
   'expected attention: no covariance': ('kv_expected_attention', dict(options={'covariance': False}), 2.6),
@@ -215,7 +231,7 @@ def test_a_wrong_build_keeps_others(wrong, base, observed, monkeypatch):
     monkeypatch.setitem(methods.COMPRESSORS, piece.name, made)
   if 'patch' in changed:
     monkeypatch.setattr(*changed['patch'])
-  left = compress_all(piece, arrays, rows, base.info.model.llama, changed.get('change', lambda seen: seen))
+  left = compress_all(piece, arrays, rows, base.info.model.llama, changed.get('change', as_it_is), wrong)
   keep = left.details['keep'][:, prompts.index('p0'), :, : int(rows.length[prompts.index('p0')])]
   right = np.zeros_like(keep)
   np.put_along_axis(right, record.case[case.at + 'kept'], True, -1)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from test_invariants import CFG, NEW, ROWS, TEXT, P, batch
 
+from dynllava_jax import methods
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import DENSE, ConfigError, Piece, Stage
 from dynllava_jax.evals import costs
 from dynllava_jax.generate import Generator
+from dynllava_jax.methods import pyramidkv
 from dynllava_jax.models.dynllava import DynLlava
 
 LAYERS = CFG.llama.num_layers
@@ -41,9 +43,10 @@ def test_what_a_cache_holds_and_where_it_goes_on(mixed):
   turn, _ = mixed[0].start(*batch())
   pyramid, snapkv = turn.cache.stages
   lengths = np.array([n + (P if at >= 0 else 0) for n, at in ROWS])
-  share = [int(n * 0.6) for n in lengths]
-  held = np.asarray(pyramid.length - pyramid.first)
-  assert pyramid.shift is None and (held[0] > held[1]).all() and (held.sum(0) > share).all()
+  options = methods.options_of(PYRAMID, 'compressor')
+  budgets = [[pyramidkv.budget(n, layer, LAYERS, options) for n in lengths] for layer in (0, 1)]
+  np.testing.assert_array_equal(pyramid.length - pyramid.first, budgets)
+  assert pyramid.shift is None and budgets[0][0] > budgets[1][0]
   text = np.array([n for n, _ in ROWS])
   np.testing.assert_array_equal(snapkv.length, text + np.where([at >= 0 for _, at in ROWS], 4, 0))
   np.testing.assert_array_equal(turn.cache.position - snapkv.shift, snapkv.length)
@@ -83,10 +86,10 @@ def of_each(piece, starts):
   [
     ((Stage(compressor=Piece('snapkv', {'ratio': 0.75})),), [TEXT + 4]),
     ((Stage(compressor=Piece('knorm', {'ratio': 0.7, 'over': 'prompt'})),), [int((TEXT + P) * 0.3)]),
-    (of_each(PYRAMID, [0]), [20]),
-    (of_each(PYRAMID, [0, 2]), [20, 15]),
-    (of_each(PYRAMID, range(LAYERS)), [20, 18, 15, 13]),
-    (MIXED, [20, TEXT + 4]),
+    (of_each(PYRAMID, [0]), [25]),
+    (of_each(PYRAMID, [0, 2]), [25, 14]),
+    (of_each(PYRAMID, range(LAYERS)), [25, 20, 14, 9]),
+    (MIXED, [25, TEXT + 4]),
   ],
   ids=['image', 'prompt', 'pyramid', 'pyramid in two', 'pyramid in all', 'mixed'],
 )
