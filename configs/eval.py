@@ -47,9 +47,9 @@ def reduced(name: str, **options) -> dict:
   return dict(stages=[dict(start=0)], reducer=dict(name=name, **options))
 
 
-def compressed(name: str, **options) -> dict:
-  """A dense prefill, of which a compressor leaves less in the cache."""
-  return dict(stages=[dict(start=0, compressor=dict(name=name, **options))])
+def compressed(name: str, starts: tuple[int, ...] = (0,), **options) -> dict:
+  """A dense prefill, of which a compressor leaves less in the cache; each of the stages at `starts` has slots of its own number."""
+  return dict(stages=[dict(start=start, compressor=dict(name=name, **options)) for start in starts])
 
 
 def published() -> dict:
@@ -63,7 +63,7 @@ def published() -> dict:
     pyramiddrop_270=dict(stages=[dict(start=0), *pyramid]),
     snapkv_64=compressed('snapkv', ratio=8 / 9, window=16),
     knorm_64=compressed('knorm', ratio=8 / 9),
-    pyramidkv_64=compressed('pyramidkv', ratio=8 / 9, window=16),
+    pyramidkv_64=compressed('pyramidkv', starts=(0, 8, 16, 24), ratio=8 / 9, window=16),
     look_m_20=compressed('look_m', hh_ratio=0.1, recent_ratio=0.1),
   )
 

@@ -78,7 +78,7 @@ def piece(record: Record, case: Case) -> Piece:
   over = IMAGE if name.endswith('_image') else PROMPT
   name = name.removesuffix('_image')
   if rerotated:
-    begins = [name for name in SCORES if case.config.startswith((name, name.partition('_llm')[0]))]
+    begins = [name for name in SCORES if case.config.startswith(name.removesuffix('_llm').removesuffix('_attention'))]
     if not begins:
       raise ConversionError(f'{record.folder}: case {case.config!r}, expected it to begin with one of {", ".join(SCORES)}')
     name = max(begins, key=len)
