@@ -12,7 +12,9 @@ from dynllava_jax.convert.records.bases import Record
 from dynllava_jax.convert.records.dynamic_llava import Verifier, check_case
 
 # How the record of a method is recomputed, by the method's name in `meta.json`.
-OF_METHODS = dict.fromkeys(reducers.RECORDED, reducers.verify) | dict.fromkeys(kv.RECORDED, kv.verify) | {
+OF_METHODS = {
+  **dict.fromkeys(reducers.RECORDED, reducers.verify),
+  **dict.fromkeys(kv.RECORDED, kv.verify),
   'fastv': selectors.verify,
   'pyramiddrop': selectors.verify,
   'look-m': compressors.verify,
