@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax.cache import Cache
-from dynllava_jax.config import ModelConfig
+from dynllava_jax.config import ModelConfig, Stage
 
 MOST_TOKENS = 2**24  # of a cache's room, before memory is asked for
 
@@ -49,11 +49,24 @@ def check_generator(
   if not floating:
     raise ValueError(f'dtype: {dtype!r}, expected a floating-point type such as jnp.bfloat16')
   llama = params.get('llama') if isinstance(params, Mapping) else None
-  if not isinstance(llama, Mapping) or 'layers' not in llama:
+  if not isinstance(llama, Mapping) or not ('layers' in llama or 'stage_0' in llama):
     raise ValueError('params: no parameters in checkpoint form, expected what checkpoint.load_params gives ("llama" with "layers")')
-  found = {x.shape[0] for x in jax.tree.leaves(llama['layers'])} - {cfg.llama.num_layers}
-  if found:
-    raise ValueError(f'params: {found.pop()} layers, but cfg.llama.num_layers is {cfg.llama.num_layers}')
+  if 'layers' in llama:
+    found = {x.shape[0] for x in jax.tree.leaves(llama['layers'])} - {cfg.llama.num_layers}
+    if found:
+      raise ValueError(f'params: {found.pop()} layers, but cfg.llama.num_layers is {cfg.llama.num_layers}')
+
+
+def check_cut(llama: Mapping[str, Any], stages: tuple[Stage, ...], num_layers: int) -> None:
+  """Raises ValueError if decoder parameters that were cut while they were loaded were cut for other stages."""
+  starts = [s.start for s in stages]
+  expected = {f'stage_{i}': end - start for i, (start, end) in enumerate(zip(starts, [*starts[1:], num_layers]))}
+  found = {k: jax.tree.leaves(v)[0].shape[0] for k, v in llama.items() if k.startswith('stage_')}
+  if found != expected:
+    raise ValueError(
+      f'params: cut into {list(found.values())} layers, but stages wants {list(expected.values())}; give '
+      'checkpoint.load_params the same stages, or none'
+    )
 
 
 def array(name: str, value: Any, shape: tuple[int | None, ...], kind: Any) -> np.ndarray | None:

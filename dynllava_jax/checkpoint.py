@@ -5,14 +5,14 @@
     DIR/assets/...            files of the PyTorch checkpoint it came from, for the way back
     DIR/500/params/...        Orbax, parameters in checkpoint form (decoder layers in one stack)
     DIR/500/optimizer/...     only in training
-    DIR/500/integrity.json    size and SHA-256 of every file of the step, and its own checksum
+    DIR/500/integrity.json    size, SHA-256 and a sampled digest of every file of the step, and its own checksum
 
 Its path (DIR, or DIR/500 for one step) is all that is needed to load a checkpoint. Orbax writes a step under
 a temporary name and renames it, so an interrupted save leaves no step behind. Orbax itself does not notice a
-flipped bit, so what is loaded is first compared with the checksums.
+flipped bit, so steps are compared with their checksums: in samples when they are loaded, whole when a run goes on from one,
+is exported or inspected.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -23,8 +23,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -44,21 +42,16 @@ from dynllava_jax.config import (
 from dynllava_jax.files import write_atomically
 from dynllava_jax.models.lora import ADAPTERS, abstract_adapters, merged
 from dynllava_jax.models.params import abstract_params
+from dynllava_jax.sealing import INTEGRITY_FILE, DamagedError, check_integrity, json_digest, sealed_files
+from dynllava_jax.sealing import CheckpointError as CheckpointError
+from dynllava_jax.sealing import seal as seal
 from dynllava_jax.sharding import shardings, unboxed
+from dynllava_jax.stored import Part, Step
 
 FORMAT = 1
 MODEL_FILE = 'model.json'
-INTEGRITY_FILE = 'integrity.json'
 ASSETS = 'assets'
 STEP_NAME = re.compile('0|[1-9][0-9]*')
-
-
-class CheckpointError(RuntimeError):
-  """A checkpoint that cannot be read or written; the message names the path and what to do."""
-
-
-class DamagedError(CheckpointError):
-  """A step whose files are not the ones it was sealed with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,11 +97,6 @@ def write_description(directory: pathlib.Path, content: dict[str, Any]) -> None:
 
 def _named_files(tokenizer: Mapping[str, bytes] | None, assets: Mapping[str, bytes] | None) -> dict[str, bytes]:
   return {f'{ASSETS}/{name}': content for name, content in (assets or {}).items()} | dict(tokenizer or {})
-
-
-def json_digest(content: dict[str, Any]) -> str:
-  """SHA-256 of plain values, whatever their order."""
-  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def locate(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
@@ -185,8 +173,8 @@ def read_description(directory: pathlib.Path) -> dict[str, Any]:
 def weights_digest(path: str | pathlib.Path) -> str:
   """One SHA-256 for all parameters of DIR or DIR/STEP, from its list of checksums."""
   directory, step = locate(path)
-  files = _sealed_files(directory / str(step) / INTEGRITY_FILE)
-  return json_digest({name: digest for name, (_, digest) in files.items() if name.split('/')[0] == 'params'})
+  files = sealed_files(directory / str(step) / INTEGRITY_FILE)
+  return json_digest({name: digest for name, (_, digest, _) in files.items() if name.split('/')[0] == 'params'})
 
 
 def read_tokenizer(path: str | pathlib.Path) -> dict[str, bytes] | None:
@@ -214,84 +202,6 @@ def _read_file(directory: pathlib.Path, name: str) -> bytes:
   return content
 
 
-def seal(step_dir: pathlib.Path, known: dict[str, str] | None = None) -> None:
-  """Writes `integrity.json` of a step whose arrays are all on disk.
-
-  Args:
-    step_dir: DIR/STEP, or its temporary directory.
-    known: SHA-256 of files (paths below `step_dir`) that need not be read for it.
-  """
-  known = known or {}
-  files = [p for part in step_dir.iterdir() if part.is_dir() for p in sorted(part.rglob('*')) if p.is_file()]
-  names = [p.relative_to(step_dir).as_posix() for p in files]
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    digests = pool.map(lambda n: known.get(n) or file_sha256(step_dir / n), names)
-    table = {n: {'size': p.stat().st_size, 'sha256': d} for n, p, d in zip(names, files, digests)}
-  content = {'files': table}
-  write_atomically(step_dir / INTEGRITY_FILE, json.dumps(content | {'sha256': json_digest(content)}, indent=0).encode())
-
-
-def file_sha256(path: pathlib.Path) -> str:
-  """Hex digest of a file's content."""
-  with path.open('rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
-def check_integrity(step_dir: pathlib.Path, part: str | None = None, *, contents: bool = True) -> None:
-  """Compares the files of a step with its checksums.
-
-  With several processes each checks its share.
-
-  Args:
-    step_dir: DIR/STEP.
-    part: folder below it, 'params' or 'optimizer'; all if None.
-    contents: read the files; otherwise only their sizes are compared.
-
-  Raises:
-    CheckpointError: names every file that is missing, truncated, changed or not listed.
-  """
-  file = step_dir / INTEGRITY_FILE
-  stated = {n: v for n, v in _sealed_files(file).items() if part in (None, n.split('/')[0])}
-  if not stated:
-    raise DamagedError(f'{file}: damaged, it lists no file of {part or "the step"}; copy the checkpoint again')
-  parts = [step_dir / part] if part else [p for p in step_dir.iterdir() if p.is_dir()]
-  present = {p.relative_to(step_dir).as_posix() for folder in parts for p in folder.rglob('*') if p.is_file()}
-  strange = sorted(present - stated.keys())
-
-  def problem(item) -> str | None:
-    name, (size, digest) = item
-    path = step_dir / name
-    if not path.exists():
-      return f'{path}: missing'
-    if path.stat().st_size != size:
-      return f'{path}: {path.stat().st_size} bytes, expected {size}'
-    return f'{path}: damaged, its checksum is not the one it was written with' if contents and file_sha256(path) != digest else None
-
-  share = sorted(stated.items())[jax.process_index() :: jax.process_count()]
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    problems = [p for p in pool.map(problem, share) if p]
-  problems += [f'{step_dir / n}: not listed in {INTEGRITY_FILE}' for n in strange]
-  if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(len(problems))).any() and not problems:
-    problems = ['a file that another host has checked']  # all must come to the same end
-  if problems:
-    raise DamagedError(f'{step_dir}: damaged; copy or write it again:\n  ' + '\n  '.join(problems))
-
-
-def _sealed_files(file: pathlib.Path) -> dict[str, tuple[int, str]]:
-  """(size, SHA-256) of every file that an `integrity.json` lists."""
-  try:
-    content = json.loads(file.read_text())
-    stated = content.pop('sha256', None)
-    files = {n: (v['size'], v['sha256']) for n, v in content['files'].items()}
-  except FileNotFoundError:
-    raise DamagedError(f'{file}: missing, the step is damaged or incomplete; copy or write it again') from None
-  except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
-    raise DamagedError(f'{file}: damaged ({e}); copy the checkpoint again') from e
-  if stated not in (None, json_digest(content)):
-    raise DamagedError(f'{file}: damaged, it does not match its own checksum; copy the checkpoint again')
-  return files
-
-
 def stored_params(path: str | pathlib.Path) -> dict[str, Any]:
   """Shape and dtype of every stored parameter of DIR or DIR/STEP by its name (`llama/layers/q`); nothing is loaded."""
   directory, step = locate(path)
@@ -302,12 +212,19 @@ def stored_params(path: str | pathlib.Path) -> dict[str, Any]:
     raise CheckpointError(f'{step_dir}: not a readable checkpoint step ({e})') from e
 
 
-def load_params(path: str | pathlib.Path, mesh: Mesh | None = None, *, checked: bool = False) -> dict[str, Any]:
-  """Parameters in checkpoint form, in the dtype they are stored in; adapters are merged into the base that they belong to.
+def load_params(
+  path: str | pathlib.Path, mesh: Mesh | None = None, *, stages: tuple[Stage, ...] | None = None, checked: bool = False
+) -> dict[str, Any]:
+  """Parameters in the dtype they are stored in, in checkpoint form, or cut while they are read for the stages of a run.
+
+  Adapters are merged into the base that they belong to. Of every file the size is compared and, unless it is small, only some
+  places of its content; `check_integrity` reads all.
 
   Args:
     path: DIR or DIR/STEP.
     mesh: where to put them (see `sharding.shardings`); the first device if None.
+    stages: what `Generator` will run: the form that `models.params.cut_params` makes, without ever holding a layer twice,
+      and without what no run needs (the top of the vision tower).
     checked: `check_integrity` has just read the step.
 
   Raises:
@@ -315,17 +232,17 @@ def load_params(path: str | pathlib.Path, mesh: Mesh | None = None, *, checked: 
   """
   info = read_info(path)
   if info.lora is None:
-    return _load(path, abstract_params(info.model, with_tail=info.unused_vision_layers), mesh, checked)
-  params = load_base(path, mesh) | load_adapted(path, mesh, checked=checked)
+    return _load(path, abstract_params(info.model, with_tail=info.unused_vision_layers), mesh, stages, checked)
+  params = load_base(path, mesh, stages) | load_adapted(path, mesh, stages=stages, checked=checked)
   adapters = params.pop(ADAPTERS)
   return params | {'llama': merged(params['llama'], adapters, info.lora.scale)}
 
 
-def load_base(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
+def load_base(path: str | pathlib.Path, mesh: Mesh | None = None, stages: tuple[Stage, ...] | None = None) -> dict[str, Any]:
   """The parameters that the adapters in a checkpoint belong to; CheckpointError if they are not there, or are others."""
   info = read_info(path)
   check_base(info, path)
-  return load_params(info.base, mesh)
+  return load_params(info.base, mesh, stages=stages)
 
 
 def check_base(info: CheckpointInfo, path: str | pathlib.Path) -> None:
@@ -347,22 +264,25 @@ def groups(path: str | pathlib.Path) -> set[str]:
   return {name.split('/')[0] for name in stored_params(path)} - {ADAPTERS} | (groups(info.base) if info.lora else set())
 
 
-def load_adapted(path: str | pathlib.Path, mesh: Mesh | None = None, *, checked: bool = False) -> dict[str, Any]:
-  """What a checkpoint with adapters stores itself, in checkpoint form: `adapters` and the groups that were trained whole."""
+def load_adapted(
+  path: str | pathlib.Path, mesh: Mesh | None = None, *, stages: tuple[Stage, ...] | None = None, checked: bool = False
+) -> dict[str, Any]:
+  """What a checkpoint with adapters stores itself, as `load_params` gives it: `adapters` and the groups that were trained whole."""
   info = read_info(path)
   boxed = abstract_params(info.model) | {ADAPTERS: abstract_adapters(info.model.llama, info.lora)}
   own = {name.split('/')[0] for name in stored_params(path)}
-  return _load(path, {name: group for name, group in boxed.items() if name in own | {ADAPTERS}}, mesh, checked)
+  return _load(path, {name: group for name, group in boxed.items() if name in own | {ADAPTERS}}, mesh, stages, checked)
 
 
-def _load(path: str | pathlib.Path, boxed: dict[str, Any], mesh: Mesh | None, checked: bool) -> dict[str, Any]:
+def _load(
+  path: str | pathlib.Path, boxed: dict[str, Any], mesh: Mesh | None, stages: tuple[Stage, ...] | None, checked: bool
+) -> dict[str, Any]:
   """The parameters whose shapes and axis names are `boxed`, and no others."""
   directory, step = locate(path)
-  place = shardings(boxed, mesh) if mesh else SingleDeviceSharding(jax.local_devices()[0])
   wanted = _by_path(unboxed(boxed))
   step_dir = directory / str(step)
   if not checked:
-    check_integrity(step_dir, 'params')
+    check_integrity(step_dir, 'params', sampled=True)
   stored = stored_params(path)
   differences = [f'- {k}: missing' for k in wanted.keys() - stored.keys()]
   differences += [f'+ {k}: not part of the model' for k in stored.keys() - wanted.keys()]
@@ -373,11 +293,42 @@ def _load(path: str | pathlib.Path, boxed: dict[str, Any], mesh: Mesh | None, ch
   ]
   if differences:
     raise CheckpointError(f'{step_dir}: its arrays do not match {directory / MODEL_FILE}:\n  ' + '\n  '.join(sorted(differences)))
-  places = place if mesh else jax.tree.map(lambda _: place, unboxed(boxed))
-  target = jax.tree_util.tree_map_with_path(
-    lambda p, leaf, where: jax.ShapeDtypeStruct(leaf.shape, stored[_name(p)].dtype, sharding=where), unboxed(boxed), places
-  )
-  return ocp.load_checkpointables(step_dir, {'params': target})['params']
+  place = SingleDeviceSharding(jax.local_devices()[0])
+  places = _by_path(shardings(boxed, mesh)) if mesh else dict.fromkeys(wanted, place)
+  parts = {}
+  for name in wanted:
+    for target, start, stop in _cut(name, stages):
+      parts[target] = Part(name.replace('/', '.'), start, stop, places[name])
+  try:
+    values = Step(step_dir).read(list(parts.values()))
+  except (OSError, ValueError) as e:
+    raise DamagedError(f'{step_dir}: cannot be read ({" ".join(str(e).split())}); copy or write it again') from e
+  return _as_tree(dict(zip(parts, values)))
+
+
+def _cut(name: str, stages: tuple[Stage, ...] | None) -> list[tuple[str, int, int | None]]:
+  """Which parameters of a run are made of a stored one: (name, first row, row after the last) of each."""
+  group, _, rest = name.partition('/')
+  if stages is None:
+    return [(name, 0, None)]
+  if group == 'vision_tail':
+    return []  # never run
+  if group not in ('llama', ADAPTERS) or not rest.startswith('layers/'):
+    return [(name, 0, None)]
+  starts = [s.start for s in stages]
+  ends = [*starts[1:], None]
+  return [(name.replace('/layers/', f'/stage_{i}/'), a, b) for i, (a, b) in enumerate(zip(starts, ends))]
+
+
+def _as_tree(named: Mapping[str, Any]) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for name, value in named.items():
+    node = tree
+    *folders, last = name.split('/')
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[last] = value
+  return tree
 
 
 def _name(path: tuple) -> str:

@@ -1,6 +1,7 @@
 """What the three root scripts share: config flags whose mistakes are one readable line, not a traceback."""
 
 import contextlib
+import os
 import pathlib
 import re
 import sys
@@ -22,6 +23,9 @@ def define_config() -> flags.FlagHolder:
   return config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py:base.')
 
 
+_COMPILED = flags.DEFINE_string(
+  'compilation_cache', None, 'Folder where compiled programs are kept; "off" keeps none. By default in ~/.cache/dynllava_jax.'
+)
 _PATHS: list[str] = []  # names of the flags that are paths
 
 
@@ -129,6 +133,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         value = flags.FLAGS[name].value
         for text in value if isinstance(value, list) else [value] if value is not None else []:
           paths.given(text, f'--{name}')
+      if _COMPILED.value is not None:
+        paths.given_compiled(_COMPILED.value, '--compilation_cache')
+        os.environ[paths.COMPILED] = _COMPILED.value  # read by `compilation`, which brings jax along
     if getattr(flags.FLAGS, 'multihost', False):
       hosts.guard()
     main(argv)

@@ -7,10 +7,11 @@ be compared would come from memory instead of the disk.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import pathlib
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from dynllava_jax.paths import Given
 DIRECT = getattr(os, 'O_DIRECT', 0)  # macOS has none
 SECTOR = 4096  # bytes; place and size of what goes past the cache, in file and memory, are multiples of a disk's sector
 BLOCK = 2**22  # bytes written or compared at a time
+SAMPLED_FROM = 2**22  # bytes; smaller files are digested whole
+SAMPLES = 16  # places of a file that are at least sampled
+STRIDE = 2**24  # bytes from one sampled place to the next, at most
 AT_MOST = 2**30  # bytes read at a time; macOS refuses 2**31
 
 
@@ -128,6 +132,24 @@ def is_array(path: pathlib.Path, value: np.ndarray) -> bool:
         return False
       done += count
   return True
+
+
+def sampled_digest(path: pathlib.Path) -> str:
+  """SHA-256 of pieces of a file that lie evenly in it, both ends among them; of all of it where it is small. OSError."""
+  with _opened(path, os.O_RDONLY) as handle:
+    size = os.fstat(handle).st_size
+    if size <= SAMPLED_FROM:
+      return digest_of(handle, range(0, size, SECTOR))
+    count = max(SAMPLES, -(-size // STRIDE))
+    return digest_of(handle, (i * (size - SECTOR) // (count - 1) for i in range(count)))
+
+
+def digest_of(handle: int, places: Iterable[int]) -> str:
+  """SHA-256 of the `SECTOR` bytes of an open file at each place."""
+  digest = hashlib.sha256()
+  for at in places:
+    digest.update(os.pread(handle, SECTOR, at))
+  return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Generation: batched, static-shaped, in one jitted loop or token by token.
 
 A `Generator` holds the compiled programs of one (model, reducer, stage list, generation length). Every program is
-compiled once per shape of its batch; a second batch of the same shapes compiles nothing.
+compiled once per shape of its batch; a second batch of the same shapes compiles nothing. Whole answers, streams and uncached ones
+pad what they are given to a bounded number of shapes (`buckets`); who goes turn by turn (`start`, `step`, ...) chooses the shapes.
 Axes: B batch, T = max_new_tokens, V vocabulary, M kept image tokens.
 """
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynllava_jax import arguments, methods
+from dynllava_jax import arguments, buckets, compilation, methods
 from dynllava_jax.cache import Cache, CacheSpec
 from dynllava_jax.config import ModelConfig, Piece, Stage
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
@@ -142,10 +143,12 @@ class Generator:
     dtype: Any = jnp.float32,
     reducer: Piece | None = None,
   ):
-    """Cuts `params` (checkpoint form) for the stage list.
+    """Checks the arguments.
 
     Args:
-      cfg, stages, params: the model and how it is run.
+      cfg, stages: the model and how it is run.
+      params: what `checkpoint.load_params(path, stages=stages)` gives, or the checkpoint form, which is cut here: for several
+        stages every layer is then held twice as long as the caller holds `params`.
       max_new_tokens: most tokens generated, over all turns of a conversation.
       eos_id: token at which a row stops; None never stops.
       later_tokens: room for the user turns after the first.
@@ -157,6 +160,7 @@ class Generator:
     Raises:
       ValueError: an argument that generation cannot work with; names it.
     """
+    compilation.keep()
     room = dict(max_new_tokens=max_new_tokens, later_tokens=later_tokens, given_tokens=given_tokens)
     arguments.check_generator(cfg, params, eos_id=eos_id, dtype=dtype, **room)
     if not isinstance(stages, tuple) or not all(isinstance(s, Stage) for s in stages):
@@ -166,7 +170,11 @@ class Generator:
     methods.check_run(cfg, stages, reducer)
     self._num_image = methods.num_image_tokens(cfg, reducer)
     self.model = DynLlava(cfg, stages, dtype, reducer=reducer)
-    self.params = cut_params(params, stages)
+    if 'layers' in params['llama']:
+      params = cut_params(params, stages)
+    else:
+      arguments.check_cut(params['llama'], stages, cfg.llama.num_layers)
+    self.params = params
     self.max_new_tokens = max_new_tokens
     self.eos_id = eos_id
     self.sampling = sampling
@@ -179,8 +187,9 @@ class Generator:
 
   def __call__(self, prompt: Prompt, pixels: jax.Array) -> Generated:
     """Answers a batch, with a cache. `pixels`: uint8[B, R, R, 3]; rows without image take any."""
-    turn, kept_image = self.start(prompt, pixels)
-    return self.decode(turn, prompt.seed, kept_image)[0]
+    padded, pixels = self._padded(prompt, pixels)
+    turn, kept_image = self._prefill(self.params, padded, pixels)
+    return buckets.first_rows(self.decode(turn, padded.seed, kept_image)[0], prompt.length.shape[0])
 
   def start(self, prompt: Prompt, pixels: jax.Array) -> tuple[Turn, tuple[jax.Array, ...]]:
     """Runs the prompts: (turn, `Generated.kept_image`). ValueError if they do not fit the model or each other."""
@@ -244,11 +253,13 @@ class Generator:
 
   def stream(self, prompt: Prompt, pixels: jax.Array) -> Iterator[np.ndarray]:
     """Yields int32[B] token by token, `PAD` for rows that have ended, until all have."""
-    turn, _ = self.start(prompt, pixels)
+    rows = prompt.length.shape[0]
+    prompt, pixels = self._padded(prompt, pixels)
+    turn, _ = self._prefill(self.params, prompt, pixels)
     active = np.ones(prompt.length.shape[0], bool)
     for i in range(self.max_new_tokens):
       tokens = np.asarray(sample(turn.logits, self.sampling, prompt.seed, turn.cache.position))
-      yield np.where(active, tokens, PAD)
+      yield np.where(active, tokens, PAD)[:rows]
       if self.eos_id is not None:
         active = active & (tokens != self.eos_id)
       if not active.any() or i + 1 == self.max_new_tokens:
@@ -257,8 +268,12 @@ class Generator:
 
   def generate_uncached(self, prompt: Prompt, pixels: jax.Array) -> Generated:
     """As `__call__`, recomputing the whole sequence for every token; the same tokens, no cache memory."""
+    rows = prompt.length.shape[0]
+    return buckets.first_rows(self._uncached(self.params, *self._padded(prompt, pixels)), rows)
+
+  def _padded(self, prompt: Prompt, pixels: jax.Array) -> tuple[Prompt, jax.Array]:
     self._check_prompt(prompt, pixels)
-    return self._uncached(self.params, prompt, pixels)
+    return buckets.pad_prompt(prompt, pixels, self._num_image)
 
   def _check_prompt(self, prompt: Prompt, pixels: jax.Array) -> None:
     arguments.check_prompt(prompt, pixels, self.model.cfg, self._num_image)

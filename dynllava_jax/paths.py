@@ -15,6 +15,8 @@ import unicodedata
 from typing import Any
 
 CACHE = 'DYNLLAVA_JAX_CACHE'  # environment variable: where files of object stores lie on this machine, see `remote`
+COMPILED = 'DYNLLAVA_JAX_COMPILATION_CACHE'  # environment variable: where compiled programs are kept, see `compilation`
+OFF = 'off'  # its value, or that of the flag, that keeps none
 STORES = {'gs': 'gcsfs', 's3': 's3fs'}  # scheme -> package that speaks it
 LONGEST_NAME = 200  # bytes; file systems take 255, and temporary names add to a name
 LONGEST_PATH = 3800  # bytes; the system takes 4096, and programs add names below it
@@ -38,6 +40,15 @@ def given(text: str, where: str) -> Given:
   """
   text = expanded(text, where)
   return _of_store(text) if is_url(text) else pathlib.Path(text)
+
+
+def given_compiled(text: str, where: str) -> pathlib.Path | None:
+  """The folder where a user wants compiled programs kept, None for `off`; PathError as for `given`, or if it is a store's."""
+  if text == OFF:
+    return None
+  if not is_local(path := given(text, where)):
+    raise PathError(f'{where}: {text}: compiled programs are kept on this machine; give a folder of it, or {OFF}')
+  return path.absolute()
 
 
 def expanded(text: str, where: str) -> str:

@@ -4,6 +4,7 @@ import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['DYNLLAVA_JAX_COMPILATION_CACHE'] = 'off'  # a test depends on nothing that another run left
 
 import pathlib
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import GOLDEN
 
-from dynllava_jax import checkpoint, presets
+from dynllava_jax import checkpoint, files, presets
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.source import Request
@@ -127,3 +127,34 @@ def test_damaged_tokenizer_and_assets(written, tmp_path):
   (directory / 'tokenizer.model').unlink()
   with pytest.raises(CheckpointError, match='tokenizer.model: cannot be read'):
     checkpoint.read_tokenizer(directory)
+
+
+def test_large_files_are_sampled_when_loaded_and_read_whole_on_request(written, tmp_path, monkeypatch):
+  """Ends and middle of a file are among the samples; what lies between is compared by `check_integrity` alone."""
+  monkeypatch.setattr(files, 'SAMPLED_FROM', 0)
+  monkeypatch.setattr(files, 'SECTOR', 16)
+  monkeypatch.setattr(files, 'STRIDE', 2**12)
+  step = shutil.copytree(written['trained'], tmp_path / 'copy') / '2'
+  (step / 'integrity.json').unlink()
+  checkpoint.seal(step)
+  file = largest_file(step.parent)
+  whole = file.read_bytes()
+  for place in (0, len(whole) - 1, 9):
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(CheckpointError, match=re.escape(f'{file}: damaged')):
+      checkpoint.check_integrity(step, 'params', sampled=True)
+  file.write_bytes(whole[:20] + bytes([whole[20] ^ 1]) + whole[21:])
+  checkpoint.check_integrity(step, 'params', sampled=True)
+  with pytest.raises(CheckpointError, match=re.escape(f'{file}: damaged')):
+    checkpoint.check_integrity(step, 'params')
+
+
+def test_steps_sealed_without_samples_are_read_whole(damaged):
+  step = damaged / str(checkpoint.locate(damaged)[1])
+  content = json.loads((step / 'integrity.json').read_text())
+  for about in content['files'].values():
+    del about['sample']
+  del content['sha256']
+  (step / 'integrity.json').write_text(json.dumps(content))
+  assert checkpoint.load_params(damaged)
+  test_flipped_bit(damaged)

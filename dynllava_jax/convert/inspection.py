@@ -86,8 +86,8 @@ def _ours(directory: pathlib.Path) -> str:
   root, step = checkpoint.locate(directory)
   info = checkpoint.read_info(directory)
   stored = checkpoint.stored_params(directory)
-  checkpoint.check_integrity(root / str(step), contents=False)
-  lines = [f'layout: dynllava_jax, step {step} of {", ".join(map(str, checkpoint.all_steps(root)))}; every file has its size']
+  checkpoint.check_integrity(root / str(step))
+  lines = [f'layout: dynllava_jax, step {step} of {", ".join(map(str, checkpoint.all_steps(root)))}; every file is intact']
   for name in ('vision', 'llama', 'predictor'):
     values: Any = getattr(info.model, name)
     if values is not None:

@@ -1,8 +1,6 @@
 """Reading a stored step slot by slot, for an export tensor by tensor."""
 
 import dataclasses
-import functools
-import json
 import pathlib
 import threading
 from collections.abc import Callable
@@ -12,7 +10,7 @@ import tensorstore as ts
 
 from dynllava_jax.convert.plan import Path
 from dynllava_jax.convert.shards import spec_bytes
-from dynllava_jax.convert.writer import PARAMS
+from dynllava_jax.stored import Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +33,13 @@ class StepReader:
   """Parameters of one step, slot by slot. What Orbax stored in one piece is read in one piece, one parameter at a time."""
 
   def __init__(self, step_dir: pathlib.Path):
-    self.folder = step_dir / PARAMS
-    self.metadata = json.loads((self.folder / '_METADATA').read_text())
+    self.step = Step(step_dir)
     self.lock = threading.Lock()
     self.held: tuple[Path, np.ndarray] | None = None
 
-  @functools.cache  # noqa: B019 a reader lives as long as an export
   def array(self, path: Path) -> ts.TensorStore:
     """The stored parameter."""
-    name = '.'.join(path)
-    if self.metadata['use_ocdbt']:
-      store = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{self.folder}/'}, 'path': name}
-    else:
-      store = {'driver': 'file', 'path': str(self.folder / name)}
-    return ts.open({'driver': 'zarr3' if self.metadata['use_zarr3'] else 'zarr', 'kvstore': store}, open=True, read=True).result()
+    return self.step.array('.'.join(path))
 
   def slot(self, path: Path, index: tuple[int, ...]) -> np.ndarray:
     """One slot, or the whole parameter if it has no slots."""

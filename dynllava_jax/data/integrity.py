@@ -15,7 +15,7 @@ from typing import Any
 
 from dynllava_jax.config import ConfigError
 from dynllava_jax.display import printable
-from dynllava_jax.files import read_regular
+from dynllava_jax.files import SECTOR, digest_of, read_regular
 
 NAME, SPLIT = 'llava', 'train'
 SOURCES_FILE, INFO_FILE, FEATURES_FILE, SETTINGS_FILE = 'sources.json', 'dataset_info.json', 'features.json', 'prepared.json'
@@ -23,7 +23,6 @@ SMALL_FILES = (SOURCES_FILE, FEATURES_FILE, INFO_FILE)
 FILES, SEAL = 'files', 'sha256'  # keys of prepared.json: digests of files, and that of everything else in it
 SMALL = 2**27  # bytes of the largest small file that is read
 TAIL = 2**16  # ArrayRecord's last block, at whose beginning stands where everything else is
-PIECE = 2**12  # bytes sampled in a place
 REMEDY = 'copy it again from where the folder came from, or remove the folder and prepare it again'
 
 
@@ -61,8 +60,7 @@ def digests(path: pathlib.Path) -> dict[str, Any]:
 def sample(handle: int) -> str:
   """Digest of an open file's first bytes and of both ends of its last block."""
   size = os.fstat(handle).st_size
-  places = sorted({0, max(size - TAIL, 0), max(size - PIECE, 0)})
-  return hashlib.sha256(b''.join(os.pread(handle, PIECE, at) for at in places)).hexdigest()
+  return digest_of(handle, sorted({0, max(size - TAIL, 0), max(size - SECTOR, 0)}))
 
 
 def sealed(settings: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,12 +67,16 @@ def load_model(name: str, run: EvalRun, default: str) -> Loaded:
 
 
 def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Parameters on the mesh, position embeddings scaled to the run's image size; CheckpointError if they hold what is no number."""
-  params = checkpoint.load_params(loaded.path, mesh)
+  """Parameters on the mesh, cut for the run's stages, position embeddings scaled to its image size.
+
+  Raises:
+    CheckpointError: they hold what is no number, or `checkpoint.load_params` says why.
+  """
+  params = checkpoint.load_params(loaded.path, mesh, stages=loaded.stages)
   finite = jax.jit(lambda tree: [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])(params)
   for (path, _), whole in zip(jax.tree_util.tree_leaves_with_path(params), jax.device_get(finite)):
     if not whole:
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = re.sub(r'/stage_\d+/', '/layers/', jax.tree_util.keystr(path, simple=True, separator='/'))
       raise CheckpointError(f'{loaded.path}: {name} holds numbers that are not finite; convert or train it again')
   return resize_tower(params, loaded.info.model.vision, loaded.model.vision)
 

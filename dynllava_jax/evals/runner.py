@@ -41,7 +41,7 @@ class RunResult:
 def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question], mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """All that the answers depend on, as it was found: of the mesh the sizes it has, of the devices what they call themselves."""
   directory, step = checkpoint.locate(loaded.path)
-  sealed = directory / str(step) / checkpoint.INTEGRITY_FILE  # holds the digest of every array file, checked when they are loaded
+  sealed = directory / str(step) / checkpoint.INTEGRITY_FILE  # holds the digest of every array file
   names = (checkpoint.MODEL_FILE, *TOKENIZER_FILES, f'{step}/{sealed.name if sealed.exists() else "params"}')
   return {
     'benchmark': cfg.benchmark,

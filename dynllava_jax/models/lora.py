@@ -160,11 +160,13 @@ def _dropped(x: jax.Array, name: str, keys: jax.Array, rate: jax.Array) -> jax.A
 
 
 def merged(llama: dict[str, Any], adapters: dict[str, Any], scale: float) -> dict[str, Any]:
-  """The decoder in checkpoint form with `scale * A B` added, in its own dtype; one layer in float32 at a time."""
-  layers = dict(llama['layers'])
-  for name, pair in adapters['layers'].items():
-    layers[name] = _merge(layers[name], pair['a'], pair['b'], MATRICES[name], scale)
-  return llama | {'layers': layers}
+  """The decoder, in checkpoint or run form, with `scale * A B` added, in its own dtype; one layer in float32 at a time."""
+  result = dict(llama)
+  for group, targets in adapters.items():
+    result[group] = dict(llama[group])
+    for name, pair in targets.items():
+      result[group][name] = _merge(result[group][name], pair['a'], pair['b'], MATRICES[name], scale)
+  return result
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)

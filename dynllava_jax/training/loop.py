@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dynllava_jax import checkpoint, locks, methods, sharding
+from dynllava_jax import checkpoint, compilation, locks, methods, sharding
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
 from dynllava_jax.config import IGNORE, IMAGE_ID, TOKENIZER_FILES, ConfigError, TrainConfig, first_difference, to_dict
 from dynllava_jax.data.batches import Batch
@@ -62,6 +62,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
     stop = StopRequest()
     stack.callback(stop.restore)
     check_path((workdir / CHECKPOINTS).absolute())
+    compilation.keep()
     if jax.process_index() == 0:
       stack.enter_context(locks.sole_use(workdir, '--workdir'))
     _train(cfg, workdir, stop, stack)

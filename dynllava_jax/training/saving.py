@@ -50,6 +50,7 @@ class Saver:
     check_path(self._directory)
     self._step, self._expected = None, {}  # of the last save
     context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = _layer_by_layer
     context.asynchronous.post_finalization_callback = lambda: self._seal()  # a bound method would be copied, with all of this
     with self._errors_in_one_line():
       self._orbax = ocp.training.Checkpointer(
@@ -113,6 +114,12 @@ class Saver:
       raise CheckpointError(
         f'{path}: cannot be written ({why}); what was saved before is intact. Mend that, and start the same command again to go on'
       ) from None
+
+
+def _layer_by_layer(path: tuple, _: Any) -> Any:
+  """How Orbax cuts an array into blocks: a stack of layers into its layers, which `stored` reads one at a time."""
+  names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+  return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,)) if 'layers' in names else None
 
 
 def _described(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -1,0 +1,109 @@
+"""Whether the files of a checkpoint step are as they were written: its `integrity.json`, written last, compared when it is read."""
+
+import concurrent.futures
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dynllava_jax.files import sampled_digest, write_atomically
+
+INTEGRITY_FILE = 'integrity.json'
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint that cannot be read or written; the message names the path and what to do."""
+
+
+class DamagedError(CheckpointError):
+  """A step whose files are not the ones it was sealed with."""
+
+
+def json_digest(content: dict[str, Any]) -> str:
+  """SHA-256 of plain values, whatever their order."""
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seal(step_dir: pathlib.Path, known: dict[str, str] | None = None) -> None:
+  """Writes `integrity.json` of a step whose arrays are all on disk.
+
+  Args:
+    step_dir: DIR/STEP, or its temporary directory.
+    known: SHA-256 of files (paths below `step_dir`) that need not be read for it.
+  """
+  known = known or {}
+  files = [p for part in step_dir.iterdir() if part.is_dir() for p in sorted(part.rglob('*')) if p.is_file()]
+  names = [p.relative_to(step_dir).as_posix() for p in files]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    digests = pool.map(lambda n: known.get(n) or file_sha256(step_dir / n), names)
+    samples = pool.map(sampled_digest, files)
+    table = {n: {'size': p.stat().st_size, 'sha256': d, 'sample': s} for n, p, d, s in zip(names, files, digests, samples)}
+  content = {'files': table}
+  write_atomically(step_dir / INTEGRITY_FILE, json.dumps(content | {'sha256': json_digest(content)}, indent=0).encode())
+
+
+def file_sha256(path: pathlib.Path) -> str:
+  """Hex digest of a file's content."""
+  with path.open('rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def check_integrity(step_dir: pathlib.Path, part: str | None = None, *, contents: bool = True, sampled: bool = False) -> None:
+  """Compares the files of a step with its checksums.
+
+  With several processes each checks its share.
+
+  Args:
+    step_dir: DIR/STEP.
+    part: folder below it, 'params' or 'optimizer'; all if None.
+    contents: read the files; otherwise only their sizes are compared.
+    sampled: read only samples of large files (`files.sampled_digest`), where they were noted.
+
+  Raises:
+    CheckpointError: names every file that is missing, truncated, changed or not listed.
+  """
+  file = step_dir / INTEGRITY_FILE
+  stated = {n: v for n, v in sealed_files(file).items() if part in (None, n.split('/')[0])}
+  if not stated:
+    raise DamagedError(f'{file}: damaged, it lists no file of {part or "the step"}; copy the checkpoint again')
+  parts = [step_dir / part] if part else [p for p in step_dir.iterdir() if p.is_dir()]
+  present = {p.relative_to(step_dir).as_posix() for folder in parts for p in folder.rglob('*') if p.is_file()}
+  strange = sorted(present - stated.keys())
+
+  def problem(item) -> str | None:
+    name, (size, digest, sample) = item
+    path = step_dir / name
+    if not path.exists():
+      return f'{path}: missing'
+    if path.stat().st_size != size:
+      return f'{path}: {path.stat().st_size} bytes, expected {size}'
+    same = not contents or (sampled_digest(path) == sample if sampled and sample else file_sha256(path) == digest)
+    return None if same else f'{path}: damaged, its checksum is not the one it was written with'
+
+  share = sorted(stated.items())[jax.process_index() :: jax.process_count()]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    problems = [p for p in pool.map(problem, share) if p]
+  problems += [f'{step_dir / n}: not listed in {INTEGRITY_FILE}' for n in strange]
+  if jax.process_count() > 1 and multihost_utils.process_allgather(np.asarray(len(problems))).any() and not problems:
+    problems = ['a file that another host has checked']  # all must come to the same end
+  if problems:
+    raise DamagedError(f'{step_dir}: damaged; copy or write it again:\n  ' + '\n  '.join(problems))
+
+
+def sealed_files(file: pathlib.Path) -> dict[str, tuple[int, str, str | None]]:
+  """(size, SHA-256, sampled digest if there is one) of every file that an `integrity.json` lists."""
+  try:
+    content = json.loads(file.read_text())
+    stated = content.pop('sha256', None)
+    files = {n: (v['size'], v['sha256'], v.get('sample')) for n, v in content['files'].items()}
+  except FileNotFoundError:
+    raise DamagedError(f'{file}: missing, the step is damaged or incomplete; copy or write it again') from None
+  except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
+    raise DamagedError(f'{file}: damaged ({e}); copy the checkpoint again') from e
+  if stated not in (None, json_digest(content)):
+    raise DamagedError(f'{file}: damaged, it does not match its own checksum; copy the checkpoint again')
+  return files
