@@ -15,6 +15,7 @@ import tempfile
 
 # Before jax: this process compiles for TPUs and runs on the CPU. Compiled modules are read from files, as `as_text` of some fails.
 os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+os.environ['DYNLLAVA_JAX_COMPILATION_CACHE'] = 'off'  # what is read is what the compiler writes while it compiles
 os.environ |= {'DUMP': tempfile.mkdtemp(prefix='tpu_fit_')}
 os.environ |= {'XLA_FLAGS': f'--xla_dump_to={os.environ["DUMP"]} --xla_dump_hlo_as_text'}
 
