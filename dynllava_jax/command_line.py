@@ -23,9 +23,6 @@ def define_config() -> flags.FlagHolder:
   return config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py:base.')
 
 
-_COMPILED = flags.DEFINE_string(
-  'compilation_cache', None, 'Folder where compiled programs are kept; "off" keeps none. By default in ~/.cache/dynllava_jax.'
-)
 _PATHS: list[str] = []  # names of the flags that are paths
 
 
@@ -33,6 +30,11 @@ def define_path(name: str, default: str | None, text: str, *, several: bool = Fa
   """A flag that is a path, or several: checked by `run` before anything else, made a path by `paths.given`."""
   _PATHS.append(name)
   return (flags.DEFINE_multi_string if several else flags.DEFINE_string)(name, default, text, **options)
+
+
+_COMPILED = define_path(
+  'compilation_cache', None, 'Folder where compiled programs are kept, "off" for none; by default in ~/.cache/dynllava_jax.'
+)
 
 
 def path(flag: flags.FlagHolder) -> paths.Given | None:

@@ -20,7 +20,7 @@ import tensorstore as ts
 
 PARAMS = 'params'
 PIECE = 2**25  # bytes read at a time of an array that is larger; at least one block of it as it was stored
-AHEAD = 2  # pieces that are read while one goes to the device
+AHEAD = 1  # pieces that are read while one goes to the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,15 @@ class Step:
     """OSError, ValueError: there is no step, or not one that Orbax wrote."""
     self.folder = step_dir / PARAMS
     self.metadata = json.loads((self.folder / '_METADATA').read_text())
+    self._arrays: dict[str, ts.TensorStore] = {}
 
-  @functools.cache  # noqa: B019 lives as long as what is done with one step
   def array(self, name: str) -> ts.TensorStore:
     """One stored array; ValueError if it cannot be opened."""
+    if name not in self._arrays:
+      self._arrays[name] = self._open(name)
+    return self._arrays[name]
+
+  def _open(self, name: str) -> ts.TensorStore:
     if self.metadata['use_ocdbt']:
       store = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{self.folder}/'}, 'path': name}
     else:
