@@ -86,6 +86,11 @@ def capacity(prompt_slots: int, budget: int, gated: bool, spec: CacheSpec) -> in
   return prompt_slots + spec.later_tokens + budget + int(gated)
 
 
+def room_behind(gated: bool, text_keep_budget: float, spec: CacheSpec) -> int:
+  """Slots of a stage behind those of the prompt."""
+  return capacity(0, generated_budget(gated, text_keep_budget, spec), gated, spec)
+
+
 def from_prompt(
   k: jax.Array,
   v: jax.Array,
@@ -96,15 +101,20 @@ def from_prompt(
   spec: CacheSpec,
   shift: jax.Array | None = None,
   first: jax.Array | None = None,
+  with_room: bool = False,
 ) -> StageCache:
-  """A cache that holds a prompt's keys and values float[L, B, S, K, H]; `length`, `shift` and `first` as in `StageCache`."""
+  """A cache that holds a prompt's keys and values float[L, B, S, K, H]; `length`, `shift` and `first` as in `StageCache`.
+
+  `with_room`: they are as long as the cache already, with `room_behind` slots behind those of the prompt.
+  """
   budget = generated_budget(gated, text_keep_budget, spec)
-  slots = capacity(k.shape[2], budget, gated, spec)
-  pad = [(0, 0), (0, 0), (0, slots - k.shape[2]), (0, 0), (0, 0)]
-  batch = k.shape[1]
+  if not with_room:
+    more = [(0, 0), (0, 0), (0, room_behind(gated, text_keep_budget, spec)), (0, 0), (0, 0)]
+    k, v = jnp.pad(k, more), jnp.pad(v, more)
+  batch, slots = k.shape[1:3]
   return StageCache(
-    k=jnp.pad(k, pad),
-    v=jnp.pad(v, pad),
+    k=k,
+    v=v,
     length=length,
     margin=jnp.full((batch, slots), NEVER_EVICTED, jnp.float32),
     generated=jnp.zeros(batch, jnp.int32),

@@ -106,16 +106,17 @@ class DynLlava(nn.Module):
       entry = state.x
       state, seen, details = self._reduce(i, state, prompt, attention, weights, answer_start=None)
       stream = state.x
-      state, out = self._run_stage(i, state, prompt, prompt.length, weights)
+      gated, budget = self.gate(i)
+      room = kv.room_behind(gated, budget, spec)
+      state, out = self._run_stage(i, state, prompt, prompt.length, weights, room)
       kept = state.image_index, state.positions, state.rotary, state.length
       traces.append(StageTrace(entry, stream, *kept, seen, details, out.details))
       attention = out.attention
       length, shift = state.length, state.shift
       if out.length is not None:  # compressed
         length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
-      gated, budget = self.gate(i)
-      room = dict(gated=gated, text_keep_budget=budget, spec=spec)
-      caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, **room))
+      settings = dict(gated=gated, text_keep_budget=budget, spec=spec, with_room=True)
+      caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, **settings))
     return state.x, tuple(traces), kv.Cache(tuple(caches), prompt.length)
 
   def extend(self, tokens: jax.Array, count: jax.Array, cache: kv.Cache, judge: bool):
@@ -261,16 +262,23 @@ class DynLlava(nn.Module):
     return weights
 
   def _run_stage(
-    self, index: int, state: reduction.State, prompt: Prompt, prompt_length: jax.Array, weights: dict[int, jax.Array | None]
+    self,
+    index: int,
+    state: reduction.State,
+    prompt: Prompt,
+    prompt_length: jax.Array,
+    weights: dict[int, jax.Array | None],
+    room: int = 0,
   ) -> tuple[reduction.State, LayerOutput]:
-    """Runs a stage's layers, and what its pieces and the next stage's selector make them do besides."""
+    """Runs a stage's layers, and what its pieces and the next stage's selector make them do besides; `room` as in `Context`."""
     stage, queries = self.stages[index], None
     ranks_next = index + 1 < len(self.stages) and methods.selector_of(self.stages[index + 1])[0].attention == 'previous'
     if ranks_next:
       queries = reduction.ranking_queries(state, prompt.image_start, prompt_length, weights[index + 1])
     rows = state.rows(prompt.image_start) if ranks_next or stage.layers or stage.compressor else None
     behind = prompt_length if state.shift is None else prompt_length - state.shift
-    x, out = self.llama.run_stage(index, state.x, state.rotary, rows=rows, queries=queries, next_position=behind)
+    more = dict(rows=rows, queries=queries, next_position=behind, room=room)
+    x, out = self.llama.run_stage(index, state.x, state.rotary, **more)
     last = None if out.attention is None else out.attention[-1]
     return dataclasses.replace(state, x=x), dataclasses.replace(out, attention=last)
 

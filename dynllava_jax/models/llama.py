@@ -48,6 +48,7 @@ class Context:
     rows: where text and image stand, for the pieces of the stage; None if it has none.
     queries: rows that the next stage's selector ranks by, by their attention in the last layer; None if it does not.
     positions: int32[B, T], rotary positions, and next_position: int32[B], that of the token to come, for a compressor.
+    room: slots behind the keys and values that a layer gives, so that they are stacked as the cache needs them. Static.
   """
 
   cos: jax.Array
@@ -58,6 +59,7 @@ class Context:
   queries: Queries | None = None
   positions: jax.Array | None = None
   next_position: jax.Array | None = None
+  room: int = dataclasses.field(default=0, metadata={'static': True})
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +68,8 @@ class LayerOutput:
   """What a layer gives besides its stream; of a stage, stacked [L, ...].
 
   Attributes:
-    k, v: float[B, T, K, H] of these tokens, keys rotated; what a compressor left of them where the stage has one.
+    k, v: float[B, T, K, H] of these tokens, keys rotated; what a compressor left of them where the stage has one; and
+      `Context.room` slots of zeros.
     length, first, shift: int32[B], as `Compressed` has them; None without a compressor.
     attention: float32[B, N, P], what the image rows receive from `Context.queries`, zeros but for the last layer; None if
       not asked.
@@ -186,6 +189,9 @@ class Block(nn.Module):
         depth = Depth(flags[LAYER], self.layers, cfg.num_layers)
         left = compressor.compress(Observed(q, unrotated, k, v, rows, rotation, depth), options)
         output = LayerOutput(left.k, left.v, left.length, left.first, left.shift, attention, details | left.details)
+    if context.room:
+      more = [(0, 0), (0, context.room), (0, 0), (0, 0)]
+      output = dataclasses.replace(output, k=jnp.pad(output.k, more), v=jnp.pad(output.v, more))
     return batch_split(x), output
 
 
@@ -237,6 +243,7 @@ class Llama(nn.Module):
     rows: Rows | None = None,
     queries: Queries | None = None,
     next_position: jax.Array | None = None,
+    room: int = 0,
   ) -> tuple[jax.Array, LayerOutput]:
     """Runs the layers of one stage.
 
@@ -245,8 +252,8 @@ class Llama(nn.Module):
       x: float[B, T, D]; positions: int32[B, T], rotary positions.
       policy: float[B, T] keep weight per key, for training.
       cache, cache_length: (k, v) float[L, B, C, K, H] each with `StageCache.first`, and int32[B] visible slots, for decoding.
-      rows, queries, next_position: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without they
-        are plain.
+      rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
+        they are plain.
 
     Returns:
       (float[B, T, D], `LayerOutput` of all layers, stacked [L, ...]).
@@ -260,7 +267,7 @@ class Llama(nn.Module):
     if queries is not None:
       flags[LAST] = jnp.arange(layers.start, layers.stop) == layers.stop - 1
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
-    context = Context(cos, sin, policy, cache_length, rows, queries)
+    context = Context(cos, sin, policy, cache_length, rows, queries, room=room)
     if rows is not None and stage.compressor is not None:
       flags[LAYER] = jnp.arange(layers.start, layers.stop)
       context = dataclasses.replace(context, positions=positions, next_position=next_position)
