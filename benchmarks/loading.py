@@ -10,7 +10,7 @@ dynamic run, and before (the interpreter and its libraries); seconds. Each figur
 import dataclasses
 import json
 import pathlib
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +19,7 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from dynllava_jax import checkpoint, presets, sharding
 from dynllava_jax.config import DENSE, Stage
@@ -33,11 +33,16 @@ ONE = flags.DEFINE_string('one', None, 'dense, dynamic, or whole (checkpoint for
 STAGES = {'whole': None, 'dense': DENSE, 'dynamic': (Stage(), Stage(start=1, selector='dynamic', image_keep_rate=0.2))}
 
 
+def resident_at_most() -> int:
+  """Bytes of this process (Linux; what `getrusage` tells includes the process that started it)."""
+  return 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', pathlib.Path('/proc/self/status').read_text())[1])
+
+
 def measure(path: str, stages: tuple[Stage, ...] | None) -> dict[str, float]:
   """Loads once; a thread looks at the live arrays meanwhile."""
   checkpoint.read_info(path)
   jax.devices()
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  before = resident_at_most()
   most, done = [0], threading.Event()
 
   def watch():
@@ -53,7 +58,7 @@ def measure(path: str, stages: tuple[Stage, ...] | None) -> dict[str, float]:
   done.set()
   watcher.join()
   size = sum(x.nbytes for x in jax.tree.leaves(params))
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  peak = resident_at_most()
   return {
     'bytes': size,
     'live_at_most_over_size': round(max(most[0], size) / size, 3),
@@ -86,6 +91,7 @@ def random_checkpoint(directory: pathlib.Path) -> None:
 
 def main(_) -> None:
   """Measures one way, or starts a process for each."""
+  logging.set_verbosity(logging.WARNING)
   if ONE.value:
     print(json.dumps(measure(CHECKPOINT.value, STAGES[ONE.value])))
     return
