@@ -83,5 +83,5 @@ COMPRESSOR = kv_scores.compressor(
   score,
   options=Options,
   source='arXiv 2510.00636, NVIDIA/kvpress 0.5.5',
-  verified='kvpress: scores, sets, keys, values, logits and tokens',
+  verified='kvpress, over the prompt: scores, sets, keys, values, logits and tokens',
 )

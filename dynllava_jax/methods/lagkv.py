@@ -70,5 +70,5 @@ COMPRESSOR = kv_scores.compressor(
   score,
   options=Options,
   source='arXiv 2504.04704, NVIDIA/kvpress 0.5.5',
-  verified='kvpress: scores inside partitions and their ranks, sets, keys, values, logits and tokens',
+  verified='kvpress, over the prompt: scores inside partitions and their ranks, sets, keys, values, logits and tokens',
 )

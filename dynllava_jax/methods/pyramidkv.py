@@ -50,5 +50,5 @@ COMPRESSOR = kv_scores.compressor(
   budget,
   options=Options,
   source='arXiv 2406.02069, NVIDIA/kvpress 0.5.5',
-  verified='kvpress: scores, sets, keys, values, logits and tokens',
+  verified='kvpress, over the prompt: scores, sets, keys, values, logits and tokens',
 )

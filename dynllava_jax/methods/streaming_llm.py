@@ -36,5 +36,5 @@ COMPRESSOR = kv_scores.compressor(
   score,
   options=Options,
   source='arXiv 2309.17453, NVIDIA/kvpress 0.5.5',
-  verified='kvpress: sets, keys, values, logits and tokens, with and without new positions',
+  verified='kvpress, over the prompt: sets, keys, values, logits and tokens, with and without new positions',
 )

@@ -216,7 +216,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize('wrong', WRONG)
+EVERY_DAY = ('snapkv', 'tova', 'keydiff: mean', 'expected attention: rotated', 'lagkv')
+
+
+@pytest.mark.parametrize('wrong', [pytest.param(w, marks=() if w.startswith(EVERY_DAY) else pytest.mark.slow) for w in WRONG])
 def test_a_wrong_build_keeps_others(wrong, base, observed, monkeypatch):
   """As many places of a head are wrong as an independent program found."""
   name, changed, expected = WRONG[wrong]
@@ -304,6 +307,8 @@ def test_grouped_heads_keep_what_the_definition_says(name, over):
       np.testing.assert_array_equal(left.v[0, row, : len(places), head], arrays['v'][0, row, np.array(places), head])
   again = compress_all(piece, arrays_of(1, padding=7), GROUPED, LLAMA)
   np.testing.assert_array_equal(again.details['keep'], left.details['keep'])
+  if over == 'image':  # the scores are the same ones
+    return
   low = arrays_of(1, dtype=jnp.bfloat16)
   wide = {k: v.astype(jnp.float32) for k, v in low.items()}
   half, full = (compress_all(piece, x, GROUPED, LLAMA) for x in (low, wide))
@@ -311,7 +316,7 @@ def test_grouped_heads_keep_what_the_definition_says(name, over):
   assert half.k.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize('over', ['image', 'prompt'])
+@pytest.mark.parametrize('over', ['image', pytest.param('prompt', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', kv.SCORES)
 def test_ratio_0_leaves_every_bit(name, over):
   arrays = arrays_of(2)
