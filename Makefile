@@ -1,12 +1,13 @@
 # make setup   creates .venv and installs what requirements.txt pins
 # make demo    trains and evaluates on the embedded data set; results in runs/digits/
+# make methods evaluates methods that need no training on the demo's checkpoint; results in runs/digits/methods/
 # make test    runs the tests; make test-slow the long ones that it leaves out
 # make lint    checks style and formatting; make format mends them
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
 
-.PHONY: setup demo test test-slow lint format clean
+.PHONY: setup demo methods test test-slow lint format clean
 
 setup: .venv/installed
 
@@ -24,6 +25,10 @@ demo: setup
 	$(BIN)/python train.py --config=configs/digits.py:dynamic --workdir=$(RUN)/dynamic --config.init_from=$(RUN)/base/checkpoints
 	$(BIN)/python -m dynllava_jax.training.plot $(RUN)/training.png $(RUN)/base $(RUN)/dynamic
 	$(BIN)/python eval.py --config=configs/digits.py:eval --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)
+
+methods: setup
+	@test -d $(RUN)/dynamic/checkpoints || { echo "error: no checkpoint in $(RUN)/dynamic/checkpoints; run 'make demo' first"; exit 1; }
+	$(BIN)/python eval.py --config=configs/digits.py:methods --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)/methods
 
 PYTEST := $(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 

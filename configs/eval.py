@@ -5,13 +5,15 @@
     python eval.py --config=configs/eval.py:pope,methods --checkpoint=CHECKPOINT --data=DIR --out=results/pope_methods
     python eval.py --config=configs/eval.py:pope --answers=FILE --data=DIR
 
-The first runs the checkpoint with its own stage list, the second compares stage lists, the third published methods that need no
-training, the last scores an answer file made elsewhere. docs/evaluation.md says what DIR must hold. Hardware: one accelerator with
-24 GiB for a 7B model in bfloat16 (batch_size=16); more of them with `--config.mesh...`.
+The first runs the checkpoint with its own stage list, the second compares stage lists, the third all methods that need no training
+(of 13B: `pope,methods,13b`), the last scores an answer file made elsewhere. docs/evaluation.md says what DIR must hold. Hardware:
+one accelerator with 24 GiB for a 7B model in bfloat16 (batch_size=16); more of them with `--config.mesh...`.
 """
 
 from ml_collections import ConfigDict
 
+from dynllava_jax import presets
+from dynllava_jax.evals import budgets
 from dynllava_jax.evals.benchmarks import suite
 
 SPARSE_LAYER = 2
@@ -37,43 +39,20 @@ def comparison() -> dict:
   )
 
 
-def in_decoder(**stage) -> dict:
-  """All tokens up to layer SPARSE_LAYER, then what `stage` makes of them."""
-  return dict(stages=[dict(start=0), dict(start=SPARSE_LAYER) | stage])
-
-
-def reduced(name: str, **options) -> dict:
-  """A dense decoder on the image tokens that a reducer makes."""
-  return dict(stages=[dict(start=0)], reducer=dict(name=name, **options))
-
-
-def compressed(name: str, starts: tuple[int, ...] = (0,), **options) -> dict:
-  """A dense prefill, of which a compressor leaves less in the cache; each of the stages at `starts` has slots of its own number."""
-  return dict(stages=[dict(start=start, compressor=dict(name=name, **options)) for start in starts])
-
-
-def published() -> dict:
-  """Dense, and methods that need no training, with 64 of 576 image tokens unless their name says otherwise."""
-  pyramid = [dict(start=8 * i, selector='pyramiddrop', image_keep_rate=0.5**i) for i in (1, 2, 3)]  # as published
-  return dict(
-    dense=dict(stages=[dict(start=0)]),
-    fastervlm_64=reduced('fastervlm', tokens=64),
-    visionzip_64=reduced('visionzip', dominant=54, contextual=10),
-    fastv_64=in_decoder(selector='fastv', image_tokens=30),  # 30 of 576 from layer 2 of 32 on: 64 on average
-    pyramiddrop_270=dict(stages=[dict(start=0), *pyramid]),
-    snapkv_64=compressed('snapkv', ratio=8 / 9, window=16),
-    knorm_64=compressed('knorm', ratio=8 / 9),
-    pyramidkv_64=compressed('pyramidkv', starts=(0, 8, 16, 24), ratio=8 / 9, window=16),
-    look_m_20=compressed('look_m', hh_ratio=0.1, recent_ratio=0.1),
-  )
+def training_free(model: str) -> dict:
+  """Dense, and all registered methods that need no training, with 192, 128 and 64 of 576 image tokens, averaged over layers."""
+  sizes = {'7b': presets.LLAVA_1_5_7B, '13b': presets.LLAVA_1_5_13B}
+  if model not in sizes:
+    raise ValueError(f'configs/eval.py: methods are set for {" or ".join(sizes)}, got {model!r}')
+  return budgets.rows(budgets.Setting(model=sizes[model], cut=SPARSE_LAYER), (192, 128, 64))
 
 
 def get_config(arg: str = 'pope') -> ConfigDict:
-  """`BENCHMARK`, `BENCHMARK,compare` or `BENCHMARK,methods`."""
-  name, _, mode = arg.partition(',')
-  runs = {'': lambda: dict(own=dict(stages=[])), 'compare': comparison, 'methods': published}
-  if mode not in runs:
-    raise ValueError(f'configs/eval.py:{arg}: expected BENCHMARK, BENCHMARK,compare or BENCHMARK,methods')
+  """`BENCHMARK`, `BENCHMARK,compare`, `BENCHMARK,methods` or `BENCHMARK,methods,13b`."""
+  name, mode, model = (*arg.split(','), '', '')[:3]
+  runs = {'': lambda: dict(own=dict(stages=[])), 'compare': comparison, 'methods': lambda: training_free(model or '7b')}
+  if mode not in runs or (model and mode != 'methods') or arg.count(',') > 2:
+    raise ValueError(f'configs/eval.py:{arg}: expected BENCHMARK, or with ,compare or ,methods or ,methods,13b behind it')
   benchmark = suite.get(name)
   return ConfigDict(
     dict(

@@ -25,14 +25,19 @@ class EvalRun:
     image_size: pixels that images are scaled to, with fewer image tokens and interpolated position embeddings; 0 is
       the tower's own size.
     reducer: what makes fewer image tokens of the tower's patches; None with no stages is the checkpoint's own too.
+    method, budget: what tables call the run, and by which published figures are found: the method's name, and for how many image
+      tokens it was set; '' and 0 for a run that stands for none.
   """
 
   stages: tuple[Stage, ...] = ()
   checkpoint: Path = ''
   image_size: int = 0
   reducer: Piece | None = None
+  method: str = ''
+  budget: int = 0
 
   def __post_init__(self):
+    require(self.budget >= 0, f'budget is {self.budget}, expected a number of image tokens, or 0')
     require(0 <= self.image_size <= MOST_PIXELS, f'image_size is {self.image_size}, expected 0, or at most {MOST_PIXELS} pixels')
 
 

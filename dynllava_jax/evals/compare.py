@@ -1,6 +1,7 @@
 """Several finished runs side by side: numbers of each, differences to the reference, tables and a plot."""
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from rich.table import Table
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import costs, score
+from dynllava_jax.evals import costs, published, score
 from dynllava_jax.evals.answers import Labels, join
 from dynllava_jax.evals.benchmarks.base import Benchmark, Problems
 from dynllava_jax.evals.layout import Loaded
@@ -29,6 +30,7 @@ CONVENTIONS = (
   'prefill_flops: the decoder over image tokens, true dimensions',
   'paper_prefill_flops: 32 C^2 per token and layer + 4 N^2 C, image tokens only (arXiv 2412.00876, section 4.1)',
   'image_tokens_layer_average: mean over the decoder layers, as tables of in-decoder pruning count; image_tokens: last stage',
+  'budget (nominal): image tokens that a run was set for; of methods that only shrink the cache, so many are left in it',
   'kv_bytes_per_sample: allocated, all layers',
   'interval, difference_interval: 95 % bootstrap over images, the second paired with the reference',
 )
@@ -36,6 +38,8 @@ COLUMNS = {
   'score': 'score (95 % interval)',
   'difference': 'difference',
   'answers_differ': 'answers that differ',
+  'published': 'published for LLaVA-1.5-7B',
+  'budget': 'image tokens, nominal',
   'image_tokens_layer_average': 'image tokens, layer average',
   'generated_kept': 'generated K/V kept',
   'flops_per_sample': 'true FLOPs / sample',
@@ -99,6 +103,9 @@ def compare(
   reference = results[cfg.reference]
   for name, result in results.items():
     row = costs_of(cfg, loaded[name], result.rows)
+    run = cfg.runs[name]
+    row['budget'] = run.budget or None
+    row['published'] = [dataclasses.asdict(f) for f in published.figures(benchmark.name, run.method, run.budget)]
     row['answers_differ'] = sum(a['text'] != b['text'] for a, b in zip(result.rows, reference.rows))
     row |= {'checkpoint': loaded[name].path, 'seconds': round(result.seconds, 1), 'programs_compiled': result.programs_compiled}
     if labels is not None:
@@ -159,6 +166,8 @@ def cell(key: str, row: Mapping[str, Any]) -> str:
     sign = '+' if key == 'difference' else ''
     interval = row['interval' if key == 'score' else 'difference_interval']
     return f'{value:{sign}.2f}' + (f' ({interval[0]:{sign}.2f} to {interval[1]:{sign}.2f})' if interval else '')
+  if key == 'published':
+    return ', '.join(f'{f["value"]:g} ({f["lineage"]})' for f in value)
   if key == 'generated_kept':
     return f'{value:.0%}'
   if key.endswith(('flops', 'flops_per_sample')):
@@ -186,7 +195,13 @@ def markdown(benchmark: Benchmark, title: str, rows: Mapping[str, Mapping[str, A
   head, *body = _table(benchmark, rows)
   lines = [f'# {title}', '', '| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
   lines += ['| ' + ' | '.join(line) + ' |' for line in body]
-  return '\n'.join([*lines, '', *(f'* {c}' for c in CONVENTIONS), ''])
+  sources = [f'published, ({k}): {published.LINEAGES[k]}' for k in _lineages(rows)]
+  return '\n'.join([*lines, '', *(f'* {c}' for c in (*CONVENTIONS, *sources)), ''])
+
+
+def _lineages(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Of all published figures that the table shows."""
+  return sorted({f['lineage'] for row in rows.values() for f in row['published']})
 
 
 def comma_separated(rows: Mapping[str, Mapping[str, Any]]) -> str:
