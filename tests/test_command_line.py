@@ -28,7 +28,7 @@ def run(*arguments, devices=8):
     ((f'{DIGITS}:dynamic', '--config.stages[1].start=40'), 'starts at layer 40'),
     ((f'{DIGITS}:dynamic', '--config.init_from=nowhere'), 'nowhere: no checkpoint here'),
     ((f'{DIGITS}:base', '--config.mesh.fsdp=3', '--config.dtype=bfloat16'), 'does not fit 8 devices'),
-    ((f'{DIGITS}:nothing',), "has no 'nothing'; expected one of base, dynamic, eval"),
+    ((f'{DIGITS}:nothing',), "has no 'nothing'; expected one of base, dynamic"),
     (('--config=configs/absent.py',), 'absent.py'),
     ((f'{DIGITS}:base', '--multihost'), '--multihost: '),
     ((f'{DIGITS}:base', '--confg=3'), 'confg'),
