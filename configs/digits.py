@@ -96,7 +96,9 @@ def methods() -> dict:
 
   The decoder has 4 layers: with everything in the first one, as Dynamic-LLaVA has it, an average of 20 % over all layers would
   leave nothing for the others. So a budget counts from SPARSE_LAYER on; the table prints the true average. PyramidDrop and
-  SparseVLM cut in front of layers 1, 2 and 3. PruMerge looks at the block above the features, which LLaVA never runs and a model
+  SparseVLM cut in front of layers 1, 2 and 3; VScan cuts once, in the middle, as it does of 32. DyMU merges in the 2 blocks of the
+  tower that are run, at most half each time, so it cannot get below 13. A picture or a pool has a whole number of tokens along
+  each side. PruMerge looks at the block above the features, which LLaVA never runs and a model
   trained from nothing therefore does not have.
   """
   setting = budgets.Setting(model=from_config_dict(ModelConfig, ConfigDict(MODEL)), cut=SPARSE_LAYER, average=False)

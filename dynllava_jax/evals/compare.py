@@ -201,7 +201,7 @@ def markdown(benchmark: Benchmark, title: str, rows: Mapping[str, Mapping[str, A
 
 def _lineages(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
   """Of all published figures that the table shows."""
-  return sorted({f['lineage'] for row in rows.values() for f in row['published']})
+  return sorted({f['lineage'] for row in rows.values() for f in row.get('published', ())})
 
 
 def comma_separated(rows: Mapping[str, Mapping[str, Any]]) -> str:
