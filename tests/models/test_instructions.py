@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import GOLDEN
 from recorded import recorded, verified
 
 from dynllava_jax import cache as kv
-from dynllava_jax import losses, methods, presets
+from dynllava_jax import losses, methods, presets, sharding
 from dynllava_jax.config import IGNORE, ConfigError, SparsityConfig, Stage, TrainConfig, judges_instructions
 from dynllava_jax.convert.records import instruct_predictor as records
 from dynllava_jax.convert.records.base import LOGITS, load_case
@@ -18,7 +19,9 @@ from dynllava_jax.data.batches import make_row
 from dynllava_jax.data.conversation import template
 from dynllava_jax.data.samples import Sample
 from dynllava_jax.data.tokenizer import load_tokenizer, read_files
+from dynllava_jax.generate import Generator
 from dynllava_jax.models.batch import InstructRule, Prompt, TrainOutput
+from dynllava_jax.models.params import init_params
 from dynllava_jax.training.step import unused
 
 NAMES = ('b1', 'long', 'turns')
@@ -120,6 +123,38 @@ def test_off_the_weights_are_not_looked_at(built):
   without = dataclasses.replace(plain, model=bare)
   params = {k: v for k, v in built.params.items() if k != 'instruct_predictor'}
   np.testing.assert_array_equal(built.last_logits(info=plain), built.last_logits(info=without, params=params))
+
+
+@pytest.mark.slow
+def test_generation_with_and_without_cache_and_a_prompt_that_ends_with_its_image():
+  """Rows: an instruction, none behind the image, no image, one token; the same tokens both ways, and only judged rows lose text."""
+  predictor = dataclasses.replace(presets.TINY.predictor, instruct=True)
+  cfg = dataclasses.replace(presets.TINY, predictor=predictor)
+  image = cfg.num_image_tokens
+  params = sharding.unboxed(init_params(cfg, jax.random.key(3)))
+  text, rng = 9, np.random.default_rng(0)
+  ints = lambda *x: jnp.asarray(x, jnp.int32)
+  length, start = ints(image + 9, image + 2, 7, image + 3), ints(2, 2, -1, 2)
+  prompt = Prompt(
+    jnp.asarray(rng.integers(3, 90, (4, image + text)), jnp.int32),
+    length,
+    start,
+    jnp.arange(4, dtype=jnp.uint32),
+    jnp.where(start < 0, length, start + image),
+  )
+  pixels = jnp.asarray(rng.integers(0, 256, (4, 56, 56, 3)), jnp.uint8)
+  stages = (Stage(), Stage(start=2, selector='dynamic', image_keep_rate=0.5, options={'instruct': True}))
+  generator = Generator(cfg, stages, params, max_new_tokens=6, eos_id=None, later_tokens=4)
+  turn, _ = generator.start(prompt, pixels)
+  gone = np.asarray(prompt.length - image // 2 * (start >= 0) - turn.cache.stages[1].length)
+  assert 0 < gone[0] < 6 and (gone[1:] == 0).all()
+  np.testing.assert_array_equal(turn.cache.stages[0].length, length)
+  cached, whole = generator(prompt, pixels), generator.generate_uncached(prompt, pixels)
+  np.testing.assert_array_equal(cached.tokens, whole.tokens)
+  np.testing.assert_array_equal(cached.kept, whole.kept)
+  later, _ = generator.append(turn, ints(*[[5, 6, 7, 8]] * 4), ints(4, 2, 0, 1))
+  grown = np.asarray(later.cache.stages[1].length) - (np.asarray(length) - image // 2 * (start >= 0) - gone)
+  assert (grown <= [4, 2, 0, 1]).all() and (grown >= [1, 1, 0, 1]).all()  # the last token of a turn always stays
 
 
 def test_a_prompt_must_say_where_its_instructions_begin(built):
