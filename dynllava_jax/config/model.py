@@ -217,7 +217,7 @@ class ModelConfig:
     depth = self.projector.removeprefix('mlp').removesuffix('x_gelu')
     require(
       self.projector == f'mlp{depth}x_gelu' and depth.isdigit() and int(depth) >= 1,
-      f'model.projector {self.projector!r} is unknown; expected linear, mlpNx_gelu, such as mlp2x_gelu, or tokenpacker',
+      f'model.projector {self.projector!r} is unknown; expected linear or mlpNx_gelu, such as mlp2x_gelu, or tokenpacker',
     )
     return int(depth)
 

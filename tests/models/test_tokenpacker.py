@@ -211,7 +211,7 @@ def test_conversion_both_ways(tmp_path, layout):
     (dict(scale_factor=None), "key 'scale_factor' is missing"),
     (dict(scale_factor=5), 'scale_factor 5 does not divide the 24 x 24 patches'),
     (dict(tokenpacker_heads=None), 'heads of 128 numbers, of which the tower has 16; say in tokenpacker_heads'),
-    (dict(mm_projector_type='ldp_v2'), "projector 'ldp_v2' is unknown; expected linear, mlpNx_gelu, .* or tokenpacker"),
+    (dict(mm_projector_type='ldp_v2'), "projector 'ldp_v2' is unknown; expected linear or mlpNx_gelu, .* or tokenpacker"),
   ],
 )
 def test_configs_that_do_not_say_which_projector(tmp_path, config, message):
