@@ -168,6 +168,7 @@ class Generator:
     if not isinstance(sampling, Sampling):
       raise ValueError(f'sampling: {sampling!r}, expected a Sampling')
     methods.check_run(cfg, stages, reducer)
+    methods.check_tail(cfg, reducer, 'vision_tail' in params)
     self._num_image = methods.num_image_tokens(cfg, reducer)
     self.model = DynLlava(cfg, stages, dtype, reducer=reducer)
     if 'layers' in params['llama']:
@@ -287,7 +288,7 @@ class Generator:
 
   def _prefill_impl(self, params, prompt, pixels):
     image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='reduce_images')
-    hidden, traces, cache = self._apply(params, prompt, image.tokens, self.spec, method='prefill')
+    hidden, traces, cache = self._apply(params, prompt, image.tokens, self.spec, image.group, method='prefill')
     last = jnp.take_along_axis(hidden, (traces[-1].length - 1)[:, None, None], 1, mode='clip')[:, 0]
     kept_image = tuple(t.kept_image for t in traces)
     if self.model.reducer is not None:
@@ -357,7 +358,7 @@ class Generator:
     return Forced(*(x.T for x in out), cache.stages[-1].evicted), Turn(cache, logits)
 
   def _uncached_impl(self, params, prompt, pixels):
-    image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='encode_images')
+    image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='reduce_images')
     batch, slots = prompt.tokens.shape
     size = self.max_new_tokens
     rows = jnp.arange(batch)
@@ -366,7 +367,7 @@ class Generator:
 
     def forward(buffer, length):
       now = dataclasses.replace(prompt, tokens=buffer, length=length)
-      hidden, judgement = full(now, image, prompt.length, text_slots)
+      hidden, judgement = full(now, image.tokens, prompt.length, text_slots, image.group)
       logits = self._apply(params, hidden, method='logits')
       return sample(logits, self.sampling, prompt.seed, length), judgement, are_numbers(logits)
 

@@ -30,8 +30,14 @@ def layer_flops(model: ModelConfig, tokens: float, keys: float, no_mlp: float = 
 def vision_flops(model: ModelConfig, reducer: Piece | None = None) -> float:
   """Vision tower up to the selected layer, and the projector on the tokens that it sees, for one image."""
   v, width = model.vision, model.llama.hidden_size
-  tokens = v.num_patches + 1
-  block = 2 * tokens * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.mlp_dim) + 4 * tokens**2 * v.hidden_size
+  needs = methods.tower_needs(model, reducer)
+  tokens, blocks = v.num_patches + 1, 0.0
+  for merged in needs.merges or (0,) * v.layers_run:  # what is merged passes the attention, not the MLP
+    blocks += 8 * tokens * v.hidden_size**2 + 4 * tokens**2 * v.hidden_size
+    tokens -= merged
+    blocks += 4 * tokens * v.hidden_size * v.mlp_dim
+  if needs.next_block:
+    blocks += 2 * tokens * v.hidden_size**2
   patches = 2 * v.num_patches * 3 * v.patch_size**2 * v.hidden_size
   all_projected = reducer is None or methods.get(reducer.name, 'reducer').projects_all
   projected = model.num_image_tokens if all_projected else methods.num_image_tokens(model, reducer)
@@ -39,7 +45,7 @@ def vision_flops(model: ModelConfig, reducer: Piece | None = None) -> float:
   if model.packer:  # keys and values of every patch, and each token's query
     of_patches = 2 * (len(model.packer.levels) + 2) * v.hidden_size**2 + 2 * v.hidden_size
     projector += 2 * v.num_patches * of_patches + 2 * projected * 3 * v.hidden_size**2
-  return patches + v.layers_run * block + projector
+  return patches + blocks + projector
 
 
 def predictor_flops(model: ModelConfig, image_tokens: int, text_tokens: float) -> float:
@@ -71,6 +77,7 @@ def sample_flops(
     reducer: of the run.
   """
   num_image = methods.num_image_tokens(model, reducer) if image else 0
+  unmerged = methods.unmerged_tokens(model, reducer) if image else 0
   total = vision_flops(model, reducer) if image else 0.0
   gated, budget_share = False, 1.0
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
@@ -82,11 +89,11 @@ def sample_flops(
       judged = text_tokens + num_image if image and judges_instructions((stage,)) else 0  # computed of every row that arrives
       total += predictor_flops(model, num_image, len(kept) + judged)
     budget = kv.generated_budget(gated, budget_share, spec)
-    prompt = text_tokens + image_tokens
+    prompt, places = text_tokens + image_tokens, text_tokens + image_tokens + unmerged
     for layer in range(stage.start, end):
       keys, rows = kind.saves(model.llama, layer, image_tokens, options)
-      total += layer_flops(model, prompt, prompt * (prompt + 1) / 2 - keys, rows)
-    cached = sum(stage_slots(model, stage, end, text_tokens, image_tokens)) / layers
+      total += layer_flops(model, prompt, places * (places + 1) / 2 - keys, rows)
+    cached = sum(stage_slots(model, stage, end, text_tokens, image_tokens)) / layers + unmerged
     held = 0
     for keep in kept:
       total += layers * layer_flops(model, 1, cached + held + 1)
@@ -111,13 +118,14 @@ def cache_bytes(
 ) -> list[int]:
   """Allocated bytes of one row's keys and values, per stage, for a text bucket of `text_length`."""
   llama, num_image = model.llama, methods.num_image_tokens(model, reducer)
+  unmerged = methods.unmerged_tokens(model, reducer)
   ends = [s.start for s in stages[1:]] + [llama.num_layers]
   sizes, gate, budget_share = [], False, 1.0
   for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, num_image)):
     if methods.get(stage.selector).text_margin:
       gate, budget_share = True, stage.text_keep_budget
     budget = kv.generated_budget(gate, budget_share, spec)
-    slots = kv.capacity(max(stage_slots(model, stage, end, text_length, image_tokens)), budget, gate, spec)
+    slots = kv.capacity(max(stage_slots(model, stage, end, text_length, image_tokens)) + unmerged, budget, gate, spec)
     sizes.append((end - stage.start) * slots * 2 * llama.num_kv_heads * llama.head_dim * bytes_per_number)
   return sizes
 

@@ -58,6 +58,7 @@ def load_model(name: str, run: EvalRun, default: str) -> Loaded:
     stages = run.stages or info.stages
     reducer = run.reducer or (None if run.stages else info.reducer)
     methods.check_run(model, stages, reducer)
+    methods.check_tail(model, reducer, info.unused_vision_layers)
   except ConfigError as e:
     raise ConfigError(f'config.runs.{name}: {e}') from None
   files = checkpoint.read_tokenizer(path)

@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from dynllava_jax.config import ConfigError, ModelConfig, Piece, Stage, check_stages, judges_instructions
+from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, check_stages, judges_instructions
 from dynllava_jax.methods import (
   base,
+  divprune,
+  dpp,
+  dymu,
   dynamic,
   everything,
   expected_attention,
@@ -15,6 +18,8 @@ from dynllava_jax.methods import (
   lagkv,
   look_m,
   observed_attention,
+  pool,
+  prumerge,
   pyramiddrop,
   pyramidkv,
   random,
@@ -24,6 +29,8 @@ from dynllava_jax.methods import (
   tova,
   uniform,
   visionzip,
+  vispruner,
+  vscan,
 )
 from dynllava_jax.methods.base import (
   Chosen,
@@ -44,8 +51,16 @@ from dynllava_jax.methods.base import (
 )
 
 REDUCERS: dict[str, Reducer] = {
+  'divprune': divprune.REDUCER,
+  'dpp': dpp.REDUCER,
+  'dymu': dymu.REDUCER,
   'fastervlm': fastervlm.REDUCER,
+  'pool': pool.REDUCER,
+  'prumerge': prumerge.REDUCER,
+  'prumerge_plus': prumerge.PLUS,
   'visionzip': visionzip.REDUCER,
+  'vispruner': vispruner.REDUCER,
+  'vscan': vscan.REDUCER,
 }
 SELECTORS: dict[str, Selector] = {
   'all': everything.SELECTOR,
@@ -124,6 +139,12 @@ def prompt_slots(stage: Stage, layer: int, layers: int, text: int, image: int) -
   return text + image if compressor is None else compressor.slots(text, image, layer, layers, options)
 
 
+def unmerged_tokens(model: ModelConfig, reducer: Piece | None) -> int:
+  """Places of a full image that a reducer's tokens leave over and the decoder attends over all the same; 0 unless it unmerges."""
+  kind, options = bound(reducer, 'reducer')
+  return model.vision.num_patches - kind.num_tokens(model, options) if kind is not None and kind.unmerges(options) else 0
+
+
 def tower_needs(model: ModelConfig, reducer: Piece | None) -> TowerNeeds:
   """What the tower has to give to the run's reducer or to the projector; ConfigError if it has no such block."""
   vision = model.vision
@@ -139,10 +160,21 @@ def tower_needs(model: ModelConfig, reducer: Piece | None) -> TowerNeeds:
   return needs
 
 
+def check_tail(model: ModelConfig, reducer: Piece | None, there: bool) -> None:
+  """Raises ConfigError if a reducer looks at blocks of the tower above those that are run, and they are not there."""
+  if not there and tower_needs(model, reducer).next_block:
+    raise ConfigError(
+      f'reducer {reducer.name}: looks at the block of the vision tower above the features, and the parameters have no '
+      '`vision_tail`; it is in checkpoints that were converted from a whole CLIP tower'
+    )
+
+
 def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | None = None) -> None:
   """Raises ConfigError, one line with the reason, unless this model can be run so."""
   check_stages(stages, model, num_image_tokens(model, reducer))
   tower_needs(model, reducer)
+  if unmerged_tokens(model, reducer) and stages != DENSE:
+    raise ConfigError(f'reducer {reducer.name}: unmerging needs a dense decoder; leave the cuts out, or set unmerge to False')
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   for stage, end in zip(stages, ends):
     at = f'stage at layer {stage.start}'
@@ -183,6 +215,7 @@ __all__ = [
   'base',
   'bound',
   'check_run',
+  'check_tail',
   'get',
   'num_image_tokens',
   'options_of',
@@ -190,4 +223,5 @@ __all__ = [
   'selector_of',
   'stage_image_tokens',
   'tower_needs',
+  'unmerged_tokens',
 ]

@@ -49,12 +49,37 @@ class TowerNeeds:
     class_attention: blocks whose attention row of the class token is wanted.
     key_mean: blocks whose keys are wanted, averaged over heads.
     states: blocks whose output is wanted.
+    next_block: whether queries and keys of the block above the features are wanted, which is not run. Its parameters are in
+      checkpoints that were converted from a whole tower.
+    merges: how many tokens `merge` takes away in each block, between attention and MLP; () for a plain tower.
+    merge: (x float[B, T, C], head mean of the keys float32[B, T, H], `MergedTokens`, count) -> the same of T - count tokens.
   """
 
   class_feature: bool = False
   class_attention: tuple[int, ...] = ()
   key_mean: tuple[int, ...] = ()
   states: tuple[int, ...] = ()
+  next_block: bool = False
+  merges: tuple[int, ...] = ()
+  merge: Callable[..., tuple[jax.Array, 'MergedTokens']] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MergedTokens:
+  """What the rows of a tower that merges tokens are.
+
+  Attributes:
+    size: float32[B, T], tokens that a row holds.
+    group: int32[B, P + 1], the row that holds each original token, class token first.
+    patch: int32[B, T], the patch that others went into, -1 for the class token.
+    best: float32[B, A], how like its partner each token was that might go, before this block merged; None before the first.
+  """
+
+  size: jax.Array
+  group: jax.Array
+  patch: jax.Array
+  best: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +93,10 @@ class TowerOutput:
     class_attention: by block, float32[B, N, P]: softmax over all P + 1 tokens, the class token's own column cut off.
     key_mean: by block, float32[B, P + 1, H], head mean of the keys (with bias, unscaled), class token first.
     states: by block, float[B, P, C], what the block makes of the patches.
+    next_query: float32[B, C], the class token's query in the block above, all heads side by side (with bias, unscaled), and
+      next_keys: float32[B, P + 1, C], the keys there.
+    merged: per block the hidden states float[B, T, C] behind it and what they are, where tokens are merged; `features` then has
+      M tokens.
   """
 
   features: jax.Array
@@ -75,6 +104,9 @@ class TowerOutput:
   class_attention: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
   key_mean: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
   states: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+  next_query: jax.Array | None = None
+  next_keys: jax.Array | None = None
+  merged: tuple[tuple[jax.Array, MergedTokens], ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -82,11 +114,13 @@ class TowerOutput:
 class Reduced:
   """Image tokens of the language model: `tokens` float[B, M, D], and for each the patch that it stands for.
 
-  `index` is int32[B, M]; -1 is the class token. Of a merged token it is the patch that absorbed others.
+  `index` is int32[B, M]; -1 is the class token, or a summary of many. Of a merged token it is the patch that absorbed others.
+  `group` int32[B, P] is, for each patch, the token that holds it; None unless the reducer unmerges.
   """
 
   tokens: jax.Array
   index: jax.Array
+  group: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,12 +133,15 @@ class Reducer(Origin):
     num_tokens: (model, options) -> M; ConfigError with the reason if the model cannot be reduced so.
     needs: (vision, options) -> `TowerNeeds`.
     projects_all: whether the projector runs on all patches, or only on what is left of them.
+    unmerges: options -> whether the decoder attends over all patches although it has fewer rows: queries, keys and values of a
+      token stand at the places of all its patches, and what these attend to is averaged. The cache then holds all patches.
   """
 
   reduce: Callable[[TowerOutput, Callable[[jax.Array], jax.Array], Any], Reduced]
   num_tokens: Callable[[ModelConfig, Any], int]
   needs: Callable[[VisionConfig, Any], TowerNeeds] = lambda vision, options: TowerNeeds()
   projects_all: bool = False
+  unmerges: Callable[[Any], bool] = lambda options: False
 
 
 @jax.tree_util.register_dataclass

@@ -13,6 +13,7 @@ from dynllava_jax.config.parsing import require
 from dynllava_jax.methods.base import Reduced, Reducer, TowerNeeds, TowerOutput
 from dynllava_jax.ops.layout import gather_rows
 from dynllava_jax.ops.selection import top_indices
+from dynllava_jax.ops.similarity import cosines
 
 CLASS_TOKEN = -1  # in `Reduced.index`
 
@@ -78,8 +79,7 @@ def choose(tower: TowerOutput, options: Options) -> Choice:
   target = rest[:, [i for i in range(size) if is_target[i]]]
   merged = rest[:, [i for i in range(size) if not is_target[i]]]
   (keys,) = tower.key_mean.values()
-  keys = unit(keys[:, 1:])
-  alike = jnp.einsum('brh,bch->brc', gather_rows(keys, merged), gather_rows(keys, target), precision='highest')
+  alike = cosines(gather_rows(keys[:, 1:], merged), gather_rows(keys[:, 1:], target))
   return Choice(dominant, target, merged, alike.argmax(-1).astype(jnp.int32))
 
 
@@ -98,12 +98,6 @@ def reduce(tower: TowerOutput, project, options: Options) -> Reduced:
   choice = choose(tower, options)
   first = jnp.full((choice.dominant.shape[0], 1), CLASS_TOKEN, jnp.int32)
   return Reduced(project(condense(tower, choice)), jnp.concatenate([first, choice.dominant, choice.target], 1))
-
-
-def unit(x: jax.Array) -> jax.Array:
-  """float[..., H] of length 1; a zero vector stays one."""
-  length = jnp.linalg.norm(x, axis=-1, keepdims=True)
-  return x / jnp.where(length > 0, length, 1)
 
 
 REDUCER = Reducer(

@@ -42,6 +42,7 @@ class StageTrace:
     kept_image: int32[B, M], image tokens that go on, ascending, counted from the image's start.
     positions: int32[B, S'], places in the full sequence of what goes on, and rotary: int32[B, S'], rotary positions.
     length: int32[B], real entries among them.
+    unmerged: int32[B, N], row at each place that the layers attend over; None unless the reducer unmerges.
     attention: float32[B, N, P'], what the selector saw of it; None if it did not ask.
     of_selector: what else the selector shows to records, by name, and of_layers what the layers' pieces do, stacked [L, ...].
   """
@@ -55,6 +56,7 @@ class StageTrace:
   attention: jax.Array | None = None
   of_selector: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
   of_layers: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  unmerged: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax.config import VisionConfig
-from dynllava_jax.methods.base import TowerNeeds, TowerOutput
+from dynllava_jax.methods.base import MergedTokens, TowerNeeds, TowerOutput
 from dynllava_jax.models.layers import Dense, Dtype, LayerNorm, batch_split, partitioned, scan_layers
 
 
@@ -81,15 +81,26 @@ def seen_by(watched: dict[str, Any], q: jax.Array, k: jax.Array, x: jax.Array) -
   }
 
 
+def next_block(params: dict[str, Any], x: jax.Array, cfg: VisionConfig) -> tuple[jax.Array, jax.Array]:
+  """(class token's query float32[B, D], keys float32[B, T, D]) of a block that sees x float[B, T, D], its heads side by side."""
+  x = LayerNorm(cfg.layer_norm_eps, jnp.float32, parent=None).apply({'params': params['layer_norm1']}, x)
+  weight, bias = (params[name].astype(jnp.float32) for name in ('qkv', 'qkv_bias'))
+  project = lambda x, i: jnp.einsum('btd,ndh->btnh', x, weight[i], precision='highest') + bias[i]
+  query, keys = project(x[:, :1], 0), project(x, 1)
+  return query.reshape(x.shape[0], -1), keys.reshape(x.shape)
+
+
 class VisionBlock(nn.Module):
   """One encoder layer."""
 
   cfg: VisionConfig
   dtype: Dtype
+  merge: Callable[..., tuple[jax.Array, MergedTokens]] | None = None
+  merged: int = 0  # so many tokens by `merge`
 
   @nn.compact
-  def __call__(self, carry: tuple[jax.Array, dict[str, Any] | None]):
-    """(float[B, T, D], `watch`) -> the same after this block, and None for the scan."""
+  def __call__(self, carry: tuple[jax.Array, dict[str, Any] | MergedTokens | None]):
+    """(float[B, T, D], `watch`; with `merge` what the tokens are) -> the same after this block, and None for the scan."""
     (x, watched), cfg, dtype = carry, self.cfg, self.dtype
     head_dim = cfg.hidden_size // cfg.num_heads
     init = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1), batch_axis=(-4,))
@@ -97,7 +108,10 @@ class VisionBlock(nn.Module):
     qkv = self.param('qkv', partitioned(init, None, 'heads', 'embed', 'head_dim'), (3, cfg.num_heads, cfg.hidden_size, head_dim))
     bias = self.param('qkv_bias', partitioned(nn.initializers.zeros, None, 'heads', 'head_dim'), (3, cfg.num_heads, head_dim))
     q, k, v = jnp.einsum('btd,cndh->cbtnh', y, qkv.astype(dtype)) + bias.astype(dtype)[:, None, None]
-    y = jax.nn.dot_product_attention(q, k, v)
+    by_size = None
+    if self.merge is not None:
+      by_size = jnp.log(watched.size)[:, None, None].astype(dtype)  # a key counts once for each token in it
+    y = jax.nn.dot_product_attention(q, k, v, bias=by_size)
     out = self.param(
       'out',
       partitioned(nn.initializers.lecun_normal(in_axis=(-3, -2)), 'heads', 'head_dim', 'embed'),
@@ -105,10 +119,14 @@ class VisionBlock(nn.Module):
     )
     out_bias = self.param('out_bias', partitioned(nn.initializers.zeros, None), (cfg.hidden_size,))
     x = x + jnp.einsum('btnh,nhd->btd', y, out.astype(dtype)) + out_bias.astype(dtype)
+    if self.merge is not None:
+      x, watched = self.merge(x, k.astype(jnp.float32).mean(2), watched, self.merged)
     y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm2')(x)
     y = quick_gelu(Dense(cfg.mlp_dim, dtype, ('embed', 'mlp'), name='fc1')(y))
     x = batch_split(x + Dense(cfg.hidden_size, dtype, ('mlp', 'embed'), name='fc2')(y))
-    return (x, watched if watched is None else seen_by(watched, q, k, x)), None
+    if watched is not None and self.merge is None:
+      watched = seen_by(watched, q, k, x)
+    return (x, watched), None
 
 
 class VisionTower(nn.Module):
@@ -134,14 +152,29 @@ class VisionTower(nn.Module):
     first = jnp.broadcast_to(class_token.astype(dtype), (batch, 1, cfg.hidden_size))
     x = jnp.concatenate([first, patches @ kernel.astype(dtype)], 1) + positions.astype(dtype)
     x = batch_split(LayerNorm(cfg.layer_norm_eps, dtype, name='pre_layernorm')(x))
+    if self.needs.merges:
+      merged = self._merging(x)
+      return TowerOutput(merged[-1][0][:, 1:], class_feature=merged[-1][0][:, 0], merged=merged)
     watched = watch(self.needs, cfg, batch, dtype)
     if cfg.layers_run:
       (x, watched), _ = scan_layers(VisionBlock, cfg.layers_run, ())(cfg, dtype, name='layers')((x, watched))
     watched = watched or {}
     return TowerOutput(
       features=x[:, 1:],
-      class_feature=x[:, 0] if self.needs.class_feature else None,
+      class_feature=x[:, 0] if self.needs.class_feature or self.needs.next_block else None,
       class_attention=watched.get('class_attention', {}),
       key_mean=watched.get('key_mean', {}),
       states={block: state[:, 1:] for block, state in watched.get('states', {}).items()},
     )
+
+  def _merging(self, x: jax.Array) -> tuple[tuple[jax.Array, MergedTokens], ...]:
+    """float[B, P + 1, D] through blocks that merge tokens: no scan, as each sees fewer."""
+    batch, count = x.shape[:2]
+    every = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
+    tokens, blocks = MergedTokens(jnp.ones((batch, count), jnp.float32), every, every - 1), []
+    layers = self.variables['params']['layers']
+    for i, merged in enumerate(self.needs.merges):
+      block = VisionBlock(self.cfg, self.dtype, self.needs.merge, merged, parent=None)
+      (x, tokens), _ = block.apply({'params': jax.tree.map(lambda w: w[i], layers)}, (x, tokens))
+      blocks.append((x, tokens))
+    return tuple(blocks)

@@ -16,7 +16,7 @@ from dynllava_jax import methods
 from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, judges_instructions
 from dynllava_jax.models import reduction
 from dynllava_jax.models.batch import InstructRule, Prompt, StageTrace, TrainOutput, answer_mask, instruct_start_of
-from dynllava_jax.models.clip import VisionTower
+from dynllava_jax.models.clip import VisionTower, next_block
 from dynllava_jax.models.layers import Dtype
 from dynllava_jax.models.llama import LayerOutput, Llama
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
@@ -55,12 +55,23 @@ class DynLlava(nn.Module):
     """Normalised pixels float[B, R, R, 3] -> tower features float[B, P, vision width]."""
     return self.vision(pixels).features
 
+  def look(self, pixels: jax.Array) -> methods.TowerOutput:
+    """Normalised pixels float[B, R, R, 3] -> what the tower gives to the reducer."""
+    tower = self.vision(pixels)
+    if not methods.tower_needs(self.cfg, self.reducer).next_block:
+      return tower
+    params = self.variables['params']
+    methods.check_tail(self.cfg, self.reducer, 'vision_tail' in params)
+    above = jax.tree.map(lambda w: w[0], params['vision_tail']['layers'])
+    query, keys = next_block(above, jnp.concatenate([tower.class_feature[:, None], tower.features], 1), self.cfg.vision)
+    return dataclasses.replace(tower, next_query=query, next_keys=keys)
+
   def reduce_images(self, pixels: jax.Array) -> methods.Reduced:
     """Normalised pixels float[B, R, R, 3] -> image tokens float[B, P, D], and the patch that each stands for.
 
     Without a reducer tokens are numbered row by row of their own grid.
     """
-    tower = self.vision(pixels)
+    tower = self.look(pixels)
     if self.reducer is None:
       tokens = self.projector(tower if self.cfg.packer else tower.features)
       return methods.Reduced(tokens, jnp.broadcast_to(jnp.arange(self.num_image), tokens.shape[:2]))
@@ -87,19 +98,19 @@ class DynLlava(nn.Module):
     """Instruction predictor alone: float[..., D] -> float[..., 2], column 0 = keep."""
     return self.instruct_predictor(hidden)
 
-  def prefill(self, prompt: Prompt, image: jax.Array, spec: kv.CacheSpec):
+  def prefill(self, prompt: Prompt, image: jax.Array, spec: kv.CacheSpec, group: jax.Array | None = None):
     """Runs a prompt and fills a cache.
 
     Args:
       prompt: the batch, S = text bucket + P.
-      image: float[B, P, D] from `encode_images`; rows without image take any.
+      image, group: `tokens` float[B, M, D] and `group` of `reduce_images`; rows without image take any.
       spec: what the cache must have room for.
 
     Returns:
       (hidden float[B, S', D] of what remains, one `StageTrace` per stage, `Cache`).
     """
     x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
-    state = reduction.start(x, prompt.length, self.num_image)
+    state = self._start(x, prompt, group)
     weights = self._query_weights(x, prompt, prompt.length)
     caches, traces, attention = [], [], None
     for i in range(len(self.stages)):
@@ -110,9 +121,9 @@ class DynLlava(nn.Module):
       room = kv.room_behind(gated, budget, spec)
       state, out = self._run_stage(i, state, prompt, prompt.length, weights, room)
       kept = state.image_index, state.positions, state.rotary, state.length
-      traces.append(StageTrace(entry, stream, *kept, seen, details, out.details))
+      traces.append(StageTrace(entry, stream, *kept, seen, details, out.details, state.unmerged))
       attention = out.attention
-      length, shift = state.length, state.shift
+      length, shift = state.places, state.shift
       if out.length is not None:  # compressed
         length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
       settings = dict(gated=gated, text_keep_budget=budget, spec=spec, with_room=True)
@@ -159,7 +170,7 @@ class DynLlava(nn.Module):
       new.append(kv.append_judged(*chunk, keep, margin, active) if judge else kv.append_chunk(*chunk, count, keep))
     return x, kv.Cache(tuple(new), cache.position + count), Judgement(keep, margin)
 
-  def recompute(self, prompt: Prompt, image: jax.Array, answer_start: jax.Array, text_slots: int):
+  def recompute(self, prompt: Prompt, image: jax.Array, answer_start: jax.Array, text_slots: int, group: jax.Array | None = None):
     """One full forward over prompt and generated tokens: decoding without a cache.
 
     The kept set is the gate's: a generated token stays where `keep > drop`, the newest is always present.
@@ -169,7 +180,7 @@ class DynLlava(nn.Module):
       prompt: prompt and generated tokens; `length` counts both.
       image: float[B, P, D].
       answer_start: int32[B], position of the first generated token.
-      text_slots: static; positions kept for text in reduced stages (text bucket + max_new_tokens).
+      text_slots: static; positions kept for text in reduced stages (text bucket + max_new_tokens); group: as in `prefill`.
 
     Returns:
       (hidden float[B, D] at the newest position, `Judgement` with [B, S] entries, that of the newest token
@@ -179,7 +190,7 @@ class DynLlava(nn.Module):
     for stage in self.stages:
       if stage.compressor is not None:
         raise ConfigError(f'stage at layer {stage.start}: {stage.compressor.name} shrinks a cache, and uncached decoding has none')
-    state = reduction.start(x, prompt.length, self.num_image)
+    state = self._start(x, prompt, group)
     weights = self._query_weights(x, prompt, answer_start)
     attention = None
     for i in range(len(self.stages)):
@@ -251,6 +262,15 @@ class DynLlava(nn.Module):
     judging = [s for s in self.stages[: index + 1] if methods.get(s.selector).text_margin]
     return (True, judging[-1].text_keep_budget) if judging else (False, 1.0)
 
+  def _start(self, x: jax.Array, prompt: Prompt, group: jax.Array | None) -> reduction.State:
+    """What reaches the first stage."""
+    state = reduction.start(x, prompt.length, self.num_image)
+    if not methods.unmerged_tokens(self.cfg, self.reducer):
+      return state
+    if group is None:
+      raise ValueError(f'group: None, but {self.reducer.name} unmerges; pass `reduce_images(...).group`')
+    return reduction.unmerge(state, prompt.image_start, group)
+
   def _query_weights(self, x: jax.Array, prompt: Prompt, prompt_length: jax.Array) -> dict[int, jax.Array | None]:
     """For each stage whose selector ranks by attention, float32[B, S] weights of the rows that count, None for the last one's."""
     weights = {}
@@ -277,7 +297,7 @@ class DynLlava(nn.Module):
       queries = reduction.ranking_queries(state, prompt.image_start, prompt_length, weights[index + 1])
     rows = state.rows(prompt.image_start) if ranks_next or stage.layers or stage.compressor else None
     behind = prompt_length if state.shift is None else prompt_length - state.shift
-    more = dict(rows=rows, queries=queries, next_position=behind, room=room)
+    more = dict(rows=rows, queries=queries, next_position=behind, room=room, unmerged=state.unmerged)
     x, out = self.llama.run_stage(index, state.x, state.rotary, **more)
     last = None if out.attention is None else out.attention[-1]
     return dataclasses.replace(state, x=x), dataclasses.replace(out, attention=last)

@@ -46,6 +46,8 @@ class Context:
     policy: float[B, T] keep weight per key (training), or None.
     cache_length: int32[B] visible cache slots, or None without a cache.
     rows: where text and image stand, for the pieces of the stage; None if it has none.
+    unmerged: int32[B, N], the row that stands at each place of the full sequence where rows are merged ones, as
+      `layout.unmerged_rows` has it; `cos` and `sin` are then of N places. None otherwise.
     queries: rows that the next stage's selector ranks by, by their attention in the last layer; None if it does not.
     positions: int32[B, T], rotary positions, and next_position: int32[B], that of the token to come, for a compressor.
     room: slots behind the keys and values that a layer gives, so that they are stacked as the cache needs them. Static.
@@ -60,6 +62,7 @@ class Context:
   positions: jax.Array | None = None
   next_position: jax.Array | None = None
   room: int = dataclasses.field(default=0, metadata={'static': True})
+  unmerged: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -145,6 +148,8 @@ class Block(nn.Module):
       q = self._weight('q', (heads, width, head_dim), ('heads', 'embed', 'head_dim'), HEADS_INIT)
       k, v = (self._weight(name, kv_shape, kv_axes, HEADS_INIT) for name in 'kv')
       unrotated, k, v = (multiply(self, n, 'btd,ndh->btnh', y, w) for n, w in (('q', q), ('k', k), ('v', v)))
+      if context.unmerged is not None:
+        unrotated, k, v = (layout.gather_rows(a, context.unmerged) for a in (unrotated, k, v))
       q, k = apply_rope(unrotated, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
       if cache is not None:
         old_k, old_v, first = cache
@@ -155,6 +160,8 @@ class Block(nn.Module):
         y = kind.attend(q, k, v, rows, flags, kind_options)
       else:
         y = causal_attention(q, k, v)
+      if context.unmerged is not None:
+        y = layout.mean_rows(y, context.unmerged, x.shape[1])
       out = self._weight('o', (heads, head_dim, width), ('heads', 'head_dim', 'embed'), HEADS_OUT_INIT)
       y = multiply(self, 'o', 'btnh,nhd->btd', y, out)
       if kind.attend is not None:
@@ -244,14 +251,16 @@ class Llama(nn.Module):
     queries: Queries | None = None,
     next_position: jax.Array | None = None,
     room: int = 0,
+    unmerged: jax.Array | None = None,
   ) -> tuple[jax.Array, LayerOutput]:
     """Runs the layers of one stage.
 
     Args:
       index: stage number.
-      x: float[B, T, D]; positions: int32[B, T], rotary positions.
+      x: float[B, T, D]; positions: int32[B, T], rotary positions; int32[B, N] with `unmerged`.
       policy: float[B, T] keep weight per key, for training.
       cache, cache_length: (k, v) float[L, B, C, K, H] each with `StageCache.first`, and int32[B] visible slots, for decoding.
+      unmerged: as in `Context`.
       rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
         they are plain.
 
@@ -267,7 +276,7 @@ class Llama(nn.Module):
     if queries is not None:
       flags[LAST] = jnp.arange(layers.start, layers.stop) == layers.stop - 1
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
-    context = Context(cos, sin, policy, cache_length, rows, queries, room=room)
+    context = Context(cos, sin, policy, cache_length, rows, queries, room=room, unmerged=unmerged)
     if rows is not None and stage.compressor is not None:
       flags[LAYER] = jnp.arange(layers.start, layers.stop)
       context = dataclasses.replace(context, positions=positions, next_position=next_position)

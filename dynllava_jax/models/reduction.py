@@ -35,6 +35,8 @@ class State:
     length: int32[B], real rows.
     image_index: int32[B, P'], which image tokens are still in it, in the order of their rows.
     judgement: of the whole sequence's tokens.
+    unmerged: int32[B, N], as `layout.unmerged_rows` has it, of a decoder that attends over all patches; `rotary` is then of N
+      places. None otherwise.
     shift: int32[B], how much earlier than its place the next token is rotated; None as long as no stage has renumbered.
   """
 
@@ -45,6 +47,12 @@ class State:
   image_index: jax.Array
   judgement: Judgement
   shift: jax.Array | None = None
+  unmerged: jax.Array | None = None
+
+  @property
+  def places(self) -> jax.Array:
+    """int32[B], real places that the layers attend over: as many as there are rows, unless these are merged ones."""
+    return self.length if self.unmerged is None else self.length - self.shift
 
   def rows(self, image_start: jax.Array) -> Rows:
     """Where text and image stand in it; text before the image never goes, so the image starts where it did."""
@@ -58,6 +66,15 @@ def start(x: jax.Array, length: jax.Array, num_image: int) -> State:
   nothing_judged = Judgement(jnp.ones((batch, size), bool), jnp.full((batch, size), jnp.inf, jnp.float32))
   positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (batch, size))
   return State(x, positions, positions, length, every, nothing_judged)
+
+
+def unmerge(state: State, image_start: jax.Array, group: jax.Array) -> State:
+  """The full sequence again, for the attention alone: `group` int32[B, P] is, for each patch, the image token that holds it."""
+  num_image = state.image_index.shape[1]
+  rows = layout.unmerged_rows(image_start, group, num_image, state.x.shape[1])
+  rotary = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
+  later = jnp.where(image_start >= 0, group.shape[1] - num_image, 0)
+  return dataclasses.replace(state, rotary=rotary, unmerged=rows, shift=-later)
 
 
 def ranking_queries(state: State, image_start: jax.Array, prompt_length: jax.Array, weight: jax.Array | None) -> Queries:

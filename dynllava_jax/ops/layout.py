@@ -77,6 +77,33 @@ def compact(keep: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
   return order[..., :size].astype(jnp.int32), keep.sum(-1, dtype=jnp.int32)
 
 
+def unmerged_rows(image_start: jax.Array, group: jax.Array, num_image: int, size: int) -> jax.Array:
+  """Which row of a sequence with merged image tokens stands at each place of the full one.
+
+  Args:
+    image_start: int32[B], -1 for rows without image; their surplus places are given to the last row, which is padding.
+    group: int32[B, P], for each patch the image token that holds it; num_image: how many of those there are.
+    size: S, rows of the short sequence.
+
+  Returns:
+    int32[B, S + P - num_image].
+  """
+  patches = group.shape[1]
+  places = jnp.arange(size + patches - num_image, dtype=jnp.int32)[None]
+  slot, is_image = image_slots(places, image_start, patches)
+  has_image = image_start[:, None] >= 0
+  behind = jnp.where(has_image & (places >= image_start[:, None] + patches), places - patches + num_image, places)
+  return jnp.where(is_image, image_start[:, None] + gather_rows(group, slot), jnp.minimum(behind, size - 1))
+
+
+def mean_rows(x: jax.Array, row: jax.Array, size: int) -> jax.Array:
+  """The mean over all places x float[B, N, ...] of a row: float[B, size, ...]; `row` int32[B, N], each row has one at least."""
+  rows = jnp.arange(x.shape[0])[:, None]
+  sums = jnp.zeros((x.shape[0], size, *x.shape[2:]), jnp.float32).at[rows, row].add(x.astype(jnp.float32))
+  count = jnp.zeros((x.shape[0], size), jnp.float32).at[rows, row].add(1)
+  return (sums / count.reshape(count.shape + (1,) * (x.ndim - 2))).astype(x.dtype)
+
+
 def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
   """x[b, index[b, i]] for x of shape [B, S, ...]; indices must be valid."""
   return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), 1, mode='clip')

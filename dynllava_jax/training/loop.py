@@ -71,6 +71,9 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
 def _train(cfg: TrainConfig, workdir: pathlib.Path, stop: StopRequest, stack: contextlib.ExitStack) -> None:
   # 1. Mesh, what is there of this run, and data.
   methods.check_run(cfg.model, cfg.stages, cfg.reducer)
+  methods.check_tail(cfg.model, cfg.reducer, there=False)  # a step holds nothing that is never trained
+  if methods.unmerged_tokens(cfg.model, cfg.reducer):
+    raise ConfigError(f'config.reducer: {cfg.reducer.name} cannot unmerge in training; set its unmerge to False')
   first_host = jax.process_index() == 0  # it alone writes, but for the arrays, and shows
   say = Terminal(quiet=not first_host).print
   mesh = sharding.make_mesh(cfg.mesh)

