@@ -34,6 +34,8 @@ CONVENTIONS = (
   'kv_bytes_per_sample: allocated, all layers',
   'interval, difference_interval: 95 % bootstrap over images, the second paired with the reference',
 )
+MARKERS, COLORS = 'os^Dv*Ph', 10  # of a picture's points: each run another pair
+NAMES_PER_COLUMN = 20  # of its legend
 COLUMNS = {
   'score': 'score (95 % interval)',
   'difference': 'difference',
@@ -221,7 +223,7 @@ def console_table(benchmark: Benchmark, title: str, rows: Mapping[str, Mapping[s
   head, *body = _table(benchmark, rows)
   table = Table(title=title)
   for i, name in enumerate(head):
-    table.add_column(name, justify='right' if i else 'left')
+    table.add_column(name, justify='right' if i else 'left', no_wrap=not i)
   for line in body:
     table.add_row(*line)
   return table
@@ -229,7 +231,8 @@ def console_table(benchmark: Benchmark, title: str, rows: Mapping[str, Mapping[s
 
 def figure(title: str, metric: str, rows: Mapping[str, Mapping[str, Any]]) -> Figure:
   """Score with its interval against FLOPs and against KV bytes per sample."""
-  result = Figure(figsize=(11, 4.5), layout='constrained')
+  columns = -(-len(rows) // NAMES_PER_COLUMN)
+  result = Figure(figsize=(9 + 2 * columns, 4.5 if columns == 1 else 6), layout='constrained')
   result.suptitle(title)
   left, right = result.subplots(1, 2, sharey=True)
   left.set_ylabel('\n'.join(metric.split(', ')))
@@ -243,6 +246,7 @@ def figure(title: str, metric: str, rows: Mapping[str, Mapping[str, Any]]) -> Fi
     for i, (name, row) in enumerate((n, r) for n, r in rows.items() if 'score' in r):
       low, high = row['interval'] or (row['score'], row['score'])
       error = [[max(row['score'] - low, 0)], [max(high - row['score'], 0)]]
-      axis.errorbar(row[key] / unit, row['score'], error, fmt='o', capsize=3, color=f'C{i}', label=name)
-  right.legend(loc='center left', bbox_to_anchor=(1.02, 0.5))
+      marker = MARKERS[i // COLORS % len(MARKERS)]
+      axis.errorbar(row[key] / unit, row['score'], error, fmt=marker, capsize=3, color=f'C{i % COLORS}', label=name)
+  right.legend(loc='center left', bbox_to_anchor=(1.02, 0.5), ncols=columns)
   return result
