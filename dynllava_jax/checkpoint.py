@@ -39,7 +39,7 @@ from dynllava_jax.config import (
   from_config_dict,
   to_dict,
 )
-from dynllava_jax.files import write_atomically
+from dynllava_jax.files import read_regular, write_atomically
 from dynllava_jax.models.lora import ADAPTERS, abstract_adapters, merged
 from dynllava_jax.models.params import abstract_params
 from dynllava_jax.sealing import INTEGRITY_FILE, DamagedError, check_integrity, json_digest, sealed_files
@@ -156,7 +156,7 @@ def read_description(directory: pathlib.Path) -> dict[str, Any]:
   """The content of `model.json`, see `describe`; CheckpointError if it is missing, damaged or of another format."""
   file = directory / MODEL_FILE
   try:
-    content = json.loads(file.read_text())
+    content = json.loads(read_regular(file))
     found = content['format']
     stated = content.pop('sha256', None)
   except (OSError, ValueError, RecursionError, KeyError, TypeError) as e:
@@ -194,7 +194,7 @@ def read_assets(path: str | pathlib.Path) -> dict[str, bytes]:
 def _read_file(directory: pathlib.Path, name: str) -> bytes:
   stated = read_description(directory)['files'].get(name)
   try:
-    content = (directory / name).read_bytes()
+    content = read_regular(directory / name)
   except OSError as e:
     raise CheckpointError(f'{directory / name}: cannot be read ({e.strerror})') from None
   if stated not in (None, hashlib.sha256(content).hexdigest()):

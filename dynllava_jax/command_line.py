@@ -143,7 +143,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     main(argv)
 
   logging.set_verbosity(logging.WARNING)  # what jax and orbax say of themselves is not for users
-  logging.get_absl_handler().addFilter(lambda record: 'orbax' not in record.pathname)  # its errors come as exceptions, too
+  # Orbax's errors come as exceptions, too; asyncio and the pools tell again of those that came to its tasks.
+  retold = ('asyncio', 'concurrent.futures')
+  logging.get_absl_handler().addFilter(lambda record: 'orbax' not in record.pathname and record.name not in retold)
   app.run(without_strays, flags_parser=parser)
 
 

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
@@ -24,6 +25,10 @@ BLOCK = 2**22  # bytes written or compared at a time
 SAMPLED_FROM = 2**22  # bytes; smaller files are digested whole
 SAMPLES = 16  # places of a file that are at least sampled
 STRIDE = 2**24  # bytes from one sampled place to the next, at most
+TEMPORARY = '.tmp'  # how the name of a file ends that is being written
+LARGEST = 2**30  # bytes of a file that is read whole, and that no program here writes so large
+SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what tensorstore says of a file that it cannot write
+STORE_ERROR = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # how it begins, with absl's name of the kind
 AT_MOST = 2**30  # bytes read at a time; macOS refuses 2**31
 
 
@@ -36,9 +41,19 @@ def write_atomically(path: Given, content: bytes) -> None:
     remote.write(path, content)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_bytes(content)
-  os.replace(temporary, path)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}{TEMPORARY}')
+  try:
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+  except OSError as e:  # a full disk names no file
+    temporary.unlink(missing_ok=True)
+    raise OSError(e.errno, e.strerror, str(path)) from None
+
+
+def sweep(folder: pathlib.Path) -> None:
+  """Removes what killed programs left half written in a folder that nobody else fills."""
+  for left in folder.glob(f'.*{TEMPORARY}'):
+    left.unlink(missing_ok=True)
 
 
 def check_regular(path: pathlib.Path, at_most: int | None = None) -> None:
@@ -50,7 +65,7 @@ def check_regular(path: pathlib.Path, at_most: int | None = None) -> None:
     raise OSError(errno.EFBIG, f'it has {found.st_size:,} bytes, at most {at_most:,} are read', str(path))
 
 
-def read_regular(path: pathlib.Path, at_most: int) -> bytes:
+def read_regular(path: pathlib.Path, at_most: int = LARGEST) -> bytes:
   """The content of a file; OSError as `check_regular` says, and if it cannot be read."""
   check_regular(path, at_most)
   return path.read_bytes()
@@ -77,6 +92,21 @@ def require_writable(directory: pathlib.Path) -> None:
     raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(existing))
   if not os.access(existing, os.W_OK | os.X_OK):
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+
+
+def reason(error: BaseException | None) -> str:
+  """Why something could not be read or written, in a few words; '' if it is no such error."""
+  if error is None:
+    return ''
+  if isinstance(error, OSError):
+    return error.strerror or ' '.join(str(error).split())
+  if code := SYSTEM_ERROR.search(str(error)):
+    return os.strerror(int(code[1]))
+  if isinstance(error, BaseExceptionGroup):
+    return next(filter(None, map(reason, error.exceptions)), '')
+  if isinstance(error, ValueError) and STORE_ERROR.match(str(error)):
+    return str(error).partition('[')[0].strip()
+  return reason(error.__cause__ or error.__context__)
 
 
 def write_array(path: pathlib.Path, value: np.ndarray, offset: int = 0) -> None:

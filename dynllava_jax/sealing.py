@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -10,9 +11,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dynllava_jax.files import sampled_digest, write_atomically
+from dynllava_jax.files import read_regular, sampled_digest, write_atomically
 
 INTEGRITY_FILE = 'integrity.json'
+ORBAX_FILE = '_CHECKPOINT_METADATA'
 
 
 class CheckpointError(RuntimeError):
@@ -70,6 +72,7 @@ def check_integrity(step_dir: pathlib.Path, part: str | None = None, *, contents
   stated = {n: v for n, v in sealed_files(file).items() if part in (None, n.split('/')[0])}
   if not stated:
     raise DamagedError(f'{file}: damaged, it lists no file of {part or "the step"}; copy the checkpoint again')
+  _check_notes_of_orbax(step_dir)
   parts = [step_dir / part] if part else [p for p in step_dir.iterdir() if p.is_dir()]
   present = {p.relative_to(step_dir).as_posix() for folder in parts for p in folder.rglob('*') if p.is_file()}
   strange = sorted(present - stated.keys())
@@ -77,7 +80,7 @@ def check_integrity(step_dir: pathlib.Path, part: str | None = None, *, contents
   def problem(item) -> str | None:
     name, (size, digest, sample) = item
     path = step_dir / name
-    if not path.exists():
+    if not path.is_file():
       return f'{path}: missing'
     if path.stat().st_size != size:
       return f'{path}: {path.stat().st_size} bytes, expected {size}'
@@ -94,10 +97,21 @@ def check_integrity(step_dir: pathlib.Path, part: str | None = None, *, contents
     raise DamagedError(f'{step_dir}: damaged; copy or write it again:\n  ' + '\n  '.join(problems))
 
 
+def _check_notes_of_orbax(step_dir: pathlib.Path) -> None:
+  """Orbax completes this file after a step is sealed, so no digest can tell of it."""
+  file = step_dir / ORBAX_FILE
+  try:
+    intact = not os.path.lexists(file) or isinstance(json.loads(read_regular(file)), dict)
+  except (OSError, ValueError, RecursionError):
+    intact = False
+  if not intact:
+    raise DamagedError(f'{file}: damaged; copy the checkpoint again, or remove this file, which holds no numbers')
+
+
 def sealed_files(file: pathlib.Path) -> dict[str, tuple[int, str, str | None]]:
   """(size, SHA-256, sampled digest if there is one) of every file that an `integrity.json` lists."""
   try:
-    content = json.loads(file.read_text())
+    content = json.loads(read_regular(file))
     stated = content.pop('sha256', None)
     files = {n: (v['size'], v['sha256'], v.get('sample')) for n, v in content['files'].items()}
   except FileNotFoundError:

@@ -10,6 +10,7 @@ from dynllava_jax import checkpoint, locks
 from dynllava_jax.config import TOKENIZER_FILES
 from dynllava_jax.convert.inputs import ConversionError
 from dynllava_jax.convert.readers import INDEX, WEIGHTS, has_weights
+from dynllava_jax.files import STORE_ERROR, reason
 
 REPORT_FILE = 'conversion.json'
 TOWER_FOLDER = 'clip'  # of an export in the authors' layouts
@@ -109,6 +110,10 @@ def _claimed(dst: pathlib.Path, partial: pathlib.Path) -> Iterator[None]:
     raise ConversionError(f'{dst}: another process is writing it; wait for that one, or choose another --dst') from None
   except OSError as e:
     raise ConversionError(f'{dst}: cannot be written ({e})') from None
+  except (ValueError, ExceptionGroup) as e:  # of the libraries that write for Orbax
+    if (isinstance(e, ValueError) and not STORE_ERROR.match(str(e))) or not (why := reason(e)):
+      raise
+    raise ConversionError(f'{dst}: cannot be written ({why})') from None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Putting a PyTorch model together: from one directory, or from base, adapter, projector and tower."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -26,6 +27,7 @@ from dynllava_jax.convert.layouts import Layout, detect
 from dynllava_jax.convert.parts import NEW, PROJECTOR, PROJECTOR_FILE, Request, base_directory, named, on_base, projector_tensors
 from dynllava_jax.convert.plan import check_sizes
 from dynllava_jax.convert.readers import (
+  WEIGHTS,
   Tensor,
   directory_tensors,
   has_weights,
@@ -199,6 +201,8 @@ def _tower(
     raise ConversionError(f'{file}: mm_vision_tower is {named!r}, expected the name of a directory')
   for path in (request.src / 'clip', request.src / named, pathlib.Path(named)):  # first its own: an export may have been moved
     if (path / 'config.json').exists():
+      if not inside and not has_weights(path):
+        raise ConversionError(f'{path}: no weights found in this CLIP directory ({WEIGHTS[0]}); copy them there, or give --vision')
       return _tower_config(path), path if has_weights(path) else None
   if named in PUBLISHED_TOWERS and inside:
     return PUBLISHED_TOWERS[named], None
@@ -263,4 +267,8 @@ def _carried(
 
 
 def _read_present(directory: pathlib.Path, names: tuple[str, ...]) -> dict[str, bytes]:
-  return {n: read_small(directory / n) for n in names if (directory / n).exists()}
+  there = [n for n in names if os.path.lexists(directory / n)]
+  for name in there:
+    if name in CARRIED and name.endswith('.json'):
+      read_json(directory / name)  # it is carried as it is, but not if it is damaged
+  return {n: read_small(directory / n) for n in there}

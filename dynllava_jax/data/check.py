@@ -6,7 +6,6 @@ Leaves `report.json` (counts and all ids by source and reason), `lengths.png` an
 import collections
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -24,6 +23,7 @@ from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.display import Terminal
+from dynllava_jax.files import read_regular, write_atomically
 from dynllava_jax.paths import Given
 from dynllava_jax.progress import progress
 
@@ -105,8 +105,8 @@ def forget(folder: pathlib.Path) -> None:
 def _read_part(path: pathlib.Path, size: int) -> list[Finding] | None:
   """What a scan left; None if there is nothing, or nothing that can be read."""
   try:
-    found = [Finding(**f) for f in json.loads(path.read_text())]
-  except (OSError, ValueError, TypeError):
+    found = [Finding(**f) for f in json.loads(read_regular(path))]
+  except (OSError, ValueError, TypeError, RecursionError):
     return None
   return found if len(found) == size else None
 
@@ -121,9 +121,7 @@ def _examine_chunk(job: tuple[Scan, Sequence[Record | Finding], pathlib.Path]) -
       findings[i] = entry
     elif findings[i] is None or findings[i].reason in OF_FILES:
       findings[i] = examine(entry, style=style, tokenizer=tokenizer, images=scan.images, allow_outside=scan.data.allow_outside)
-  temporary = path.with_suffix(f'.{os.getpid()}')
-  temporary.write_text(json.dumps([dataclasses.asdict(f) for f in findings]))
-  os.replace(temporary, path)
+  write_atomically(path, json.dumps([dataclasses.asdict(f) for f in findings]).encode())
   return len(entries)
 
 

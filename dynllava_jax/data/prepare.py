@@ -10,6 +10,7 @@ temporary name until it is whole, and the files that make the folder a data set 
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -52,20 +53,20 @@ from dynllava_jax.data.integrity import (
   shard_names,
 )
 from dynllava_jax.data.order import check_epoch
-from dynllava_jax.data.records import Finding, Record, read_image
+from dynllava_jax.data.records import Finding, Record
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.data.store import features, to_example
+from dynllava_jax.data.shards import UNFINISHED, is_as_noted, noted, write_shard
+from dynllava_jax.data.store import features
 from dynllava_jax.data.tokenizer import load_tokenizer, read_files
 from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.display import Terminal
-from dynllava_jax.files import check_regular, write_atomically
+from dynllava_jax.files import check_regular, sweep, write_atomically
 from dynllava_jax.progress import progress
 from dynllava_jax.workspace import workspace
 
-UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on
 PLAN_FILE = 'shards.json'
+LARGEST_JSON = 2**35  # bytes; LLaVA's largest list of samples has 1 GB
 MAX_SHARDS = 99_999  # their names have five digits
-SHARD_OPTIONS = 'group_size:1,uncompressed'  # one record per chunk for random access; JPEG does not shrink
 
 
 def prepare(
@@ -98,7 +99,9 @@ def prepare(
   content = report(scan, findings, fields)
   write(out / REPORT_FILE, content)
   if scan.tokenizer:
-    histogram(scan, findings).savefig(out / HISTOGRAM_FILE, dpi=120)
+    picture = io.BytesIO()
+    histogram(scan, findings).savefig(picture, dpi=120)
+    write_atomically(out / HISTOGRAM_FILE, picture.getvalue())
   console.print(table(content))
   for name, counts in fields.items():
     if counts:
@@ -141,7 +144,7 @@ def describe(scan: Scan, weights: Sequence[float], image_bytes: bool, shard_samp
 def sha256_of(path: pathlib.Path) -> str:
   """Of a regular file; DataError for anything else."""
   try:
-    check_regular(path)
+    check_regular(path, LARGEST_JSON)
     with path.open('rb') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as e:
@@ -197,6 +200,7 @@ def write_store(
     jobs.append((out / name, records, root, scan.data.allow_outside))
   for left in out.glob('*.tmp'):  # of writers that were killed
     left.unlink()
+  sweep(out)
   # Shards of another attempt stay only if they hold the same samples: images may have been mended or lost in between.
   plan = {'sha256': hashlib.sha256(json.dumps([settings, [dataclasses.astuple(r) for r, _ in good]]).encode()).hexdigest()}
   plan_file = out / UNFINISHED / PLAN_FILE
@@ -204,7 +208,7 @@ def write_store(
     for shard in out.glob(f'{NAME}-{SPLIT}.array_record-*'):
       shard.unlink()
   write(plan_file, plan)
-  todo = [job for job in jobs if not job[0].exists()]
+  todo = [job for job in jobs if not is_as_noted(job[0])]
   done = len(good) - sum(len(job[1]) for job in todo)
   with (
     parallel_map(write_shard, todo, scan.processes) as sizes,
@@ -223,6 +227,10 @@ def write_store(
     for path, digest in zip(files, found):
       known[path.name] = digest
       advance(1)
+  for shard, *_ in jobs:
+    if noted(shard) != known[shard.name]:
+      shard.unlink()
+      raise OSError(f'{shard}: read back it is not what was written; is the disk failing? The same command writes it again')
   content = sealed(settings, known)
   if scan.tokenizer:
     path = index_path(out, scan.tokenizer, scan.data.conversation)
@@ -230,28 +238,6 @@ def write_store(
   write(out / SETTINGS_FILE, content)
   for name in (FEATURES_FILE, INFO_FILE):
     os.replace(unfinished / name, out / name)
-
-
-def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None, bool]) -> int:
-  """Writes one shard whole or not at all; returns its number of samples. OSError if there is no room."""
-  from array_record.python.array_record_module import ArrayRecordWriter
-
-  path, records, images, allow_outside = job
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  try:
-    writer, form = ArrayRecordWriter(str(temporary), SHARD_OPTIONS), features()
-    try:
-      for record in records:
-        image = read_image(record.id, record.image_path, images, allow_outside) if images and record.image_path else b''
-        writer.write(form.serialize_example(to_example(record, image)))
-    finally:
-      writer.close()
-  except DataError:
-    raise
-  except RuntimeError as e:  # ArrayRecord's word for a full disk
-    raise OSError(f'{path}: cannot be written ({e}); once that is mended the same command goes on') from None
-  os.replace(temporary, path)
-  return len(records)
 
 
 def write_metadata(out: pathlib.Path, shards: Sequence[pathlib.Path], lengths: Sequence[int]) -> None:
@@ -333,7 +319,10 @@ def main(_) -> None:
     )
     style = template(data.conversation)  # a typo must not leave settings behind
     if scan.tokenizer:
-      check_template(style, load_tokenizer(scan.tokenizer))
+      try:
+        check_template(style, load_tokenizer(scan.tokenizer))
+      except ConfigError as e:
+        raise ConfigError(f'--tokenizer={given.tokenizer}: {e}') from None
     form = dict(only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
     try:
       with workspace(out, '--out') as folder, locks.sole_use(folder, '--out'):

@@ -15,6 +15,7 @@ it is refused. Only a model whose own normaliser puts no mark (`train_tokenizer`
 import contextlib
 import io
 import json
+import os
 import pathlib
 import re
 import tempfile
@@ -26,6 +27,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from dynllava_jax import paths
 from dynllava_jax.config import TOKENIZER_FILES, ConfigError
+from dynllava_jax.files import read_regular
 
 BOS, EOS, UNK = '<s>', '</s>', '<unk>'
 MODEL_FILE, CONFIG_FILE = 'tokenizer.model', 'tokenizer_config.json'
@@ -63,10 +65,22 @@ class Tokenizer(Protocol):
 def read_files(folder: str | pathlib.Path) -> dict[str, bytes]:
   """The tokenizer's files in a folder; ConfigError if there are none."""
   folder = paths.given(folder, 'tokenizer') if isinstance(folder, str) else folder
-  files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+  files = {name: content for name in TOKENIZER_FILES if (content := _content(folder / name)) is not None}
   if not files.keys() & {MODEL_FILE, 'tokenizer.json', 'vocab.json'}:
     raise ConfigError(f'{folder}: holds no tokenizer ({MODEL_FILE} or tokenizer.json); give the folder of a Hugging Face model')
   return files
+
+
+def _content(path: paths.Given) -> bytes | None:
+  """None if there is no such file; ConfigError if there is something that cannot be read."""
+  if not paths.is_local(path):
+    return path.read_bytes() if path.is_file() else None
+  if not os.path.lexists(path):
+    return None
+  try:
+    return read_regular(path)
+  except OSError as e:
+    raise ConfigError(f'{path}: cannot be read ({e.strerror}); copy it again') from None
 
 
 def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
@@ -95,7 +109,7 @@ def _self_check(tokenizer: Tokenizer) -> None:
 def _config(files: Mapping[str, bytes]) -> dict:
   try:
     return json.loads(files.get(CONFIG_FILE, b'{}'))
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise ConfigError(f'{CONFIG_FILE}: unreadable ({e})') from None
 
 

@@ -20,7 +20,7 @@ from dynllava_jax.evals.answers import Labels, join
 from dynllava_jax.evals.benchmarks import suite
 from dynllava_jax.evals.benchmarks.base import Benchmark, Problems, Question
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.files import write_atomically
+from dynllava_jax.files import sweep, write_atomically
 from dynllava_jax.training.plot import save_figure
 
 TABLE_WIDTH = 160  # where there is no terminal to ask
@@ -61,6 +61,7 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   with contextlib.ExitStack() as held:
     if jax.process_index() == 0:
       held.enter_context(locks.sole_use(out / 'answers', '--out'))
+      sweep(out / 'answers')
     _evaluate(cfg, Asked(benchmark, folder, questions, len(found), labels, path, models), out, mesh, console)
 
 

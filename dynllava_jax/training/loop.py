@@ -20,12 +20,13 @@ from dynllava_jax.data.pipeline import LayOut, to_mesh, training_batches
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.sources import TrainingData, new_tokenizer, require_vocabulary, training_data
 from dynllava_jax.display import Terminal
+from dynllava_jax.files import sweep
 from dynllava_jax.models.lora import ADAPTERS
 from dynllava_jax.models.params import abstract_params, cut_params, init_params, join_params
 from dynllava_jax.training import limits
 from dynllava_jax.training import record as records
 from dynllava_jax.training.adapters import adapted, belonging, held_as, new_adapters, to_store
-from dynllava_jax.training.metrics import Display, MetricsLog, unreadable_lines
+from dynllava_jax.training.metrics import Display, MetricsLog, missing_lines, unreadable_lines
 from dynllava_jax.training.record import CHECKPOINTS
 from dynllava_jax.training.saving import Saver, check_path
 from dynllava_jax.training.step import (
@@ -65,6 +66,8 @@ def train(cfg: TrainConfig, workdir: pathlib.Path) -> None:
     compilation.keep()
     if jax.process_index() == 0:
       stack.enter_context(locks.sole_use(workdir, '--workdir'))
+      for folder in (workdir, workdir / CHECKPOINTS):
+        sweep(folder)
     _train(cfg, workdir, stop, stack)
 
 
@@ -125,6 +128,8 @@ def _train(cfg: TrainConfig, workdir: pathlib.Path, stop: StopRequest, stack: co
     log = stack.enter_context(contextlib.closing(MetricsLog(workdir, first))) if first_host else None
     if damaged := unreadable_lines(workdir):
       say(damaged)
+    if started and (gone := missing_lines(workdir, first, started.settings['log_every'])):
+      say(gone)
 
     def save(state: State) -> None:
       saver.save(

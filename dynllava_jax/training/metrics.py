@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from dynllava_jax.display import Terminal
-from dynllava_jax.files import write_atomically
+from dynllava_jax.files import read_regular, write_atomically
 
 METRICS_FILE = 'metrics.jsonl'
 SHOWN = 5  # numbers of damaged lines that a message names
@@ -98,9 +98,17 @@ def unreadable_lines(workdir: pathlib.Path) -> str:
   return f'{path}: {len(bad)} of its lines cannot be read, left as they are and passed over: {shown}' if bad else ''
 
 
+def missing_lines(workdir: pathlib.Path, step: int, log_every: int) -> str:
+  """One line if the newest lines before `step` are gone, every `log_every` steps one; '' if they are there."""
+  last = max((line['step'] for line in read_metrics(workdir) if line['step'] <= step), default=0)
+  if step - last < log_every:
+    return ''
+  return f'{workdir / METRICS_FILE}: lines after step {last} are missing, step {step} was saved; the run goes on without them'
+
+
 def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, float] | None]]:
   """Each line with its end and what it says; None for what says nothing."""
-  return [(text, _values(text)) for text in path.read_bytes().splitlines(keepends=True)] if path.exists() else []
+  return [(text, _values(text)) for text in read_regular(path).splitlines(keepends=True)] if path.exists() else []
 
 
 def _values(text: bytes) -> dict[str, float] | None:

@@ -18,7 +18,7 @@ from dynllava_jax.checkpoint import CheckpointError
 from dynllava_jax.config import ConfigError, TrainConfig, first_difference, from_config_dict, to_dict
 from dynllava_jax.data.fingerprint import fingerprint
 from dynllava_jax.data.sources import Source
-from dynllava_jax.files import write_atomically
+from dynllava_jax.files import read_regular, write_atomically
 from dynllava_jax.training.metrics import METRICS_FILE
 from dynllava_jax.training.recovery import newest_whole_step
 from dynllava_jax.training.step import schedule
@@ -65,7 +65,7 @@ def read(workdir: pathlib.Path) -> RunRecord | None:
   """The record of the run in `workdir`; None if there is none. ConfigError if it is damaged."""
   file = workdir / RUN_FILE
   try:
-    content = json.loads(file.read_bytes())
+    content = json.loads(read_regular(file))
     intact = content.pop('sha256') == checkpoint.json_digest(content)
     intact &= content.pop('format') == FORMAT
     record = RunRecord(**content)

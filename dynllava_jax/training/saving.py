@@ -6,9 +6,7 @@ Orbax writes in the background. What it cannot write is one line here; what it l
 import contextlib
 import json
 import math
-import os
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,11 +16,10 @@ from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointError
+from dynllava_jax.files import reason
 
 UNFINISHED = '.orbax-checkpoint-tmp'  # what Orbax adds to the name of a step that it is writing
 NOT_IN_A_PATH = '[]*?\\'  # Orbax looks for its own files with a pattern made of the path, and takes \ for /
-SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what tensorstore says of a file that it cannot write
-STORE_ERROR = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # how it begins, with absl's name of the kind
 
 
 def check_path(directory: pathlib.Path) -> None:
@@ -170,18 +167,3 @@ def _stored(folder: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str] | str
     whole = blocks.get(name, 0) == count
     out[name] = (tuple(shape), about['data_type']) if whole else f'{blocks.get(name, 0)} of {count} blocks'
   return out
-
-
-def reason(error: BaseException | None) -> str:
-  """Why something could not be read or written, in a few words; '' if it is no such error."""
-  if error is None:
-    return ''
-  if isinstance(error, OSError):
-    return error.strerror or ' '.join(str(error).split())
-  if code := SYSTEM_ERROR.search(str(error)):
-    return os.strerror(int(code[1]))
-  if isinstance(error, BaseExceptionGroup):
-    return next(filter(None, map(reason, error.exceptions)), '')
-  if isinstance(error, ValueError) and STORE_ERROR.match(str(error)):
-    return str(error).partition('[')[0].strip()
-  return reason(error.__cause__ or error.__context__)

@@ -26,9 +26,10 @@ from dynllava_jax.config import (
   from_config_dict,
 )
 from dynllava_jax.data import fingerprint
+from dynllava_jax.files import reason
 from dynllava_jax.training import limits, loop, record, recovery
 from dynllava_jax.training.metrics import read_metrics
-from dynllava_jax.training.saving import NOT_IN_A_PATH, Saver, check_contents, check_path, reason
+from dynllava_jax.training.saving import NOT_IN_A_PATH, Saver, check_contents, check_path
 from dynllava_jax.training.stopping import StopRequest
 
 MODEL = ModelConfig(
