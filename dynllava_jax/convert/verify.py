@@ -17,6 +17,7 @@ OF_METHODS = {
   **dict.fromkeys(kv.RECORDED, kv.verify),
   'fastv': selectors.verify,
   'pyramiddrop': selectors.verify,
+  'sparsevlm': selectors.verify,
   'look-m': compressors.verify,
   'redundancylens': layers.verify,
   tokenpacker.METHOD: tokenpacker.verify,

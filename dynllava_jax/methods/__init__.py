@@ -25,6 +25,7 @@ from dynllava_jax.methods import (
   random,
   redundancylens,
   snapkv,
+  sparsevlm,
   streaming_llm,
   tova,
   uniform,
@@ -68,6 +69,7 @@ SELECTORS: dict[str, Selector] = {
   'fastv': fastv.SELECTOR,
   'pyramiddrop': pyramiddrop.SELECTOR,
   'random': random.SELECTOR,
+  'sparsevlm': sparsevlm.SELECTOR,
   'uniform': uniform.SELECTOR,
 }
 LAYER_KINDS: dict[str, LayerKind] = {

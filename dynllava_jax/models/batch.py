@@ -39,7 +39,8 @@ class StageTrace:
 
   Attributes:
     entry: float[B, S, D], hidden states before anything was removed, and stream: float[B, S', D], what goes on.
-    kept_image: int32[B, M], image tokens that go on, ascending, counted from the image's start.
+    kept_image: int32[B, M], image tokens that go on, ascending, counted from the image's start; those that new rows stand for
+      are behind.
     positions: int32[B, S'], places in the full sequence of what goes on, and rotary: int32[B, S'], rotary positions.
     length: int32[B], real entries among them.
     unmerged: int32[B, N], row at each place that the layers attend over; None unless the reducer unmerges.

@@ -16,15 +16,18 @@ from dynllava_jax.convert.records import selectors
 from dynllava_jax.convert.records.bases import Record, open_record
 from dynllava_jax.convert.records.runs import Asked, Runner
 from dynllava_jax.convert.verify import OF_METHODS
-from dynllava_jax.methods import Chosen, fastv, look_m, pyramiddrop, redundancylens
-from dynllava_jax.ops import attention
+from dynllava_jax.methods import Chosen, fastv, look_m, pyramiddrop, redundancylens, sparsevlm
+from dynllava_jax.models import reduction
+from dynllava_jax.models.llama import Queries
+from dynllava_jax.ops import attention, layout
 from dynllava_jax.ops.selection import top_indices
 
-RECORDS = {name: GOLDEN / 'methods' / name for name in ('fastv', 'pyramiddrop', 'look_m', 'redundancylens')}
+RECORDS = {name: GOLDEN / 'methods' / name for name in ('fastv', 'pyramiddrop', 'sparsevlm', 'look_m', 'redundancylens')}
 # A config of each method for every day, in a batch; the others and single rows are `slow`.
 EVERYDAY = {
   'fastv': 'public_b/k2_r50',
   'pyramiddrop': 'public_b/three',
+  'sparsevlm': 'public_b/two',
   'look_m': 'public_b/weighted_h20_r20',
   'redundancylens': 'public_b/both',
 }
@@ -105,11 +108,41 @@ def own_similarity(seen, options):
   return dataclasses.replace(kept, v=look_m.compress(dataclasses.replace(seen, k=seen.v), options).v)
 
 
+def means_in_front(inputs, budget, options):
+  """The same rows in another order."""
+  chosen = sparsevlm.select(inputs, budget, options)
+  rows = jnp.concatenate([chosen.more, layout.gather_rows(inputs.image_hidden, chosen.index)], 1)
+  return dataclasses.replace(chosen, vectors=rows[:, :budget], more=rows[:, budget:])
+
+
+def sums(inputs, budget, options):
+  """Clusters added up."""
+  chosen = sparsevlm.select(inputs, budget, options)
+  sizes = (chosen.details['assign'][:, None] == jnp.arange(chosen.more.shape[1])[:, None]).sum(-1, keepdims=True)
+  return dataclasses.replace(chosen, more=chosen.more * sizes)
+
+
+def raters_of_the_stream(state, image_start, prompt_length, weight):
+  """Chosen by hidden states, instead of once by what enters the decoder."""
+  reached = state.image_index.shape[1]
+  weight = sparsevlm.rater_weights(state.x, state.rows(image_start), None)
+  text = layout.text_places(image_start, reached, state.x.shape[1] - reached)
+  return Queries(text, layout.gather_rows(weight, text))
+
+
+def a_layer_early(patch, table):
+  """The layer's own attention, but the layer itself no longer sees what is cut."""
+  original = selectors.stages_of
+  early = lambda stage: dataclasses.replace(stage, start=max(stage.start - 1, 0))
+  patch.setattr(selectors, 'stages_of', lambda *a: tuple(map(early, original(*a))))
+  patch.setitem(table, 'sparsevlm', dataclasses.replace(sparsevlm.SELECTOR, attention='entering'))
+
+
 def all_rows(num_image, probes):
   return [i // 2 for i in redundancylens_probes(num_image, probes)]
 
 
-redundancylens_probes = redundancylens.probe_places
+redundancylens_probes, rater_scores = redundancylens.probe_places, sparsevlm.rater_scores
 top, slow = 'kept_image_index', pytest.mark.slow
 # Wrong builds: what they change, and an array that must notice it.
 WRONG = {
@@ -124,6 +157,23 @@ WRONG = {
   'pyramiddrop: the layer before': ('pyramiddrop', changed(pyramiddrop.SELECTOR, attention='previous'), 'kept_image_index_1'),
   'pyramiddrop: positions kept': ('pyramiddrop', changed(pyramiddrop.SELECTOR, renumbers=lambda options: False), 'position_ids_1'),
   'pyramiddrop: relative ratios': ('pyramiddrop', relative_ratios, 'kept_image_index_2'),
+  'sparsevlm: the layer behind the cut': ('sparsevlm', changed(sparsevlm.SELECTOR, attention='entering'), 'scores_1'),
+  'sparsevlm: cut before the layer': ('sparsevlm', a_layer_early, 'hidden_1'),
+  'sparsevlm: raters of hidden states': ('sparsevlm', patched(reduction, 'ranking_queries', raters_of_the_stream), 'scores_2'),
+  'sparsevlm: all text rates': ('sparsevlm', changed(sparsevlm.SELECTOR, query_weight=over_text), 'scores_1'),
+  'sparsevlm: text before the image rates': (
+    'sparsevlm',
+    patched(sparsevlm, 'behind_image', lambda rows, size: rows.is_real(size) & ~rows.is_image(size)),
+    'scores_1',
+  ),
+  'sparsevlm: raters by sums over the image': (
+    'sparsevlm',
+    patched(sparsevlm, 'rater_scores', lambda x, rows: rater_scores(x, rows) * rows.num_image),
+    'rater_scores',
+  ),
+  'sparsevlm: sums of clusters': ('sparsevlm', changed(sparsevlm.SELECTOR, select=sums), 'hidden_1'),
+  'sparsevlm: means in front': ('sparsevlm', changed(sparsevlm.SELECTOR, select=means_in_front), 'hidden_1'),
+  'sparsevlm: positions kept': ('sparsevlm', changed(sparsevlm.SELECTOR, renumbers=lambda options: False), 'hidden_2'),
   'look_m: values by their own similarity': ('look_m', changed(look_m.COMPRESSOR, compress=own_similarity), 'v'),
   'look_m: text ranked with images': ('look_m', patched(methods.Rows, 'is_image', methods.Rows.is_real), 'keep'),
   'redundancylens: window one wider': (
@@ -134,7 +184,13 @@ WRONG = {
   'redundancylens: other probes': ('redundancylens', patched(redundancylens, 'probe_places', all_rows), 'channels_2'),
   'redundancylens: signed activations': ('redundancylens', patched(redundancylens.jnp, 'abs', lambda x: x), 'channels_2'),
 }
-EVERY_DAY = ('fastv: mean over queries', 'pyramiddrop: positions kept', 'look_m: values by', 'redundancylens: window')
+EVERY_DAY = (
+  'fastv: mean over queries',
+  'pyramiddrop: positions kept',
+  'sparsevlm: means in front',
+  'look_m: values by',
+  'redundancylens: window',
+)
 
 
 @pytest.mark.parametrize('wrong', [pytest.param(w, marks=() if w.startswith(EVERY_DAY) else slow) for w in WRONG])

@@ -43,5 +43,5 @@ def test_dynamic_keeps_the_largest_margins_and_judges_text():
 
 
 def test_unknown_selector_names_the_known_ones():
-  with pytest.raises(ConfigError, match='dynamic, fastv, pyramiddrop, random, uniform'):
+  with pytest.raises(ConfigError, match='dynamic, fastv, pyramiddrop, random, sparsevlm, uniform'):
     methods.get('fastvv')

@@ -27,8 +27,16 @@ SELECTING = (
 )
 COMPRESSING = (Stage(layers=HOLLOW, compressor=MERGING), Stage(start=2, selector='fastv', image_tokens=8, compressor=MERGING))
 
+# New rows among those of a second cut, and behind a gate.
+RECYCLING = (
+  Stage(),
+  Stage(start=1, selector='sparsevlm', image_tokens=8),
+  Stage(start=2, selector='sparsevlm', image_tokens=4),
+  Stage(start=3, selector='dynamic', image_tokens=4),
+)
 
-@pytest.fixture(scope='module', params=[SELECTING, COMPRESSING], ids=['selecting', 'compressing'])
+
+@pytest.fixture(scope='module', params=[SELECTING, RECYCLING, COMPRESSING], ids=['selecting', 'recycling', 'compressing'])
 def run(request, tiny_params):
   generator = Generator(CFG, request.param, tiny_params, max_new_tokens=NEW, eos_id=None)
   return generator, jax.device_get(generator(*batch()))

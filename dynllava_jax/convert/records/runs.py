@@ -44,6 +44,7 @@ class Answer:
   """What one row of a batch gave, as numpy arrays without its padding.
 
   Attributes:
+    image_start: place of the image in the full sequence, -1 without.
     prefill_logits: [S', V] of what is left of the prompt in the last stage; hidden: [S', D], before the final norm.
     traces: one `StageTrace` per stage, of this row.
     k, v: [L, C, K, H] per stage, after the prefill, slots in use; where layers hold different numbers of them, zeros behind the
@@ -53,6 +54,7 @@ class Answer:
     cache_len: [T, L], slots in use after the prefill and after each fed token.
   """
 
+  image_start: int
   prefill_logits: np.ndarray
   hidden: np.ndarray
   traces: tuple[StageTrace, ...]
@@ -138,7 +140,7 @@ class Runner:
       real = int(traces[-1].length[row])
       k, v = (tuple(_in_use(getattr(s, name), s, row) for s in after_prefill.stages) for name in ('k', 'v'))
       of_row = tokens[row], logits[row], position[row], length[row]
-      answers.append(Answer(prefill_logits[row, :real], hidden[row, :real], mine, k, v, *of_row))
+      answers.append(Answer(int(prompt.image_start[row]), prefill_logits[row, :real], hidden[row, :real], mine, k, v, *of_row))
     return answers
 
   def _per_layer(self, cache: Cache, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Recomputes what was recorded of methods that rank image tokens by attention inside the decoder: FastV and PyramidDrop.
+"""Recomputes what was recorded of methods that rank image tokens by attention inside the decoder: FastV, PyramidDrop and SparseVLM.
 
 Per cut: scores, the set, positions and the stream behind it; per decoded token: positions, cache lengths and logits of every layer.
 """
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax import methods
@@ -27,6 +28,7 @@ from dynllava_jax.convert.records.runs import (
   decoded_groups,
   per_layer,
 )
+from dynllava_jax.methods import sparsevlm
 
 SCORE = 1e-6
 FASTV = re.compile(r'k(\d+)_r(\d+(?:\.\d+)?)$')  # layers that see everything, per cent of the image tokens that are dropped
@@ -41,7 +43,7 @@ def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iter
     base = bases[name] = bases.get(name) or base_of(record, name)
     stages = stages_of(record, groups[0], base)
     runner = Runner(base.info.model, base.params, stages)
-    yield from compare_run(record, groups, runner, base, arrays_of(stages), alone)
+    yield from compare_run(record, groups, runner, base, arrays_of(record, stages), alone)
     if alone and stages != DENSE:
       yield from compare_uncached(record, groups, runner, base)
     for group in groups if alone else ():
@@ -60,21 +62,39 @@ def stages_of(record: Record, group: Group, base: Base) -> tuple[Stage, ...]:
       raise ConversionError(f'{record.folder}: config {group.config!r} of a FastV record, expected a name such as k2_r75')
     layer, dropped = (given['K'], given['R']) if 'K' in given else (int(named[1]), float(named[2]) / 100)
     return Stage(), Stage(start=layer, selector='fastv', image_tokens=round(image_tokens * (1 - dropped)))
+  if record.method == 'sparsevlm':
+    return recycling_stages(record, group, image_tokens)
   layers = record.setting('configs', group.setting, 'layer_list')
   ratios = record.setting('configs', group.setting, 'image_token_ratio_list')
   cuts = [Stage(start=layer, selector='pyramiddrop', image_keep_rate=r) for layer, r in zip(layers, ratios, strict=True)]
   return tuple(cuts) if cuts[0].start == 0 else (Stage(), *cuts)
 
 
-def arrays_of(stages: Sequence[Stage]) -> Own:
-  """The arrays of a cut by name; `NAME_LAYER` is about the stage that starts there, `NAME` about the last one."""
-  by_layer = {str(s.start): i for i, s in enumerate(stages)}
+def recycling_stages(record: Record, group: Group, image_tokens: int) -> tuple[Stage, ...]:
+  """A SparseVLM config, whose layers are those whose output is cut; of what is there, its authors always drop one at least."""
+  stages, reached = [Stage()], image_tokens
+  layers, budgets = (record.setting('configs', group.setting, key) for key in ('pruning_loc', 'budgets'))
+  for layer, budget in zip(layers, budgets, strict=True):
+    stages.append(Stage(start=layer + 1, selector='sparsevlm', image_tokens=min(budget, reached - 1)))
+    reached = methods.stage_image_tokens(tuple(stages), image_tokens)[-1]
+  return tuple(stages)
+
+
+def arrays_of(record: Record, stages: Sequence[Stage]) -> Own:
+  """The arrays of a cut by name; `NAME_LAYER` is about the stage that starts there, `NAME` about the last one.
+
+  SparseVLM's layers are those before the cut.
+  """
+  before = 1 if record.method == 'sparsevlm' else 0
+  by_layer = {str(s.start - before): i for i, s in enumerate(stages)}
 
   def own(name: str, recorded: np.ndarray, answer: Answer) -> tuple[Any, float] | None:
     if name == 'position':
       return per_layer(answer.position, recorded), EXACT
     if name == 'cache_len':  # of every step, or of the prefill alone
       return per_layer(answer.cache_len, recorded) if recorded.ndim == 2 else answer.cache_len[0], EXACT
+    if name in ('rater_scores', 'raters'):
+      return raters(name, answer)
     trace, (first, _, layer) = answer.traces[-1], name.rpartition('_')
     if layer in by_layer:
       name, trace = first, answer.traces[by_layer[layer]]
@@ -89,9 +109,21 @@ def arrays_of(stages: Sequence[Stage]) -> Own:
       return trace.attention.mean(0), SCORE
     if name == 'head_attention':
       return trace.attention if recorded.ndim == 2 else trace.attention[0], SCORE
+    if name in trace.of_selector:
+      return trace.of_selector[name], LOGITS if name == 'merged' else EXACT
     return None
 
   return own
+
+
+def raters(name: str, answer: Answer) -> tuple[Any, float]:
+  """SparseVLM's scores of the text behind the image, or who rates, from the embeddings that the row began with."""
+  first = answer.traces[0]
+  rows = methods.Rows(jnp.asarray(first.length)[None], jnp.array([answer.image_start]), jnp.asarray(first.kept_image)[None])
+  behind = slice(answer.image_start + rows.num_image, int(first.length))
+  if name == 'rater_scores':
+    return sparsevlm.rater_scores(first.entry[None], rows)[0, behind], SCORE
+  return np.flatnonzero(sparsevlm.rater_weights(first.entry[None], rows, None)[0, behind]), EXACT
 
 
 def rechosen(record: Record, group: Group, runner: Runner, prompt: Asked) -> Iterator[Quantity]:
