@@ -94,7 +94,7 @@ def sparsevlm(s: Setting, budget: int) -> Run:
   nearest = min(SPARSEVLM_TOKENS, key=lambda known: abs(known - wanted))
   starts: list[int] = []
   for layer in SPARSEVLM_LAYERS:
-    starts.append(max(round(layer * s.layers / PUBLISHED_LAYERS), starts[-1] + 1 if starts else 1))
+    starts.append(max(layer * s.layers // PUBLISHED_LAYERS, starts[-1] + 1 if starts else 1))  # rounded up, 13B's 64 would be 86
   return cuts('sparsevlm', starts, [min(s.patches, s.share(n * wanted / nearest)) for n in SPARSEVLM_TOKENS[nearest]])
 
 
