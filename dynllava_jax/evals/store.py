@@ -21,8 +21,8 @@ from typing import Any
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.answers import DIGEST, digest, sealed
 from dynllava_jax.evals.benchmarks.base import Question
-from dynllava_jax.evals.reading import read_lines, read_objects
-from dynllava_jax.files import write_atomically
+from dynllava_jax.evals.reading import LARGEST, read_lines, read_objects
+from dynllava_jax.files import read_regular, write_atomically
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'numpy', 'orbax-checkpoint', 'pillow', 'sentencepiece')
 # Between the parts of one run; a checkpoint is known by its digest, this is its path.
@@ -77,7 +77,10 @@ class AnswerStore:
     """Whole rows; what follows the last line end is cut off. DataError for a damaged one."""
     if not self.path.exists():
       return {}
-    content = self.path.read_bytes()
+    try:
+      content = read_regular(self.path, LARGEST)
+    except OSError as e:
+      raise DataError(f'{self.path}: cannot be read ({e.strerror}); move it away, and its questions are answered again') from None
     whole = content[: content.rfind(b'\n') + 1]
     if len(whole) < len(content):
       write_atomically(self.path, whole)

@@ -243,6 +243,14 @@ def test_damaged_line_is_named(damage, message, tmp_path):
     AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'a'})
 
 
+def test_a_pipe_in_the_place_of_answers_is_one_line(tmp_path):
+  AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'a'}).add(rows_of((0,)))
+  (tmp_path / 'own.jsonl').unlink()
+  os.mkfifo(tmp_path / 'own.jsonl')
+  with pytest.raises(DataError, match='own.jsonl: cannot be read .it is no regular file.; move it away'):
+    AnswerStore(tmp_path, 'own', {'checkpoint_sha256': 'a'})
+
+
 def test_provenance_tells_what_made_which_answers(tmp_path):
   """The same checkpoint by another path goes on, as a part of its own; opening finished answers changes nothing."""
   first = {'checkpoint': 'a', 'checkpoint_sha256': 'x', 'batch_size': 2}
