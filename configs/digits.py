@@ -11,7 +11,6 @@ Hardware: 2 CPU cores, 19 minutes. Expected: dense 96 %, dynamic 97 %, uniform a
 from ml_collections import ConfigDict
 
 from dynllava_jax.config import ModelConfig, from_config_dict
-from dynllava_jax.evals import budgets
 
 SPARSE_LAYER = 1
 IMAGE_KEEP_RATE = 0.2
@@ -101,6 +100,8 @@ def methods() -> dict:
   each side. PruMerge looks at the block above the features, which LLaVA never runs and a model
   trained from nothing therefore does not have.
   """
+  from dynllava_jax.evals import budgets  # brings jax, which the other programs start only after their flags are known to be right
+
   setting = budgets.Setting(model=from_config_dict(ModelConfig, ConfigDict(MODEL)), cut=SPARSE_LAYER, average=False)
   kept = [int(setting.patches * share) for share in (IMAGE_KEEP_RATE, 2 * IMAGE_KEEP_RATE)]
   runs = budgets.rows(setting, kept, without=('prumerge', 'prumerge_plus', 'cdpruner'))

@@ -13,7 +13,6 @@ one accelerator with 24 GiB for a 7B model in bfloat16 (batch_size=16); more of 
 from ml_collections import ConfigDict
 
 from dynllava_jax import presets
-from dynllava_jax.evals import budgets
 from dynllava_jax.evals.benchmarks import suite
 
 SPARSE_LAYER = 2
@@ -41,6 +40,8 @@ def comparison() -> dict:
 
 def training_free(model: str) -> dict:
   """Dense, and all registered methods that need no training, with 192, 128 and 64 of 576 image tokens, averaged over layers."""
+  from dynllava_jax.evals import budgets  # brings jax, which scoring of answer files does without
+
   sizes = {'7b': presets.LLAVA_1_5_7B, '13b': presets.LLAVA_1_5_13B}
   if model not in sizes:
     raise ValueError(f'configs/eval.py: methods are set for {" or ".join(sizes)}, got {model!r}')

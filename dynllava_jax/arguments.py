@@ -61,7 +61,8 @@ def check_cut(llama: Mapping[str, Any], stages: tuple[Stage, ...], num_layers: i
   """Raises ValueError if decoder parameters that were cut while they were loaded were cut for other stages."""
   starts = [s.start for s in stages]
   expected = {f'stage_{i}': end - start for i, (start, end) in enumerate(zip(starts, [*starts[1:], num_layers]))}
-  found = {k: jax.tree.leaves(v)[0].shape[0] for k, v in llama.items() if k.startswith('stage_')}
+  layers_of = lambda stage: next((x.shape[0] for x in jax.tree.leaves(stage)), 0)
+  found = {k: layers_of(v) for k, v in llama.items() if k.startswith('stage_')}
   if found != expected:
     raise ValueError(
       f'params: cut into {list(found.values())} layers, but stages wants {list(expected.values())}; give '

@@ -254,8 +254,8 @@ class Generator:
 
   def stream(self, prompt: Prompt, pixels: jax.Array) -> Iterator[np.ndarray]:
     """Yields int32[B] token by token, `PAD` for rows that have ended, until all have."""
-    rows = prompt.length.shape[0]
-    prompt, pixels = self._padded(prompt, pixels)
+    padded, pixels = self._padded(prompt, pixels)
+    rows, prompt = prompt.length.shape[0], padded
     turn, _ = self._prefill(self.params, prompt, pixels)
     active = np.ones(prompt.length.shape[0], bool)
     for i in range(self.max_new_tokens):
@@ -269,8 +269,8 @@ class Generator:
 
   def generate_uncached(self, prompt: Prompt, pixels: jax.Array) -> Generated:
     """As `__call__`, recomputing the whole sequence for every token; the same tokens, no cache memory."""
-    rows = prompt.length.shape[0]
-    return buckets.first_rows(self._uncached(self.params, *self._padded(prompt, pixels)), rows)
+    padded = self._padded(prompt, pixels)
+    return buckets.first_rows(self._uncached(self.params, *padded), prompt.length.shape[0])
 
   def _padded(self, prompt: Prompt, pixels: jax.Array) -> tuple[Prompt, jax.Array]:
     self._check_prompt(prompt, pixels)

@@ -137,6 +137,8 @@ def test_conversations_pixels_and_labels_are_those_of_trained_checkpoints(source
       digest.update(part)
     row = make_row(sample, i, **layout)
     for field in dataclasses.fields(row):
+      if field.name == 'instruct_start':  # came later; no checkpoint of the demo was trained with it
+        continue
       value = np.ascontiguousarray(getattr(row, field.name))
       digest.update(value.tobytes() + str((getattr(row, field.name).shape, value.dtype)).encode())
   assert digest.hexdigest() == RECORDED[source]

@@ -131,7 +131,7 @@ def given(eval_data, tmp_path):
   'content, message',
   [
     (b'[' * 10**6, 'without end|expected an object'),
-    (b'{"question_id": ' + b'1' * 5000 + b'}', 'integer string conversion'),
+    (b'{"question_id": ' + b'1' * 5000 + b'}', 'Exceeds the limit'),
     (b'{"question_id": NaN}', 'NaN is no number'),
     (b'{"question_id": 1e999}', '1e999 is too large'),
     (b'\xff\xfa', 'not UTF-8'),

@@ -50,7 +50,7 @@ def observed(base):
       everyone = [*prompts.values(), *neighbours(list(prompts.values()))]
       everyone += everyone[:1] * (5 - len(everyone))
       prompt, image = runner.lay_out(everyone, TEXT_SLOTS)
-      _, _, (trace,), _ = runner._prefill(prompt, image, CacheSpec(max_new_tokens=1))
+      _, _, (trace,), _ = runner._prefill(prompt, image, CacheSpec(max_new_tokens=1), None)
       index = jnp.broadcast_to(jnp.arange(runner.num_image), (len(everyone), runner.num_image))
       return list(prompts), trace.of_layers, Rows(prompt.length, prompt.image_start, index)
 
