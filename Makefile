@@ -1,13 +1,13 @@
 # make setup   creates .venv and installs what requirements.txt pins
 # make demo    trains and evaluates on the embedded data set; results in runs/digits/
 # make methods evaluates methods that need no training on the demo's checkpoint; results in runs/digits/methods/
-# make test    runs the tests; make test-slow the long ones that it leaves out
+# make test    runs the tests; make test-slow the long ones that it leaves out, make test-faults kills and damages the programs
 # make lint    checks style and formatting; make format mends them
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
 
-.PHONY: setup demo methods test test-slow lint format clean
+.PHONY: setup demo methods test test-slow test-faults lint format clean
 
 setup: .venv/installed
 
@@ -37,6 +37,9 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow tests
+
+test-faults: setup
+	$(PYTEST) -s -m faults tests/faults
 
 lint: setup
 	$(BIN)/ruff check .

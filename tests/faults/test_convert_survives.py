@@ -19,7 +19,7 @@ from fault_driver import (
 from fault_programs import SOURCE, conversion, converted, export, exported
 
 pytest_plugins = ('fault_fixtures',)
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.faults
 CONFIGS = tuple(k for k in GROSS if k != 'deleted')  # some may be missing
 CONVERSION, EXPORT = Tally('Conversion'), Tally('Export')
 

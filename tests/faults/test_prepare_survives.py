@@ -20,7 +20,7 @@ from fault_driver import (
 from fault_programs import make_samples, preparation
 
 pytest_plugins = ('fault_fixtures',)
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.faults
 PREPARATION = Tally('Preparation')
 
 

@@ -22,7 +22,7 @@ from fault_driver import (
 from fault_programs import tiny_config, trained
 
 pytest_plugins = ('fault_fixtures',)
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.faults
 TRAINING = Tally('Training')
 
 
