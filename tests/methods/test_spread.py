@@ -232,10 +232,10 @@ def test_the_second_cut_of_vscan_renumbers(renumber):
 def test_a_budget_of_all_patches_is_dense(reducer):
   model, pixels = base().info.model, jnp.asarray(base().case['pixel_values']).transpose(0, 2, 3, 1)[:2]
   run = Reduction(base(), reducer)
-  tokens, _ = run.look(pixels)
+  reduced, _ = run.look(pixels)
   dense = run.decoder.model.clone(reducer=None).apply({'params': run.decoder.params}, pixels, method='encode_images')
   assert methods.num_image_tokens(model, reducer) == 64
-  np.testing.assert_allclose(tokens, dense, atol=1e-5)
+  np.testing.assert_allclose(reduced.tokens, dense, atol=1e-5)
 
 
 @pytest.mark.parametrize('side, window', [(4, 2), (5, 2), (3, 4), (5, 1)])
