@@ -39,7 +39,7 @@ test-slow: setup
 	$(PYTEST) -m slow tests
 
 test-faults: setup
-	$(PYTEST) -s -m faults tests/faults
+	$(PYTEST) -s -m faults tests
 
 lint: setup
 	$(BIN)/ruff check .

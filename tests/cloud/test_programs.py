@@ -15,7 +15,6 @@ from PIL import Image
 from dynllava_jax import checkpoint, lease, paths, remote
 from dynllava_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
 TINY = """
 from ml_collections import config_dict
 
@@ -59,13 +58,14 @@ def no_folder_is_called_like_a_scheme():
   assert not [p for p in ROOT.iterdir() if p.name.endswith(':')]
 
 
+@pytest.mark.faults  # kills and signals at times that a busy machine shifts
 def test_train_killed_resumed_evaluated(cloud_folder, tmp_path):
   (tmp_path / 'tiny.py').write_text(TINY)
   config, workdir = tmp_path / 'tiny.py', f'{cloud_folder}/runs/a 50%{{é}}'
   train = ('train.py', f'--config={config}:base', f'--workdir={workdir}')
   words, options = command(*train, '--config.steps=100000')
   with subprocess.Popen(words, **options) as process:
-    for _ in range(600):
+    for _ in range(3000):
       if {n for n in names(workdir) if n.endswith('integrity.json')} or process.poll() is not None:
         break
       time.sleep(0.1)
@@ -108,6 +108,7 @@ def stopped_soon(train):
   return out + err
 
 
+@pytest.mark.slow
 def test_prepare_killed_resumed_trained_on(cloud_folder, tmp_path):
   source = tmp_path / 'source'
   source.mkdir()
@@ -138,6 +139,7 @@ def test_prepare_killed_resumed_trained_on(cloud_folder, tmp_path):
   assert any(n.startswith('index-') for n in names(out))
 
 
+@pytest.mark.slow
 def test_convert_and_export(cloud_folder, tmp_path):
   source, target = GOLDEN / 'public_b' / 'checkpoint', f'{cloud_folder}/c'
   convert = ('convert_weights.py', f'--src={source}', f'--dst={target}')
