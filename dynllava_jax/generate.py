@@ -25,6 +25,7 @@ from dynllava_jax.ops.images import normalize
 from dynllava_jax.ops.layout import gather_rows
 
 PAD = 0  # token after the end of a row
+SMALLEST_TEMPERATURE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class Sampling:
 
   def __post_init__(self):
     arguments.number('sampling.temperature', self.temperature, 0, math.inf)
+    if 0 < self.temperature < SMALLEST_TEMPERATURE:
+      raise ValueError(f'sampling.temperature: {self.temperature} overflows float32 logits; 0 takes the most likely token')
     arguments.integer('sampling.top_k', self.top_k, 0, 2**31 - 1)
     arguments.number('sampling.top_p', self.top_p, 0, 1, above=True)
 
@@ -119,7 +122,7 @@ def sample(logits: jax.Array, sampling: Sampling, seed: jax.Array, step: jax.Arr
   if sampling.top_p < 1:
     order = jnp.argsort(-logits, -1)
     probs = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), -1)
-    outside = jnp.cumsum(probs, -1) - probs >= sampling.top_p  # the most likely token always stays
+    outside = (jnp.cumsum(probs, -1) - probs >= sampling.top_p).at[:, 0].set(False)  # the most likely token always stays
     rows = jnp.arange(logits.shape[0])[:, None]
     logits = logits.at[rows, order].set(jnp.where(outside, -jnp.inf, jnp.take_along_axis(logits, order, -1)))
   keys = jax.vmap(lambda s, t: jax.random.fold_in(jax.random.key(s), t))(seed, step)

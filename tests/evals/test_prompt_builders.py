@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks import scienceqa_prompts as prompts
+from dynllava_jax.evals.benchmarks import suite
 
 RECORDED = json.loads((ROOT / 'tests/evals/recorded/scienceqa_formats.json').read_text())
 
@@ -83,3 +84,24 @@ def test_the_program_ends_in_one_line(release):
   ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert ended.returncode == 1 and ended.stderr.count('\n') == 1 and ended.stderr.startswith('error: ')
   assert '\x1b' not in ended.stderr and r'\x1b' in ended.stderr
+
+
+@pytest.mark.parametrize(
+  'answer, right',
+  [
+    ('The answer is B.', 'B'),
+    ('The answer is B. BECAUSE: Its vitamin is vitamin C.', 'B'),
+    ('LECTURE: Plan A. SOLUTION: vitamin C. The answer is B.', 'B'),
+    ('C', 'C'),
+    ('The answer is DNA', None),
+  ],
+)
+def test_the_right_letter_is_the_answers_not_an_explanations(answer, right, tmp_path):
+  turns = [{'from': 'human', 'value': 'Which?'}, {'from': 'gpt', 'value': answer}]
+  (tmp_path / 'q.json').write_text(json.dumps([{'id': '1', 'conversations': turns}]))
+  scienceqa = suite.get('scienceqa')
+  if right is None:
+    with pytest.raises(DataError, match='names no letter'):
+      scienceqa._rows(tmp_path / 'q.json')
+  else:
+    assert [row[2] for row in scienceqa._rows(tmp_path / 'q.json')] == [right]

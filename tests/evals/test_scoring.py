@@ -18,7 +18,7 @@ from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import compare, forced, score
 from dynllava_jax.evals.answers import Joined
 from dynllava_jax.evals.benchmarks import meteor, mme, suite
-from dynllava_jax.evals.benchmarks.base import Gold, canonical, letter
+from dynllava_jax.evals.benchmarks.base import Gold, canonical, letter, rates
 from dynllava_jax.evals.benchmarks.mmbench import is_empty
 from dynllava_jax.evals.benchmarks.perplexity import perplexity
 from dynllava_jax.evals.resize import resize_tower
@@ -265,3 +265,8 @@ def test_tables_hold_the_same_numbers_in_three_forms():
   lines = compare.comma_separated(runs).splitlines()
   assert lines[0].startswith('run,score,interval') and lines[2].startswith('dynamic,85.946,"[85.0, 86.5]"')
   assert json.loads(lines[2].split('"')[1]) == [85.0, 86.5]
+
+
+def test_a_category_called_accuracy_does_not_replace_the_score():
+  sums = {'n': 4, 'correct': 1, 'accuracy/n': 1, 'accuracy/correct': 1, 'z/n': 3}
+  assert rates(sums) == {'accuracy': 25.0, 'accuracy (category)': 100.0, 'z': 0.0}

@@ -221,7 +221,7 @@ def rates(sums: Mapping[str, float], right: str = 'correct') -> dict[str, float]
   for key in sums:
     group, _, kind = key.rpartition('/')
     if group and kind == 'n' and sums[key]:
-      result[group] = 100 * sums.get(f'{group}/{right}', 0) / sums[key]
+      result[group if group != 'accuracy' else 'accuracy (category)'] = 100 * sums.get(f'{group}/{right}', 0) / sums[key]
   return result
 
 

@@ -77,7 +77,8 @@ class ScienceQa(Benchmark):
       where = f'{path}, question {i}'
       id_, turns = fields(row, ('id', 'conversations'), where)
       question, answer = (fields(turns[i], ('value',), where)[0] for i in range(2))
-      letter = re.search(r'([A-E])\.?\s*$', answer)
+      # Explanations may follow, and may end with a letter that is part of a word.
+      letter = re.search(r'The answer is ([A-E])\b', answer) or re.search(r'(?<![A-Za-z])([A-E])\.?\s*$', answer)
       if not letter:
         raise DataError(
           f'{where}, id {id_}: the answer {answer!r} names no letter; expected a file of LLaVA whose answers end with it'
