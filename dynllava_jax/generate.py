@@ -30,10 +30,7 @@ SMALLEST_TEMPERATURE = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-  """How the next token is drawn: greedy at temperature 0, else after top-k and top-p (nucleus) filtering.
-
-  `top_k=0` and `top_p=1.0` leave all tokens in.
-  """
+  """How the next token is drawn: greedy at temperature 0, else after top-k (0: off) and top-p (nucleus; 1.0: off) filtering."""
 
   temperature: float = 0.0
   top_k: int = 0
