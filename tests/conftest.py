@@ -5,6 +5,8 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 os.environ['DYNLLAVA_JAX_COMPILATION_CACHE'] = 'off'  # a test depends on nothing that another run left
+for name in [name for name in os.environ if name.lower().endswith('_proxy')]:
+  del os.environ[name]  # hermetic: stores and hosts of the tests are on this machine, and jax warns of a proxy in a line of its own
 
 import pathlib
 
