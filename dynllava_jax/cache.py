@@ -126,6 +126,34 @@ def from_prompt(
   )
 
 
+def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
+  """The rows of `new` in the places int32[N] `at` of a cache of the same run with as many slots or more.
+
+  What was in those places is gone; slots that `new` does not have are beyond all write pointers.
+  """
+
+  def put(old, rows, axis=0):
+    place = (slice(None),) * axis + (at,)
+    return None if old is None else old.at[place].set(rows.astype(old.dtype), mode='drop', unique_indices=True)
+
+  def put_stage(old: StageCache, rows: StageCache) -> StageCache:
+    more = old.k.shape[2] - rows.k.shape[2]
+    wide = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more), (0, 0), (0, 0)])
+    margin = jnp.pad(rows.margin, [(0, 0), (0, more)], constant_values=NEVER_EVICTED)
+    names = ('length', 'generated', 'evicted', 'shift')
+    return dataclasses.replace(
+      old,
+      k=put(old.k, wide(rows.k), 1),
+      v=put(old.v, wide(rows.v), 1),
+      margin=put(old.margin, margin),
+      first=put(old.first, rows.first, 1),
+      **{name: put(getattr(old, name), getattr(rows, name)) for name in names},
+    )
+
+  stages = tuple(put_stage(old, rows) for old, rows in zip(cache.stages, new.stages))
+  return Cache(stages, put(cache.position, new.position))
+
+
 def rotary_positions(cache: StageCache, position: jax.Array) -> jax.Array:
   """Positions int32[B, T] in the conversation -> int32[B, T], as the stage numbers them."""
   return position if cache.shift is None else position - cache.shift[:, None]

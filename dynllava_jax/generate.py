@@ -8,7 +8,6 @@ Axes: B batch, T = max_new_tokens, V vocabulary, M kept image tokens.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,25 +22,9 @@ from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
 from dynllava_jax.models.params import cut_params
 from dynllava_jax.ops.images import normalize
 from dynllava_jax.ops.layout import gather_rows
+from dynllava_jax.sampling import GREEDY, Sampling, are_numbers, sample
 
 PAD = 0  # token after the end of a row
-SMALLEST_TEMPERATURE = 1e-6
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-  """How the next token is drawn: greedy at temperature 0, else after top-k (0: off) and top-p (nucleus; 1.0: off) filtering."""
-
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-
-  def __post_init__(self):
-    arguments.number('sampling.temperature', self.temperature, 0, math.inf)
-    if 0 < self.temperature < SMALLEST_TEMPERATURE:
-      raise ValueError(f'sampling.temperature: {self.temperature} overflows float32 logits; 0 takes the most likely token')
-    arguments.integer('sampling.top_k', self.top_k, 0, 2**31 - 1)
-    arguments.number('sampling.top_p', self.top_p, 0, 1, above=True)
 
 
 @jax.tree_util.register_dataclass
@@ -96,36 +79,6 @@ class Forced:
   evicted: jax.Array
 
 
-def are_numbers(logits: jax.Array) -> jax.Array:
-  """bool[B]: whether a row of float32[B, V] logits is finite; a model that computes something else would answer with token 0."""
-  return jnp.isfinite(logits).all(-1)
-
-
-def sample(logits: jax.Array, sampling: Sampling, seed: jax.Array, step: jax.Array) -> jax.Array:
-  """Draws one token per row.
-
-  Args:
-    logits: float32[B, V]; sampling: static.
-    seed: uint32[B]; step: int32[B], tokens seen. A row's draw depends on these two and its logits alone.
-
-  Returns:
-    int32[B].
-  """
-  if sampling.temperature == 0:
-    return jnp.argmax(logits, -1).astype(jnp.int32)
-  logits = logits / sampling.temperature
-  if 0 < sampling.top_k < logits.shape[-1]:
-    logits = jnp.where(logits < jax.lax.top_k(logits, sampling.top_k)[0][:, -1:], -jnp.inf, logits)
-  if sampling.top_p < 1:
-    order = jnp.argsort(-logits, -1)
-    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), -1)
-    outside = (jnp.cumsum(probs, -1) - probs >= sampling.top_p).at[:, 0].set(False)  # the most likely token always stays
-    rows = jnp.arange(logits.shape[0])[:, None]
-    logits = logits.at[rows, order].set(jnp.where(outside, -jnp.inf, jnp.take_along_axis(logits, order, -1)))
-  keys = jax.vmap(lambda s, t: jax.random.fold_in(jax.random.key(s), t))(seed, step)
-  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
 class Generator:
   """Compiled generation for one checkpoint, reducer and stage list."""
 
@@ -139,7 +92,7 @@ class Generator:
     eos_id: int | None,
     later_tokens: int = 0,
     given_tokens: int = 0,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     dtype: Any = jnp.float32,
     reducer: Piece | None = None,
   ):
@@ -180,7 +133,7 @@ class Generator:
     self.eos_id = eos_id
     self.sampling = sampling
     self.spec = CacheSpec(**room)
-    self._prefill = jax.jit(self._prefill_impl)
+    self._prefill = jax.jit(self.start_impl)
     self._extend = jax.jit(self._extend_impl, static_argnames='judge', donate_argnames='cache')
     self._decode = jax.jit(self._decode_impl, donate_argnames='cache')
     self._uncached = jax.jit(self._uncached_impl)
@@ -283,10 +236,15 @@ class Generator:
     """Programs compiled so far."""
     return sum(f._cache_size() for f in (self._prefill, self._extend, self._decode, self._uncached, self._force))
 
+  def fed(self, params: dict[str, Any], tokens: jax.Array, active: jax.Array, cache: Cache) -> tuple[Turn, Judgement]:
+    """As `step`, to be traced inside a compiled loop: nothing is checked, and `params` are an argument of that program."""
+    (turn, _), judgement = self._extend_impl(params, tokens[:, None], active.astype(jnp.int32), cache, True)
+    return turn, judgement
+
   def _apply(self, params, *args, method):
     return self.model.apply({'params': params}, *args, method=method)
 
-  def _prefill_impl(self, params, prompt, pixels):
+  def start_impl(self, params, prompt, pixels):
     image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='reduce_images')
     hidden, traces, cache = self._apply(params, prompt, image.tokens, self.spec, image.group, method='prefill')
     last = jnp.take_along_axis(hidden, (traces[-1].length - 1)[:, None, None], 1, mode='clip')[:, 0]
@@ -326,7 +284,7 @@ class Generator:
 
     def feed(s):
       token, active = s['tokens'][:, s['i']], s['active']
-      (after, _), judgement = self._extend_impl(params, token[:, None], active.astype(jnp.int32), s['cache'], True)
+      after, judgement = self.fed(params, token, active, s['cache'])
       new = jnp.where(active, sample(after.logits, self.sampling, seed, after.cache.position), PAD)
       return dict(
         i=s['i'] + 1,
@@ -349,7 +307,7 @@ class Generator:
       i, token = step
       log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), token[:, None], 1)[:, 0]
       real, fed = i < length, i < length - 1
-      (after, _), judgement = self._extend_impl(params, token[:, None], fed.astype(jnp.int32), cache, True)
+      after, judgement = self.fed(params, token, fed, cache)
       out = jnp.where(real, log_prob, 0), real & (logits.argmax(-1) == token), jnp.where(fed, judgement.keep, True)
       return (after.cache, jnp.where(fed[:, None], after.logits, logits)), out
 

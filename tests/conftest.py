@@ -5,8 +5,6 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 os.environ['DYNLLAVA_JAX_COMPILATION_CACHE'] = 'off'  # a test depends on nothing that another run left
-for name in [name for name in os.environ if name.lower().endswith('_proxy')]:
-  del os.environ[name]  # hermetic: stores and hosts of the tests are on this machine, and jax warns of a proxy in a line of its own
 
 import pathlib
 
@@ -21,6 +19,9 @@ from dynllava_jax.models.params import init_params
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'
 CASES = ('public_a', 'public_b')
+
+for name in [name for name in os.environ if name.lower().endswith('_proxy')]:
+  del os.environ[name]  # hermetic: stores and hosts of the tests are on this machine, and jax warns of a proxy in a line of its own
 
 jax.config.update('jax_disable_most_optimizations', True)  # tiny programs: compiling them is what takes the time
 

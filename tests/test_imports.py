@@ -15,10 +15,12 @@ ORDER = [
   ('cache',),
   ('methods',),
   ('models',),
-  ('arguments', 'buckets', 'compilation'),
+  ('arguments', 'buckets', 'compilation', 'sampling'),
   ('losses', 'generate', 'sealing', 'stored', 'checkpoint'),
   ('data',),
   ('training', 'evals', 'convert'),
+  ('serving',),
+  ('api',),
   ('hosts', 'command_line'),
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}

@@ -23,6 +23,7 @@ computed from the strip alone (`resample`), equal bit by bit; below, Pillow is f
 
 import io
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import PIL
@@ -55,13 +56,29 @@ def decode(content: bytes, name: str, rotate: bool = False) -> Image.Image:
   Raises:
     DataError: truncated, no picture, or a mode that does not fit into 8 bits.
   """
+  return _as_rgb(lambda: Image.open(io.BytesIO(content), formats=FORMATS), name, f'; {len(content)} bytes', rotate)
+
+
+def from_memory(image: np.ndarray | Image.Image, name: str) -> Image.Image:
+  """A picture that is decoded already, or opened by Pillow, as RGB by the rules above; DataError as for `decode`."""
+  if isinstance(image, Image.Image):
+    return _as_rgb(image.copy, name)
+  image = np.asarray(image)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+    shape = 'x'.join(map(str, image.shape))
+    raise DataError(f'{name}: {image.dtype} of shape {shape}, expected uint8 of height x width x 3 (RGB)', 'undecodable_image')
+  return Image.fromarray(image)
+
+
+def _as_rgb(open_: Callable[[], Image.Image], name: str, size: str = '', rotate: bool = False) -> Image.Image:
+  """What `open_` opens as RGB; DataError if it cannot be. `size`: for messages."""
   try:
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image = open_()
     if max(image.size) > MAX_SIDE:
       message = f'{name}: {image.size[0]} x {image.size[1]} pixels, sides of at most {MAX_SIDE:,} are read; scale it down or cut it'
       raise DataError(message, 'undecodable_image')
     if image.mode not in CONVERTIBLE:
-      message = f'{name}: {image.format} of mode {image.mode}, expected 8 bits per channel; convert the file'
+      message = f'{name}: {image.format or "picture"} of mode {image.mode}, expected 8 bits per channel; convert the file'
       raise DataError(message, 'undecodable_image')
     image.info.pop('transparency', None)  # Pillow would warn, and the colours are the same
     image.load()
@@ -71,10 +88,10 @@ def decode(content: bytes, name: str, rotate: bool = False) -> Image.Image:
   except DataError:
     raise
   except UnidentifiedImageError:
-    raise DataError(f'{name}: no picture in a format that is read; {len(content)} bytes', 'undecodable_image') from None
+    raise DataError(f'{name}: no picture in a format that is read{size}', 'undecodable_image') from None
   except Exception as e:  # a broken file can make Pillow's readers raise anything
     why = str(e) or type(e).__name__
-    raise DataError(f'{name}: cannot be decoded ({why}); {len(content)} bytes', 'undecodable_image') from None
+    raise DataError(f'{name}: cannot be decoded ({why}){size}', 'undecodable_image') from None
 
 
 def preprocess(image: np.ndarray | Image.Image, cfg: VisionConfig, aspect: str = 'pad') -> np.ndarray:

@@ -43,8 +43,8 @@ class Loaded:
     return methods.num_image_tokens(self.model, self.reducer)
 
 
-def load_model(name: str, run: EvalRun, default: str) -> Loaded:
-  """Description and tokenizer of a run's checkpoint, `default` if the run names none.
+def load_model(name: str, run: EvalRun, default: str, where: str = '') -> Loaded:
+  """Description and tokenizer of a run's checkpoint, `default` if the run names none. `where`: what messages call the run.
 
   Raises:
     CheckpointError, ConfigError: no checkpoint, no tokenizer, or a stage list that does not fit the model.
@@ -60,10 +60,10 @@ def load_model(name: str, run: EvalRun, default: str) -> Loaded:
     methods.check_run(model, stages, reducer)
     methods.check_tail(model, reducer, info.unused_vision_layers)
   except ConfigError as e:
-    raise ConfigError(f'config.runs.{name}: {e}') from None
+    raise ConfigError(f'{where or f"config.runs.{name}"}: {e}') from None
   files = checkpoint.read_tokenizer(path)
   if files is None:
-    raise CheckpointError(f'{path}: has no tokenizer; this evaluation needs the one it was trained with')
+    raise CheckpointError(f'{path}: has no tokenizer; questions need the one it was trained with')
   return Loaded(name, path, info, model, stages, reducer, load_tokenizer(files))
 
 
@@ -99,6 +99,10 @@ class Rows:
   later: np.ndarray
   counts: np.ndarray
 
+  def seeded(self, seed: int) -> 'Rows':
+    """The same rows, all with this seed."""
+    return dataclasses.replace(self, prompt=dataclasses.replace(self.prompt, seed=np.full_like(self.prompt.seed, seed)))
+
 
 def first_turn(question: Question) -> tuple[dict[str, str], ...]:
   """The conversation up to the first question, the image in front of it."""
@@ -109,8 +113,10 @@ def first_turn(question: Question) -> tuple[dict[str, str], ...]:
 class Layout:
   """Questions to rows of batches, for one model."""
 
-  def __init__(self, loaded: Loaded, questions: Sequence[Question], buckets: Sequence[int], seed: int):
-    """Encodes all prompts, exactly as LLaVA's inference does; DataError for one that fits no bucket."""
+  def __init__(
+    self, loaded: Loaded, questions: Sequence[Question], buckets: Sequence[int], seed: int, setting: str = 'config.text_lengths'
+  ):
+    """Encodes all prompts, exactly as LLaVA's inference does; DataError for one that fits none of the buckets, called `setting`."""
     self.loaded, self.questions, self.seed = loaded, questions, seed
     style = conversation.template(loaded.info.conversation)
     conversation.check_template(style, loaded.tokenizer)
@@ -130,7 +136,7 @@ class Layout:
       tokens = len(ids) - images_named
       fitting = [b for b in buckets if b >= tokens]
       if not fitting:
-        raise DataError(f'question {question.id}: {tokens} text tokens, the largest of config.text_lengths is {max(buckets)}')
+        raise DataError(f'question {question.id}: {tokens} text tokens, the largest of {setting} is {max(buckets)}')
       self.later.append([later_round(q, loaded.tokenizer) for q in question.text[1:]])
       self.rendered.append(text)
       self.ids.append(ids)

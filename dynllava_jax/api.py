@@ -1,0 +1,211 @@
+"""A checkpoint that answers questions, from Python: what `import dynllava_jax` offers.
+
+import dynllava_jax as dl
+
+model = dl.load('runs/digits/dynamic/checkpoints')
+print(model.answer('scene.png', 'How many digits are there?'))
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dynllava_jax import arguments, checkpoint
+from dynllava_jax.buckets import bucket
+from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import DENSE, ConfigError, EvalRun, Stage, from_config_dict
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals import budgets
+from dynllava_jax.evals.layout import Loaded, load_model, load_weights
+from dynllava_jax.generate import Generator
+from dynllava_jax.serving import questions
+from dynllava_jax.serving.chat import Chat
+from dynllava_jax.serving.engine import Engine
+from dynllava_jax.serving.request import Options, Reply, Request
+from dynllava_jax.serving.stepping import Stepper
+
+TEXT_LENGTHS = (32, 64, 128, 256, 512, 1024)
+PART = 0.2  # of the image tokens, that a method named without a number keeps
+Stages = str | Sequence[Stage] | Sequence[Mapping[str, Any]] | None
+
+
+def load(
+  path: str,
+  *,
+  stages: Stages = None,
+  dtype: str | None = None,
+  mesh: Mesh | None = None,
+  max_new_tokens: int = 256,
+  batch_size: int = 8,
+  text_lengths: Sequence[int] = TEXT_LENGTHS,
+) -> 'Model':
+  """Loads a checkpoint; nothing is compiled before the first question.
+
+  Args:
+    path: DIR or DIR/STEP, on this machine or in an object store.
+    stages: how it is run: 'dense', 'dynamic', a method by name with or without a number of image tokens ('fastv', 'fastv_64'), or a
+      stage list as in configs; None is what the checkpoint was made for.
+    dtype: of the computation, 'float32' or 'bfloat16'; None is bfloat16 on accelerators.
+    mesh: devices that the weights are spread over; the first device if None.
+    max_new_tokens: room for answers.
+    batch_size: questions that are answered at once.
+    text_lengths: text buckets, in tokens besides the image's.
+
+  Raises:
+    CheckpointError, ConfigError: no checkpoint, or it cannot be run so.
+    ValueError: a number that is out of range.
+  """
+  arguments.integer('max_new_tokens', max_new_tokens, 1, arguments.MOST_TOKENS)
+  arguments.integer('batch_size', batch_size, 1, arguments.MOST_TOKENS)
+  for length in text_lengths:
+    arguments.integer('text_lengths', length, 1, arguments.MOST_TOKENS)
+  if dtype is None:
+    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f'dtype: {dtype!r}, expected float32 or bfloat16')
+  path = str(path)
+  run = run_of(checkpoint.read_info(path), stages)
+  loaded = load_model(stages if isinstance(stages, str) else 'model', run, path, where='stages')
+  sizes = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, text_lengths=tuple(sorted(text_lengths)))
+  return Model(loaded, load_weights(loaded, mesh), dtype=dtype, **sizes)
+
+
+def run_of(info: CheckpointInfo, stages: Stages) -> EvalRun:
+  """The run of a checkpoint that `stages` means, see `load`; ConfigError for one that is unknown."""
+  if stages is None:
+    return EvalRun()
+  if not isinstance(stages, str):
+    if not stages:
+      raise ConfigError('stages: an empty list, expected at least one stage')
+    return EvalRun(stages=tuple(s if isinstance(s, Stage) else _stage(s, i) for i, s in enumerate(stages)))
+  if stages == 'dense':
+    return EvalRun(stages=DENSE)
+  if stages == 'dynamic':
+    if not any(s.selector == 'dynamic' for s in info.stages):
+      raise ConfigError(
+        "stages: 'dynamic', but this checkpoint was not made dynamic; give a stage list, or train it with a config such as "
+        'configs/digits.py:dynamic'
+      )
+    return EvalRun(stages=info.stages)
+  name, _, number = stages.rpartition('_')
+  if not number.isdecimal():
+    name, number = stages, ''
+  if name not in budgets.RECIPES:
+    known = ', '.join(('dense', 'dynamic', *sorted(budgets.RECIPES)))
+    raise ConfigError(f'stages: {stages!r} is unknown; expected a stage list, or one of {known}, these with _N for N image tokens')
+  cut = next((s.start for s in info.stages if s.start), min(2, info.model.llama.num_layers - 1))
+  setting = budgets.Setting(model=info.model, cut=cut, average=False)
+  budget = int(number) if number else max(1, int(setting.patches * PART))
+  if not 0 < budget <= setting.patches:
+    raise ConfigError(f'stages: {stages!r} keeps {budget} image tokens, and the model has {setting.patches}')
+  return from_config_dict(EvalRun, ConfigDict(budgets.RECIPES[name](setting, budget)), 'stages')
+
+
+def _stage(value: Mapping[str, Any], index: int) -> Stage:
+  return from_config_dict(Stage, ConfigDict(dict(value)), f'stages[{index}]')
+
+
+class Model:
+  """A loaded checkpoint and how it is run. Made by `load`."""
+
+  def __init__(
+    self, loaded: Loaded, params: dict[str, Any], *, dtype: str, max_new_tokens: int, batch_size: int, text_lengths: tuple[int, ...]
+  ):
+    self._loaded, self._params, self._dtype = loaded, params, jnp.dtype(dtype)
+    self._max_new_tokens, self._batch_size, self._text_lengths = max_new_tokens, batch_size, text_lengths
+    self._generator = self._make_generator(max_new_tokens, 0)
+    self._engines: dict[tuple[int, int], Engine] = {}
+    self._chats: dict[tuple[int, int], Stepper] = {}
+
+  @property
+  def stages(self) -> tuple[Stage, ...]:
+    """The stage list that is run."""
+    return self._loaded.stages
+
+  def answer(self, image: Any, question: Any, **options: Any) -> Any:
+    """The answer to a question about a picture, or those to a list of questions in their order.
+
+    Args:
+      image: a path, the bytes of a file, a Pillow image, uint8[H, W, 3], or None for a question without picture; a list goes with
+        a list of questions.
+      question: the user's words, or a list of such.
+      **options: see `dynllava_jax.Options`; `seed` may be a list, one for each question.
+
+    Raises:
+      DataError: a question that cannot be asked, such as one with several pictures, or a prompt longer than all `text_lengths`.
+      ValueError: an option that cannot be.
+      FloatingPointError: the model does not compute numbers.
+    """
+    replies = self.reply(image, question, **options)
+    return [r.text for r in replies] if isinstance(replies, list) else replies.text
+
+  def reply(self, image: Any, question: Any, **options: Any) -> Any:
+    """As `answer`, with all that was counted: a `Reply`, or a list of them."""
+    asked, many = questions.pairs(image, question)
+    seeds = options.pop('seed', 0)
+    seeds = list(seeds) if isinstance(seeds, (list, tuple)) else [seeds] * len(asked)
+    if len(seeds) != len(asked):
+      raise ValueError(f'seed: {len(seeds)} seeds for {len(asked)} questions; give one for each, or one for all')
+    each = [Options(**options, seed=seed) for seed in seeds]
+    self._check_room(each[0].max_tokens if each else None, self._max_new_tokens)
+    rows = questions.lay_out(
+      self._loaded, [questions.question(i, *pair) for i, pair in enumerate(asked, 1)], self._text_lengths, seeds
+    )
+    requests = [Request(f'question {i}', row, option) for i, (row, option) in enumerate(zip(rows, each), 1)]
+    replies = self._run(requests)
+    return replies if many else replies[0]
+
+  def chat(self, image: Any = None, *, max_new_tokens: int = 512, later_tokens: int = 512) -> Chat:
+    """Begins a conversation about a picture, or none; its cache has room for so many tokens of answers and of later questions."""
+    sizes = max_new_tokens, later_tokens
+    if sizes not in self._chats:
+      self._chats[sizes] = Stepper(self._make_generator(*sizes))
+    return Chat(self._chats[sizes], self._loaded, image, self._text_lengths, steps=8)
+
+  def _run(self, requests: Sequence[Request]) -> list[Reply]:
+    """Answers requests through an engine that has room for the longest prompt, those of one bucket after each other."""
+    if not requests:
+      return []
+    lengths = [r.rows.prompt.tokens.shape[1] - self._loaded.num_image for r in requests]
+    engine = self._engine(max(lengths), min(self._batch_size, bucket(len(requests), 1)))
+    order = sorted(range(len(requests)), key=lambda i: lengths[i])
+    tickets = {}
+    for i in order:
+      tickets[i] = engine.submit(requests[i])
+    try:
+      engine.run(list(tickets.values()))
+    except BaseException:
+      for ticket in tickets.values():
+        engine.cancel(ticket)
+      raise
+    return [tickets[i].reply() for i in range(len(requests))]
+
+  def _engine(self, text_length: int, slots: int) -> Engine:
+    if (text_length, slots) not in self._engines:
+      while len(self._engines) > 1:  # each holds a cache
+        self._engines.pop(next(iter(self._engines)))
+      limit = arguments.MOST_TOKENS
+      self._engines[text_length, slots] = Engine(
+        self._generator, self._loaded.tokenizer, text_length=text_length, slots=slots, limit=limit
+      )
+    return self._engines[text_length, slots]
+
+  def _make_generator(self, max_new_tokens: int, later_tokens: int) -> Generator:
+    return Generator(
+      self._loaded.model,
+      self._loaded.stages,
+      self._params,
+      max_new_tokens=max_new_tokens,
+      eos_id=self._loaded.tokenizer.eos_id,
+      later_tokens=later_tokens,
+      dtype=self._dtype,
+      reducer=self._loaded.reducer,
+    )
+
+  def _check_room(self, wanted: int | None, room: int) -> None:
+    if wanted is not None and wanted > room:
+      raise DataError(f'max_tokens: {wanted}, and there is room for {room}; raise max_new_tokens of load', 'too_long')

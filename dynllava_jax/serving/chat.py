@@ -1,0 +1,149 @@
+"""A conversation about one picture, or none, whose cache is kept from turn to turn: only what is new is ever computed."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynllava_jax.data import conversation
+from dynllava_jax.data.batches import encode_turns
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals.benchmarks.kinds import check_words
+from dynllava_jax.evals.layout import CHUNK, Loaded, first_turn
+from dynllava_jax.generate import PAD
+from dynllava_jax.serving import questions
+from dynllava_jax.serving import request as req
+from dynllava_jax.serving.request import Options, Reply, Timings
+from dynllava_jax.serving.stepping import Running, Stepper, wishes
+from dynllava_jax.serving.text import Text
+
+
+class Chat:
+  """A conversation. Made by `Model.chat`; `turns`: what was said so far, in LLaVA's form."""
+
+  def __init__(self, stepper: Stepper, loaded: Loaded, image: Any, text_lengths: tuple[int, ...], steps: int):
+    """`stepper`: of a generator whose `max_new_tokens` and `later_tokens` are for the whole conversation; `steps`: per dispatch."""
+    self._stepper, self._loaded, self._text_lengths, self._steps = stepper, loaded, text_lengths, steps
+    self._image = questions.picture('chat', image)
+    self._running: Running | None = None
+    self._kept_image = np.zeros(0, np.int32)
+    spec = stepper.generator.spec
+    self._new_left, self._later_left = spec.max_new_tokens, spec.later_tokens
+    self._last = 0  # the last token that was generated, which was not fed
+    self.turns: list[dict[str, str]] = []
+
+  def send(self, text: str, **options: Any) -> Reply:
+    """Says something and waits for the whole answer.
+
+    Args:
+      text: the user's words.
+      **options: see `Options`.
+
+    Raises:
+      DataError: no words, or no room left for them.
+      FloatingPointError: the model does not compute numbers.
+    """
+    reply, pieces = None, self._say(text, Options(**options))
+    while reply is None:
+      try:
+        next(pieces)
+      except StopIteration as end:
+        reply = end.value
+    return reply
+
+  def stream(self, text: str, **options: Any) -> Iterator[str]:
+    """As `send`, piece by piece. A reader that stops listening ends the answer there."""
+    yield from self._say(text, Options(**options), steps=1)
+
+  def _say(self, text: str, options: Options, steps: int = 0) -> Iterator[str]:
+    """Pieces of the answer; returns the reply. One token per dispatch where an answer may end that the model would go on with."""
+    check_words(text, f'turn {len(self.turns) // 2 + 1}')
+    if self._new_left < 1:
+      raise DataError(f'the conversation is full: all {self._stepper.generator.max_new_tokens} tokens of its answers are used; '
+                      'begin a new one, or raise max_new_tokens of chat', 'too_long')  # fmt: skip
+    asked = time.monotonic()
+    wanted = wishes([options], [self._new_left])
+    self._running = self._first(text, wanted, options.seed) if self._running is None else self._later(text, wanted)
+    begun, first = time.monotonic(), 0.0
+    output, parts, finish = Text(self._loaded.tokenizer, options.stop), [], ''
+    steps = 1 if options.stop or options.timeout else steps or self._steps
+    try:
+      while not finish:
+        self._running, out = self._stepper.advance(self._running, np.zeros(1, bool), steps)
+        out = jax.device_get(out)
+        if not out.finite[0]:
+          raise FloatingPointError(f'the logits of {self._loaded.path} are not finite; look at the weights, or compute in float32')
+        count = int(out.count[0])
+        first = first or time.monotonic()
+        parts.append((out.log_prob[0, :count], out.kept[0, :count], out.evicted[0, count - 1]))
+        self._new_left -= count
+        stopped = False
+        for token in out.tokens[0, :count].tolist():
+          stopped = output.push(token)
+        self._last = output.tokens[-1]
+        finish = self._finish(stopped, bool(out.active[0]), options, asked)
+        if not finish and (piece := output.piece()):
+          yield piece
+      if piece := output.piece(last=True):
+        yield piece
+    finally:
+      self.turns += [{'from': 'human', 'value': text}, {'from': 'gpt', 'value': output.text}]
+    log_probs, kept, evicted = zip(*parts)
+    timings = Timings(begun - asked, first - asked, time.monotonic() - asked)
+    log_probs, kept = np.concatenate(log_probs).tolist(), np.concatenate(kept).tolist()
+    kept_image = tuple(self._kept_image.tolist())
+    return Reply(
+      output.text, tuple(output.tokens), tuple(log_probs), kept_image, tuple(kept[:-1]), int(evicted[-1]), finish, timings
+    )
+
+  def _finish(self, stopped: bool, active: bool, options: Options, asked: float) -> str:
+    if self._last == self._stepper.generator.eos_id:
+      return req.END
+    if stopped:
+      return req.STOP
+    if not active:
+      return req.LENGTH
+    return req.TIMED_OUT if options.timeout and time.monotonic() - asked > options.timeout else ''
+
+  def _first(self, text: str, wanted: Any, seed: int) -> Running:
+    asked = dataclasses.replace(questions.question(1, None, text), image=self._image)
+    (rows,) = questions.lay_out(self._loaded, [asked], self._text_lengths, [seed])
+    turn, kept_image = self._stepper.generator.start(rows.prompt, rows.pixels)
+    if self._image is not None:
+      self._kept_image = np.asarray(kept_image[-1])[0]
+    return self._stepper.begin(turn, rows.prompt, wanted)
+
+  def _later(self, text: str, wanted: Any) -> Running:
+    """What stands between the last token that was generated and the next answer, as training writes it."""
+    generator, tokenizer = self._stepper.generator, self._loaded.tokenizer
+    said = [*self.turns[:-1], {'from': 'gpt', 'value': '.'}, {'from': 'human', 'value': text}]
+    said[0] = first_turn(dataclasses.replace(questions.question(1, None, said[0]['value']), image=self._image))[0]
+    ids = encode_turns('chat', said, self._image is not None, style=self._style, tokenizer=tokenizer).ids
+    ends = np.flatnonzero(ids == self._end)
+    chunk = [*([] if self._last == self._end else [self._last]), *ids[ends[-1] :].tolist()]
+    if len(chunk) > self._later_left:
+      raise DataError(
+        f'the conversation is full: this turn has {len(chunk)} tokens, and there is room for {self._later_left} of later turns; '
+        'begin a new one, or raise later_tokens of chat',
+        'too_long',
+      )
+    tokens = np.full((1, min(-(-len(chunk) // CHUNK) * CHUNK, self._later_left)), PAD, np.int32)
+    tokens[0, : len(chunk)] = chunk
+    self._later_left -= len(chunk)
+    turn, _ = generator.append(self._running.turn, tokens, np.asarray([len(chunk)], np.int32))
+    seen = self._running.seen.at[0, jnp.asarray(chunk)].set(True)
+    return Running(turn, wanted, jnp.ones(1, bool), seen)
+
+  @property
+  def _style(self) -> conversation.Template:
+    return conversation.template(self._loaded.info.conversation)
+
+  @property
+  def _end(self) -> int:
+    """The token that ends an answer in this template."""
+    ((token, _),) = self._loaded.tokenizer.encode(self._style.end.strip())
+    return token
