@@ -1,13 +1,14 @@
 # make setup   creates .venv and installs what requirements.txt pins
 # make demo    trains and evaluates on the embedded data set; results in runs/digits/
 # make methods evaluates methods that need no training on the demo's checkpoint; results in runs/digits/methods/
+# make hello   asks the model that ships here three questions about a picture, dense and dynamic side by side; results in runs/hello/
 # make test    runs the tests; make test-slow the long ones that it leaves out, make test-faults kills and damages the programs
 # make lint    checks style and formatting; make format mends them
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
 
-.PHONY: setup demo methods test test-slow test-faults lint format clean
+.PHONY: setup hello demo methods test test-slow test-faults lint format clean
 
 setup: .venv/installed
 
@@ -17,6 +18,9 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@
+
+hello: setup
+	$(BIN)/python -m dynllava_jax.hello
 
 # Large pages: a step's temporaries are mapped anew each time, and touching them page by page took a tenth of it.
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1

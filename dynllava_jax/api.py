@@ -6,6 +6,7 @@ model = dl.load('runs/digits/dynamic/checkpoints')
 print(model.answer('scene.png', 'How many digits are there?'))
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ Stages = str | Sequence[Stage] | Sequence[Mapping[str, Any]] | None
 
 
 def load(
-  path: str,
+  path: str | os.PathLike,
   *,
   stages: Stages = None,
   dtype: str | None = None,
@@ -110,21 +111,21 @@ def _stage(value: Mapping[str, Any], index: int) -> Stage:
 
 
 class Model:
-  """A loaded checkpoint and how it is run. Made by `load`."""
+  """A loaded checkpoint and how it is run. Made by `load`.
+
+  Attributes:
+    loaded: its description, stage list and tokenizer.
+    generator: what runs prompts, on arrays.
+  """
 
   def __init__(
     self, loaded: Loaded, params: dict[str, Any], *, dtype: str, max_new_tokens: int, batch_size: int, text_lengths: tuple[int, ...]
   ):
-    self._loaded, self._params, self._dtype = loaded, params, jnp.dtype(dtype)
+    self.loaded, self._params, self._dtype = loaded, params, jnp.dtype(dtype)
     self._max_new_tokens, self._batch_size, self._text_lengths = max_new_tokens, batch_size, text_lengths
-    self._generator = self._make_generator(max_new_tokens, 0)
+    self.generator = self._make_generator(max_new_tokens, 0)
     self._engines: dict[tuple[int, int], Engine] = {}
     self._chats: dict[tuple[int, int], Stepper] = {}
-
-  @property
-  def stages(self) -> tuple[Stage, ...]:
-    """The stage list that is run."""
-    return self._loaded.stages
 
   def answer(self, image: Any, question: Any, **options: Any) -> Any:
     """The answer to a question about a picture, or those to a list of questions in their order.
@@ -153,7 +154,7 @@ class Model:
     each = [Options(**options, seed=seed) for seed in seeds]
     self._check_room(each[0].max_tokens if each else None, self._max_new_tokens)
     rows = questions.lay_out(
-      self._loaded, [questions.question(i, *pair) for i, pair in enumerate(asked, 1)], self._text_lengths, seeds
+      self.loaded, [questions.question(i, *pair) for i, pair in enumerate(asked, 1)], self._text_lengths, seeds
     )
     requests = [Request(f'question {i}', row, option) for i, (row, option) in enumerate(zip(rows, each), 1)]
     replies = self._run(requests)
@@ -164,13 +165,13 @@ class Model:
     sizes = max_new_tokens, later_tokens
     if sizes not in self._chats:
       self._chats[sizes] = Stepper(self._make_generator(*sizes))
-    return Chat(self._chats[sizes], self._loaded, image, self._text_lengths, steps=8)
+    return Chat(self._chats[sizes], self.loaded, image, self._text_lengths, steps=8)
 
   def _run(self, requests: Sequence[Request]) -> list[Reply]:
     """Answers requests through an engine that has room for the longest prompt, those of one bucket after each other."""
     if not requests:
       return []
-    lengths = [r.rows.prompt.tokens.shape[1] - self._loaded.num_image for r in requests]
+    lengths = [r.rows.prompt.tokens.shape[1] - self.loaded.num_image for r in requests]
     engine = self._engine(max(lengths), min(self._batch_size, bucket(len(requests), 1)))
     order = sorted(range(len(requests)), key=lambda i: lengths[i])
     tickets = {}
@@ -190,20 +191,20 @@ class Model:
         self._engines.pop(next(iter(self._engines)))
       limit = arguments.MOST_TOKENS
       self._engines[text_length, slots] = Engine(
-        self._generator, self._loaded.tokenizer, text_length=text_length, slots=slots, limit=limit
+        self.generator, self.loaded.tokenizer, text_length=text_length, slots=slots, limit=limit
       )
     return self._engines[text_length, slots]
 
   def _make_generator(self, max_new_tokens: int, later_tokens: int) -> Generator:
     return Generator(
-      self._loaded.model,
-      self._loaded.stages,
+      self.loaded.model,
+      self.loaded.stages,
       self._params,
       max_new_tokens=max_new_tokens,
-      eos_id=self._loaded.tokenizer.eos_id,
+      eos_id=self.loaded.tokenizer.eos_id,
       later_tokens=later_tokens,
       dtype=self._dtype,
-      reducer=self._loaded.reducer,
+      reducer=self.loaded.reducer,
     )
 
   def _check_room(self, wanted: int | None, room: int) -> None:

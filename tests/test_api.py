@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from tiny_suite import tiny_checkpoint  # noqa: F401
 
 import dynllava_jax as dl
 from dynllava_jax import api, checkpoint
 from dynllava_jax.config import ConfigError
 from dynllava_jax.data.samples import DataError
 
+pytest_plugins = ('tiny_suite',)
+
 QUESTIONS = ['What is it?', 'Is there a dog, and where is it?', 'How many?', 'Why? ' * 12]
 
 
 @pytest.fixture(scope='module')
-def model(tiny_checkpoint):  # noqa: F811
+def model(tiny_checkpoint):
   return dl.load(tiny_checkpoint, max_new_tokens=6, batch_size=2, text_lengths=(64, 128))
 
 
@@ -67,7 +68,7 @@ def test_a_conversation_goes_on_where_it_was(model, monkeypatch):
   assert first.tokens == model.reply(pictures()[0], QUESTIONS[0], max_tokens=4).tokens
   assert [t['from'] for t in chat.turns] == ['human', 'gpt'] * 2
   assert chat.turns[1]['value'] == first.text and chat.turns[3]['value'] == ''.join(pieces)
-  tokenizer = model._loaded.tokenizer
+  tokenizer = model.loaded.tokenizer
   later = [i for i, _ in tokenizer.encode(f'</s>USER: {QUESTIONS[2]} ASSISTANT:')]  # as training has it
   assert chunks[0].tolist() == ([] if first.finish == 'end' else [first.tokens[-1]]) + later
   with pytest.raises(DataError, match='the conversation is full: this turn has .* tokens, and there is room for'):
@@ -106,7 +107,7 @@ def test_mistakes_are_one_line(name, model):
   assert '\n' not in str(error.value)
 
 
-def test_stages_by_name(tiny_checkpoint):  # noqa: F811
+def test_stages_by_name(tiny_checkpoint):
   info = checkpoint.read_info(tiny_checkpoint)
   cuts = lambda stages: [(s.selector, s.start, s.image_tokens) for s in api.run_of(info, stages).stages]
   assert cuts('dense') == [('all', 0, 0)] and cuts(None) == []
