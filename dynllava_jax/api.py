@@ -64,15 +64,25 @@ def load(
   arguments.integer('batch_size', batch_size, 1, arguments.MOST_TOKENS)
   for length in text_lengths:
     arguments.integer('text_lengths', length, 1, arguments.MOST_TOKENS)
-  if dtype is None:
-    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f'dtype: {dtype!r}, expected float32 or bfloat16')
-  path = str(path)
-  run = run_of(checkpoint.read_info(path), stages)
-  loaded = load_model(stages if isinstance(stages, str) else 'model', run, path, where='stages')
+  dtype = dtype_of(dtype)
+  loaded, _ = describe(path, stages)
   sizes = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, text_lengths=tuple(sorted(text_lengths)))
   return Model(loaded, load_weights(loaded, mesh), dtype=dtype, **sizes)
+
+
+def describe(path: str | os.PathLike, stages: Stages) -> tuple[Loaded, EvalRun]:
+  """A checkpoint without its weights, and the run that `stages` means; raises as `load` does."""
+  run = run_of(checkpoint.read_info(str(path)), stages)
+  return load_model(stages if isinstance(stages, str) else 'model', run, str(path), where='stages'), run
+
+
+def dtype_of(name: str | None) -> str:
+  """The dtype to compute in; None is bfloat16 on accelerators. ValueError for another name."""
+  if name is None:
+    return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  if name not in ('float32', 'bfloat16'):
+    raise ValueError(f'dtype: {name!r}, expected float32 or bfloat16')
+  return name
 
 
 def run_of(info: CheckpointInfo, stages: Stages) -> EvalRun:

@@ -32,6 +32,7 @@ PROGRAMS = {
     'data/inspect.py',
     'data/verify.py',
     'evals/benchmarks/scienceqa_prompts.py',
+    'batch.py',
     'hello.py',
     'methods/__main__.py',
   )

@@ -1,6 +1,6 @@
 """An engine with a fixed number of slots: requests join and leave a running batch, and nothing is compiled for it again.
 
-Prompts wait in line (`waiting`), are run some at a time, 1, 2, 4, ... of one text bucket, and take free slots; one program decodes
+Prompts wait in line (`waiting`), are run some at a time, 1, 4, 16, ... of one text bucket, and take free slots; one program decodes
 all slots, some tokens per dispatch. A reply is that of `Generator` to the same prompt alone: rows do not see each other, and a row
 does not see what is behind its length.
 """
@@ -79,7 +79,7 @@ class Engine:
     text_length: int,
     slots: int = 8,
     steps: int = 8,
-    prefill_rows: int = 8,
+    prefill_rows: int = 16,
     limit: int = 4096,
   ):
     """Compiles nothing yet.
@@ -199,8 +199,8 @@ class Engine:
         ticket.begun = time.monotonic()
       turn, (*_, kept_image) = self.generator.start(rows.prompt, rows.pixels)
       room = [self.generator.max_new_tokens] * len(group)
-      new = self._stepper.begin(turn, rows.prompt, wishes([t.request.options for t in group], room))
-      self._running = self._stepper.put(self._running, new, np.asarray(free, np.int32))
+      wanted = wishes([t.request.options for t in group], room)
+      self._running = self._stepper.join(self._running, turn, rows.prompt, wanted, np.asarray(free, np.int32))
       for row, (slot, ticket) in enumerate(zip(free, group)):
         self._tickets[slot] = ticket
         self._halted[slot] = False
@@ -208,7 +208,7 @@ class Engine:
           ticket.kept_image = lambda kept=kept_image, row=row: np.asarray(kept)[row]
 
   def _next_group(self) -> list[Ticket]:
-    """Requests next in line that share a text bucket, a power of two of them, as many as there is room for."""
+    """Requests next in line that share a text bucket: 1, 4, 16, ... of them, as many as there is room for."""
     most = min(self._tickets.count(None), self.prefill_rows)
     slots = lambda ticket: ticket.request.rows.prompt.tokens.shape[1]
     with self._line:
@@ -217,7 +217,7 @@ class Engine:
         if len(group) == most or (group and slots(ticket) != slots(group[0])):
           break
         group.append(ticket)
-      size = 1 << (len(group).bit_length() - 1) if group else 0
+      size = 1 << (len(group).bit_length() - 1) // 2 * 2 if group else 0
       return [self._waiting.take() for _ in range(size)]
 
   def _largest(self, ticket: Ticket) -> tuple[Any, np.ndarray]:

@@ -85,7 +85,7 @@ class Stepper:
   def __init__(self, generator: Generator):
     self.generator = generator
     self._begin = jax.jit(self._begin_impl)
-    self._put = jax.jit(self._put_impl, donate_argnames='running')
+    self._join = jax.jit(self._join_impl, donate_argnames='running')
     self._advance = jax.jit(self._advance_impl, static_argnames='steps', donate_argnames='running')
 
   def begin(self, turn: Turn, prompt: Prompt, wanted: Wishes) -> Running:
@@ -100,9 +100,9 @@ class Stepper:
     shapes = jax.eval_shape(self._begin_impl, turn, prompts, jax.tree.map(size, wishes([Options()], [1])))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-  def put(self, running: Running, new: Running, at: np.ndarray) -> Running:
-    """Rows of `new` in the places int32[N] `at`. Consumes `running`."""
-    return self._put(running, new, at)
+  def join(self, running: Running, turn: Turn, prompt: Prompt, wanted: Wishes, at: np.ndarray) -> Running:
+    """The rows of `begin` in the places int32[N] `at`. Consumes `running`."""
+    return self._join(turn, prompt, wanted, at, running=running)
 
   def advance(self, running: Running, halted: np.ndarray, steps: int) -> tuple[Running, Emitted]:
     """At most `steps` tokens for every row, none for those that bool[B] `halted` ends now. Consumes `running`."""
@@ -110,7 +110,7 @@ class Stepper:
 
   def compilations(self) -> int:
     """Programs compiled so far, the generator's included."""
-    return self.generator.compilations() + sum(f._cache_size() for f in (self._begin, self._put, self._advance))
+    return self.generator.compilations() + sum(f._cache_size() for f in (self._begin, self._join, self._advance))
 
   def _begin_impl(self, turn, prompt, wanted):
     places = jnp.arange(prompt.tokens.shape[1])
@@ -122,7 +122,8 @@ class Stepper:
     seen = seen.at[jnp.arange(rows)[:, None], jnp.where(text, prompt.tokens, vocabulary)].set(True, mode='drop')
     return Running(turn, wanted, wanted.left > 0, seen)
 
-  def _put_impl(self, running, new, at):
+  def _join_impl(self, turn, prompt, wanted, at, running):
+    new = self._begin_impl(turn, prompt, wanted)
     put = lambda old, rows: old.at[at].set(rows, mode='drop', unique_indices=True)
     turn = Turn(kv.insert(running.turn.cache, new.turn.cache, at), put(running.turn.logits, new.turn.logits))
     rest = lambda r: (r.wishes, r.active, r.seen)

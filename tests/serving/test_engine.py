@@ -133,7 +133,7 @@ def test_arrival_order_changes_no_bit_and_compiles_nothing(engine, replies):
 
 @pytest.mark.slow
 def test_prompts_run_together_give_the_same_answers(generator, replies):
-  engine = Engine(generator, Letters(), text_length=TEXT, slots=4, steps=3)
+  engine = Engine(generator, Letters(), text_length=TEXT, slots=5, steps=3)
   for number, reply in arrive(engine, range(len(ASKED)), 3).items():
     expected = replies[number]
     np.testing.assert_allclose(reply.log_probs, expected.log_probs, atol=1e-5)  # of products of other sizes
