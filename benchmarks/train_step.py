@@ -8,7 +8,7 @@ A random LLaVA with a decoder of 100 M parameters, 768 positions (576 of them th
 tower and projector frozen, AdamW, gradients clipped; every contender computes the loss of the same 64 supervised tokens of each
 row, on the same two cores. Each is a process of its own; they take turns, A B B A, so that whatever else the machine does falls on
 all. Prints medians and quartiles of the times, and of the ratios turn by turn, and writes benchmarks/results/train_step.json.
-With --memory: what the compiler says the step holds at most, with and without micro-batches.
+With --memory: what the compiler says the step holds at most, with and without micro-batches; added to the same file.
 """
 
 import argparse
@@ -183,7 +183,10 @@ def main() -> None:
   if args.memory:
     os.environ['JAX_PLATFORMS'] = 'cpu'
     sys.path.insert(0, str(ROOT))
-    print(json.dumps({k: round(v, 3) for k, v in memory().items()}, indent=1))
+    found = {k: round(v, 3) for k, v in memory().items()}
+    print(json.dumps(found, indent=1))
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(known | {'memory, GB': found}, indent=1) + '\n')
     return
   contenders = {'ours': ROOT, 'transformers': ROOT} | ({'other': args.other.resolve()} if args.other else {})
   workers = {name: start(name, folder) for name, folder in contenders.items()}

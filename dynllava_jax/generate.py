@@ -17,8 +17,9 @@ import numpy as np
 
 from dynllava_jax import arguments, buckets, compilation, methods
 from dynllava_jax.cache import Cache, CacheSpec
-from dynllava_jax.config import ModelConfig, Piece, Stage
+from dynllava_jax.config import LoraConfig, ModelConfig, Piece, Stage
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
+from dynllava_jax.models.lora import as_variables
 from dynllava_jax.models.params import cut_params
 from dynllava_jax.ops.images import normalize
 from dynllava_jax.ops.layout import gather_rows
@@ -95,6 +96,7 @@ class Generator:
     sampling: Sampling = GREEDY,
     dtype: Any = jnp.float32,
     reducer: Piece | None = None,
+    lora: LoraConfig | None = None,
   ):
     """Checks the arguments.
 
@@ -109,6 +111,7 @@ class Generator:
       sampling: how tokens are drawn.
       dtype: of computation and cache.
       reducer: what makes fewer image tokens of the tower's patches.
+      lora: of `params` that hold adapters beside the decoder, as a training run has them.
 
     Raises:
       ValueError: an argument that generation cannot work with; names it.
@@ -130,8 +133,7 @@ class Generator:
       arguments.check_cut(params['llama'], stages, cfg.llama.num_layers)
     self.params = params
     self.max_new_tokens = max_new_tokens
-    self.eos_id = eos_id
-    self.sampling = sampling
+    self.eos_id, self.sampling, self._lora = eos_id, sampling, lora
     self.spec = CacheSpec(**room)
     self._prefill = jax.jit(self.start_impl)
     self._extend = jax.jit(self._extend_impl, static_argnames='judge', donate_argnames='cache')
@@ -242,7 +244,7 @@ class Generator:
     return turn, judgement
 
   def _apply(self, params, *args, method):
-    return self.model.apply({'params': params}, *args, method=method)
+    return self.model.apply(as_variables(params, self._lora, self.model.stages, None), *args, method=method)
 
   def start_impl(self, params, prompt, pixels):
     image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='reduce_images')
@@ -298,8 +300,8 @@ class Generator:
       )
 
     end = jax.lax.while_loop(lambda s: (s['i'] < size - 1) & s['active'].any(), feed, state)
-    evicted = end['cache'].stages[-1].evicted
-    return Generated(end['tokens'], end['length'], end['kept'], end['margin'], kept_image, evicted, end['finite']), end['cache']
+    told = [end[name] for name in ('tokens', 'length', 'kept', 'margin')]
+    return Generated(*told, kept_image, end['cache'].stages[-1].evicted, end['finite']), end['cache']
 
   def _force_impl(self, params, logits, tokens, length, cache):
     def feed(state, step):
@@ -344,13 +346,12 @@ class Generator:
     answer = prompt.length[:, None] + jnp.arange(size)
     take = lambda x: jnp.take_along_axis(x, answer, 1, mode='clip')
     fed = jnp.arange(size) < (length - prompt.length - 1)[:, None]
-    evicted = jnp.zeros(batch, jnp.int32)
     return Generated(
       jnp.where(jnp.arange(size) < (length - prompt.length)[:, None], take(buffer), PAD),
       length - prompt.length,
       jnp.where(fed, take(judgement.keep), True),
       jnp.where(fed, take(judgement.margin), jnp.inf),
       kept_image=(),
-      evicted=evicted,
+      evicted=jnp.zeros(batch, jnp.int32),
       finite=finite,
     )

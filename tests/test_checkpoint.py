@@ -12,6 +12,7 @@ from dynllava_jax import checkpoint, files, presets
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.source import Request
+from dynllava_jax.training.keeping import Keeping
 from dynllava_jax.training.saving import Saver
 
 
@@ -21,7 +22,7 @@ def written(tmp_path_factory, tiny_params):
   converted, trained = tmp_path_factory.mktemp('converted') / 'c', tmp_path_factory.mktemp('trained') / 't'
   convert(Request(src=GOLDEN / 'public_b' / 'checkpoint'), converted)
   checkpoint.write_info(trained, CheckpointInfo(model=presets.TINY), {'tokenizer.model': b'tokenizer'}, {'config.json': b'{}'})
-  with Saver(trained, keep=2) as saver:
+  with Saver(trained, Keeping(last=2)) as saver:
     for step in (1, 2):
       saver.save(step, {'params': tiny_params, 'optimizer': {'step': jax.numpy.int32(step)}})
   return {'converted': converted, 'trained': trained}

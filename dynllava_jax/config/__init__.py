@@ -4,7 +4,7 @@ A run is described by an ml-collections ConfigDict (see `configs/`); `from_confi
 of this package. Past it nothing sees a ConfigDict.
 """
 
-from dynllava_jax.config.evaluation import EvalConfig, EvalRun
+from dynllava_jax.config.evaluation import PERPLEXITY, EvalConfig, EvalRun, TrainEval
 from dynllava_jax.config.model import (
   CLIP_MEAN,
   CLIP_STD,
@@ -28,6 +28,7 @@ __all__ = [
   'DENSE',
   'IGNORE',
   'IMAGE_ID',
+  'PERPLEXITY',
   'TOKENIZER_FILES',
   'ConfigError',
   'DataConfig',
@@ -46,6 +47,7 @@ __all__ = [
   'Stage',
   'TokenPackerConfig',
   'TrainConfig',
+  'TrainEval',
   'VisionConfig',
   'check_stages',
   'check_trainable_stages',

@@ -1,4 +1,4 @@
-"""One evaluation: several ways to run a checkpoint, on the same questions."""
+"""One evaluation: several ways to run a checkpoint, on the same questions; or one way to run what is being trained."""
 
 import dataclasses
 import re
@@ -94,3 +94,49 @@ class EvalConfig:
   def reference(self) -> str:
     """Name of the run that the others are compared with."""
     return 'dense' if 'dense' in self.runs else next(iter(self.runs))
+
+
+PERPLEXITY = 'perplexity'  # what `TrainEval` takes besides the suite
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainEval:
+  """A benchmark that is run while a model is trained, with the weights as they are.
+
+  Attributes:
+    every: steps; the last step is evaluated, too. What is evaluated is saved first.
+    benchmark: name in the suite, or 'perplexity': of the last answer of each sample in the prepared folder `data`, held out.
+    data: folder of the benchmark's files, laid out as LLaVA's `playground/data/eval`; '' for those that need none.
+    images: where the image files lie, if the prepared folder holds only their paths.
+    labels: as in `EvalConfig`.
+    stages: how the model is run; () as it is trained. Others must begin at the same layers.
+    questions: only the first so many; 0 is all.
+    text_lengths, batch_size, max_new_tokens, seed: as in `EvalConfig`; perplexity takes the lengths of the training data.
+  """
+
+  every: int
+  benchmark: str = 'digits'
+  data: Path = ''
+  images: Path = ''
+  labels: Path = ''
+  stages: tuple[Stage, ...] = ()
+  questions: int = 200
+  text_lengths: tuple[int, ...] = (128,)
+  batch_size: int = 64
+  max_new_tokens: int = 128
+  seed: int = 0
+
+  def __post_init__(self):
+    require_positive(self, '', 'every')
+    self.as_config('float32')
+
+  def as_config(self, dtype: str) -> EvalConfig:
+    """The same as an evaluation of its own; ConfigError for values that it would not take."""
+    names = ('labels', 'questions', 'text_lengths', 'batch_size', 'max_new_tokens', 'seed')
+    fields = {name: getattr(self, name) for name in names}
+    return EvalConfig(runs={'trained': EvalRun(stages=self.stages)}, benchmark=self.benchmark, dtype=dtype, **fields)
+
+  @property
+  def smaller_is_better(self) -> bool:
+    """Of its score."""
+    return self.benchmark == PERPLEXITY

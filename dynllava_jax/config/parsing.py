@@ -57,7 +57,8 @@ def from_config_dict(cls: type, config: Any, where: str = 'config') -> Any:
       hint = f'; did you mean {near[0]!r}?' if near else f'; known keys: {", ".join(fields)}'
       raise ConfigError(f'{where}.{key}: unknown key{hint}')
   values = {k: _typed(hints[k], config[k], f'{where}.{k}') for k in config.keys()}
-  missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
+  needed = [n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+  missing = [n for n in needed if n not in values]
   require(not missing, f'{where}: missing {", ".join(missing)}')
   try:
     return cls(**values)

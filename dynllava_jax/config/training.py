@@ -1,7 +1,9 @@
 """One training run: data, optimiser, objective."""
 
 import dataclasses
+from collections.abc import Mapping
 
+from dynllava_jax.config.evaluation import PERPLEXITY, RUN_NAME, TrainEval
 from dynllava_jax.config.model import ModelConfig
 from dynllava_jax.config.parsing import Path, require, require_positive, require_seed
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages, judges_instructions
@@ -189,6 +191,15 @@ class TrainConfig:
     param_dtype: of what is trained. bfloat16 halves it; updates are then rounded up or down at random, so that small ones count.
     remat: what decoder layers keep for the way back: 'none' of it is computed again, 'block' keeps their input alone, 'dots' also
       matrix products with weights, 'offload' these in the host's memory.
+    log_every, save_every: steps; save_minutes: also when so many have passed since the last save; 0 for steps alone.
+    keep: so many of the newest saved steps stay.
+    keep_every: saved steps that are a multiple of it stay for good; 0 for none.
+    keep_best, keep_best_by: so many steps stay whose score in this evaluation is best; '' is the only one there is.
+    evals: benchmarks that are run while training, by name.
+    on_bad_step: a step whose loss or gradient is no number, or a spike: 'stop' ends the run, 'skip' leaves weights and moments as
+      they are and counts it.
+    spike: a step is bad if its loss or gradient norm is more than so many times the median of the last 64; 0 for never.
+    grace_seconds: SIGTERM ends the run within this time, saved or not.
   """
 
   model: ModelConfig
@@ -210,7 +221,15 @@ class TrainConfig:
   remat: str = 'none'
   log_every: int = 20
   save_every: int = 500
-  keep: int = 3  # so many of the newest saved steps stay
+  save_minutes: float = 0.0
+  keep: int = 3
+  keep_every: int = 0
+  keep_best: int = 0
+  keep_best_by: str = ''
+  evals: Mapping[str, TrainEval] = dataclasses.field(default_factory=dict)
+  on_bad_step: str = 'stop'
+  spike: float = 0.0
+  grace_seconds: float = 120.0
 
   def __post_init__(self):
     if self.reducer is None:  # else `methods.check_run`, which knows how many image tokens there are
@@ -241,6 +260,33 @@ class TrainConfig:
       require(bool(self.init_from), 'lora: adapters belong to trained weights; give their checkpoint with init_from')
       require('llama' not in self.frozen, "frozen: with lora the decoder's own weights are; leave 'llama' out")
     require(not learning <= set(self.frozen), f'frozen: {", ".join(self.frozen)} leaves nothing to train')
+    self._check_watching()
+
+  def _check_watching(self) -> None:
+    """What is measured, kept and given up while the run goes on."""
+    for name in ('save_minutes', 'keep_every', 'keep_best'):
+      require(getattr(self, name) >= 0, f'{name} is {getattr(self, name)}, expected 0 or more')
+    require_positive(self, '', 'grace_seconds')
+    require(self.on_bad_step in ('stop', 'skip'), f'on_bad_step is {self.on_bad_step!r}, expected stop or skip')
+    require(self.spike == 0 or self.spike > 1, f'spike is {self.spike}, expected more than 1, or 0 for never')
+    for name, task in self.evals.items():
+      require(RUN_NAME.fullmatch(name), f'evals: {name!r} cannot name a folder; use letters, digits, blanks and + = , . - _')
+      held_out = task.benchmark != PERPLEXITY or task.data != self.data.path
+      require(held_out, f'evals.{name}.data: {task.data} is what the run is trained on; give data that is held out')
+      same = not task.stages or [s.start for s in task.stages] == [s.start for s in self.stages]
+      starts = ', '.join(str(s.start) for s in self.stages)
+      require(same, f'evals.{name}.stages: must begin at the layers of the trained ones ({starts}); the weights are cut for these')
+    if self.keep_best:
+      known = ', '.join(self.evals) or 'none'
+      require(
+        self.keep_best_by in self.evals or (not self.keep_best_by and len(self.evals) == 1),
+        f'keep_best_by is {self.keep_best_by!r}, expected the name of one of evals ({known})',
+      )
+
+  @property
+  def best_by(self) -> str:
+    """Name of the evaluation by which the best steps are kept; '' if none are."""
+    return (self.keep_best_by or next(iter(self.evals))) if self.keep_best else ''
 
   @property
   def held(self) -> tuple[str, ...]:

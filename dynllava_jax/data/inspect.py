@@ -1,21 +1,25 @@
 """One sample as the model gets it: text with what is supervised in colour, token ids, image span, and the picture as PNG.
 
 python -m dynllava_jax.data.inspect --config=configs/llava.py:finetune --config.init_from=checkpoints/llava-7b --index=5
+python -m dynllava_jax.data.inspect --batch=runs/x/bad_steps/120.npz --index=3   # a row of a step that went wrong
 """
 
 import io
 import itertools
+import pathlib
 
+import jax
 import numpy as np
 from absl import flags
 from PIL import Image
 from rich.text import Text
 
-from dynllava_jax import command_line, methods, paths
+from dynllava_jax import command_line, methods, paths, remote
 from dynllava_jax.config import IGNORE, ConfigError, TrainConfig
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.data.pipeline import LayOut
 from dynllava_jax.data.samples import Sample
+from dynllava_jax.data.saved_batch import load_batch
 from dynllava_jax.data.sources import new_tokenizer, training_source
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dynllava_jax.display import Terminal
@@ -31,7 +35,7 @@ def look(cfg: TrainConfig, index: int) -> tuple[Sample, Batch, Tokenizer]:
     ConfigError: no such sample.
     DataError: the sample cannot be used.
   """
-  from dynllava_jax.training.loop import inherited_tokenizer  # brings the whole trainer
+  from dynllava_jax.training.starting import inherited_tokenizer  # brings the trainer's checkpoints
 
   files = inherited_tokenizer(cfg.init_from) if cfg.init_from else new_tokenizer(cfg.data, cfg.model.llama.vocab_size)
   source = training_source(cfg.data, cfg.seed)
@@ -44,6 +48,19 @@ def look(cfg: TrainConfig, index: int) -> tuple[Sample, Batch, Tokenizer]:
   row = layout(sample, index, cfg.data.text_length)
   bucket = next(b for b in cfg.data.text_buckets if row.length <= b + num_image)
   return sample, layout(sample, index, bucket), load_tokenizer(files)
+
+
+def look_saved(path: pathlib.Path, index: int) -> tuple[Sample, Batch, Tokenizer, int]:
+  """Row number `index` of a batch that training left: its sample as far as it is known, the row, tokenizer and image tokens.
+
+  Raises:
+    ConfigError: no such file or row.
+  """
+  batch, about, files = load_batch(path)
+  if not 0 <= index < len(about['ids']):
+    raise ConfigError(f'--index: {index}, the batch has rows 0 to {len(about["ids"]) - 1}')
+  row = jax.tree.map(lambda x: x[index], batch)
+  return Sample(about['ids'][index], None, ()), row, load_tokenizer(files), about['num_image']
 
 
 def spans(row: Batch, num_image: int) -> list[tuple[str, int, int]]:
@@ -70,7 +87,9 @@ def describe(sample: Sample, row: Batch, tokenizer: Tokenizer, num_image: int) -
       tokens = row.tokens[start:end]
       text.append(''.join(tokenizer.piece(t) for t in tokens), styles[kind])
       ids.append(' ' + ' '.join(map(str, tokens)), styles[kind])
-  size = f'{sample.image.size[0]}x{sample.image.size[1]}' if isinstance(sample.image, Image.Image) else 'none'
+  size = 'as below' if row.image_start >= 0 else 'none'
+  if isinstance(sample.image, Image.Image):
+    size = f'{sample.image.size[0]}x{sample.image.size[1]}'
   supervised = int((row.labels != IGNORE).sum())
   head = (
     f'sample {sample.id}: {int(row.length)} positions of {row.tokens.size}, {supervised} supervised (green); picture {size}; '
@@ -83,10 +102,14 @@ def main(_) -> None:
   """Prints one sample and saves its picture."""
   given = flags.FLAGS
   with command_line.readable_errors():
-    cfg = command_line.parse(TrainConfig, given.config)
-    sample, row, tokenizer = look(cfg, given.index)
+    if given.batch:
+      sample, row, tokenizer, num_image = look_saved(remote.fetched(paths.given(given.batch, '--batch')), given.index)
+    else:
+      cfg = command_line.parse(TrainConfig, given.config)
+      sample, row, tokenizer = look(cfg, given.index)
+      num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
     console = Terminal()
-    for part in describe(sample, row, tokenizer, methods.num_image_tokens(cfg.model, cfg.reducer)):
+    for part in describe(sample, row, tokenizer, num_image):
       console.print(part)
       console.print()
     if row.image_start >= 0:
@@ -98,6 +121,7 @@ def main(_) -> None:
 
 if __name__ == '__main__':
   command_line.define_config()
-  flags.DEFINE_integer('index', 0, 'Number of the sample in its source.')
+  flags.DEFINE_integer('index', 0, 'Number of the sample in its source, or of the row in the batch.')
+  command_line.define_path('batch', None, 'A batch that training left in WORKDIR/bad_steps; needs no config.')
   command_line.define_path('out', 'sample.png', 'Where the picture goes.')
   command_line.run(main)

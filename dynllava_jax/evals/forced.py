@@ -81,7 +81,7 @@ def read_answers(
       own = own_part(chunk, cfg.batch_size, mesh)
       given = np.stack([pad_rows(answers[i], length, 0) for i in own])
       lengths = np.asarray([[len(r) for r in answers[i]] for i in own], np.int32)
-      rounds = force(generator, (layout.rows(own), given, lengths), mesh)
+      rounds, _ = force(generator, (layout.rows(own), given, lengths), mesh)
       check_numbers([np.isfinite(r.log_prob).all(-1) for r in rounds], [used[i].id for i in chunk], loaded)
       if store:
         store.add(_row(used[i], i, rounds, row, answers[i]) for row, i in enumerate(chunk))
@@ -89,17 +89,17 @@ def read_answers(
   return store.finish() if store else []
 
 
-def force(generator: Generator, batch: Any, mesh: jax.sharding.Mesh) -> list[Forced]:
-  """One result per round. `batch`: (rows, answers int32[B, L + 1, T], lengths int32[B, L + 1])."""
+def force(generator: Generator, batch: Any, mesh: jax.sharding.Mesh) -> tuple[list[Forced], tuple[np.ndarray, ...]]:
+  """(one result per round, `Generated.kept_image`). `batch`: (rows, answers int32[B, L + 1, T], lengths int32[B, L + 1])."""
   rows, given, lengths = to_mesh(batch, sharding.batch_sharding(mesh))
-  turn, _ = generator.start(rows.prompt, rows.pixels)
+  turn, kept_image = generator.start(rows.prompt, rows.pixels)
   results = []
   for i in range(given.shape[1]):
     if i:
       turn, _ = generator.append(turn, rows.later[:, i - 1], rows.counts[:, i - 1])
     result, turn = generator.force(turn, given[:, i], lengths[:, i])
     results.append(on_host(result))
-  return results
+  return results, on_host(kept_image)
 
 
 def _row(question: Question, i: int, rounds: Sequence[Forced], row: int, answer: Sequence[Sequence[int]]) -> dict[str, Any]:

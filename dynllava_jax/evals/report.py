@@ -13,12 +13,11 @@ from rich.console import Console
 
 from dynllava_jax import checkpoint, locks, sharding
 from dynllava_jax.config import EvalConfig, to_dict
-from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import Terminal
 from dynllava_jax.evals import compare, figures, forced, layout, runner, score
-from dynllava_jax.evals.answers import Labels, join
+from dynllava_jax.evals.answers import Labels
 from dynllava_jax.evals.benchmarks import suite
-from dynllava_jax.evals.benchmarks.base import Benchmark, Problems, Question
+from dynllava_jax.evals.benchmarks.base import Benchmark, Question
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.files import sweep, write_atomically
 from dynllava_jax.training.plot import save_figure
@@ -51,7 +50,7 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   folder = score.folder_of(cfg, benchmark, data)
   found = score.questions(benchmark, folder)
   questions = found[: cfg.questions or None]
-  labels = scorable(cfg, benchmark, folder, questions, console)
+  labels = score.scorable(cfg, benchmark, folder, questions, console)
   if cfg.questions == 0:
     score.submission(benchmark, folder, [], '')  # of no answers: finds out whether all that it needs is there
   models = {name: layout.load_model(name, run, path) for name, run in cfg.runs.items()}
@@ -164,29 +163,3 @@ def read_given_answers(
     read = forced.read_answers(cfg, model, questions, given, out / 'agreement', mesh, console)
     found[name] = forced.agreement(read) if read else {}
   return found
-
-
-def scorable(
-  cfg: EvalConfig, benchmark: Benchmark, folder: Folder, questions: Sequence[Question], console: Console
-) -> Labels | None:
-  """Labels of these questions; None, with a word on the console, where there are none.
-
-  Raises:
-    DataError: the labels are not those of the questions.
-  """
-  if not benchmark.scored:
-    console.print(f'{benchmark.name}: {benchmark.metric}')
-    return None
-  problems = Problems()
-  try:
-    labels = score.labels(benchmark, folder, problems)
-  except DataError as e:
-    console.print(f'will not be scored: {e}')
-    return None
-  asked = [{'question_id': q.id, 'prompt': q.prompt, 'text': ''} for q in questions]
-  if cfg.questions:
-    labels, problems = labels.of(benchmark.key(row) for row in asked), Problems()
-  join(benchmark, labels, asked, problems)
-  if problems:
-    raise DataError(f'{benchmark.name}: questions and labels do not fit together:\n{problems}\n{benchmark.hint}')
-  return labels

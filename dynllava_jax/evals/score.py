@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from dynllava_jax import paths
 from dynllava_jax.config import ConfigError, EvalConfig
@@ -238,3 +239,29 @@ def write_submission(
   for file, content in files.items():
     write_atomically(out / file, content)
   return [str(out / file) for file in files]
+
+
+def scorable(
+  cfg: EvalConfig, benchmark: Benchmark, folder: Folder, questions: Sequence[Question], console: Console
+) -> Labels | None:
+  """Labels of these questions; None, with a word on the console, where there are none.
+
+  Raises:
+    DataError: the labels are not those of the questions.
+  """
+  if not benchmark.scored:
+    console.print(f'{benchmark.name}: {benchmark.metric}')
+    return None
+  problems = Problems()
+  try:
+    found = labels(benchmark, folder, problems)
+  except DataError as e:
+    console.print(f'will not be scored: {e}')
+    return None
+  asked = [{'question_id': q.id, 'prompt': q.prompt, 'text': ''} for q in questions]
+  if cfg.questions:
+    found, problems = found.of(benchmark.key(row) for row in asked), Problems()
+  join(benchmark, found, asked, problems)
+  if problems:
+    raise DataError(f'{benchmark.name}: questions and labels do not fit together:\n{problems}\n{benchmark.hint}')
+  return found

@@ -17,6 +17,7 @@ from dynllava_jax.display import Terminal
 from dynllava_jax.files import read_regular, write_atomically
 
 METRICS_FILE = 'metrics.jsonl'
+TENSORBOARD = 'tensorboard'  # folder of its files and of traces
 SHOWN = 5  # numbers of damaged lines that a message names
 
 
@@ -34,7 +35,7 @@ class MetricsLog:
     if len(kept) < len(lines) or (kept and not kept[-1].endswith(b'\n')):
       write_atomically(path, b''.join(text.rstrip(b'\n') + b'\n' for text in kept))
     self._file = path.open('ab', buffering=0)
-    self._board = _Board(workdir / 'tensorboard', first_step + 1)
+    self._board = _Board(workdir / TENSORBOARD, first_step + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     try:

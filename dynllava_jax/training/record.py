@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from dynllava_jax import checkpoint
@@ -19,7 +18,9 @@ from dynllava_jax.config import ConfigError, TrainConfig, first_difference, from
 from dynllava_jax.data.fingerprint import fingerprint
 from dynllava_jax.data.sources import Source
 from dynllava_jax.files import read_regular, write_atomically
-from dynllava_jax.training.metrics import METRICS_FILE
+from dynllava_jax.training.agreement import require_same
+from dynllava_jax.training.keeping import Keeping
+from dynllava_jax.training.metrics import METRICS_FILE, read_metrics
 from dynllava_jax.training.recovery import newest_whole_step
 from dynllava_jax.training.step import schedule
 
@@ -28,7 +29,10 @@ RUN_FILE = 'run.json'
 CONFIG_FILE = 'config.json'  # the settings alone, to be read by people; rewritten at every start
 FORMAT = 1
 DATA_MAY_CHANGE = ('workers', 'images', 'path')  # between start and resumption; what lies there is compared by digest
-MAY_CHANGE = ('mesh', 'log_every', 'save_every', 'keep', 'init_from', 'remat', 'accumulate')
+MAY_CHANGE = (
+  *('mesh', 'init_from', 'remat', 'accumulate', 'log_every', 'save_every', 'save_minutes', 'grace_seconds'),
+  *('keep', 'keep_every', 'keep_best', 'keep_best_by', 'evals', 'on_bad_step', 'spike'),
+)
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'grain', 'tokenizers', 'pillow')
 PACKAGE = pathlib.Path(checkpoint.__file__).parent
 NOT_TRAINING = ('evals', 'convert')  # parts of the package that no run depends on
@@ -113,7 +117,7 @@ def find(cfg: TrainConfig, workdir: pathlib.Path, say: Callable[[str], None]) ->
     say(change)
   if steps and (warning := changed_code(record, code_versions())):
     say(warning)
-  step, told = newest_whole_step(directory, cfg.keep)
+  step, told = newest_whole_step(directory, Keeping.of_run(cfg, read_metrics(workdir)))
   for line in told:
     say(line)
   if step is None:
@@ -152,11 +156,7 @@ def inputs(cfg: TrainConfig, source: Source, tokenizer: Mapping[str, bytes]) -> 
   if cfg.init_from:
     with contextlib.suppress(CheckpointError):  # needed for the first step alone, and then loading them says why
       out['base weights'] = checkpoint.weights_digest(cfg.init_from)
-  if jax.process_count() > 1:
-    for name, digest in sorted(out.items()):
-      of_all = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
-      if differing := np.flatnonzero((of_all != of_all[0]).any(1)).tolist():
-        raise ConfigError(f'{name}: host {differing[0]} has others than host 0; give all hosts the same files')
+  require_same(out, 'give all hosts the same files')
   return out
 
 

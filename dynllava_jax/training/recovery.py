@@ -8,16 +8,17 @@ from jax.experimental import multihost_utils
 
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import DamagedError
+from dynllava_jax.training.keeping import Keeping
 
 ASIDE = '.damaged'  # added to the name of a step that cannot be loaded
 
 
-def newest_whole_step(directory: pathlib.Path, keep: int) -> tuple[int | None, list[str]]:
+def newest_whole_step(directory: pathlib.Path, keeping: Keeping) -> tuple[int | None, list[str]]:
   """Reads the newest step with its checksums, and older ones until one is whole; compares sizes alone of those before it.
 
   Args:
     directory: checkpoints of a run. Nobody else may write there.
-    keep: so many steps are kept; what is not whole and older than those was being removed.
+    keeping: which steps stay; what is not whole and does not was being removed.
 
   Returns:
     The step, None if there is none, and what was done about others, as text.
@@ -29,7 +30,7 @@ def newest_whole_step(directory: pathlib.Path, keep: int) -> tuple[int | None, l
       checkpoint.check_integrity(path, contents=not whole)
       whole.append(step)
     except DamagedError as e:
-      told.append(_put_away(path, e, remove=len(whole) >= keep))
+      told.append(_put_away(path, e, remove=step not in keeping.kept([*whole, step])))
   return (whole[0] if whole else None), told
 
 

@@ -1,4 +1,4 @@
-"""Writing the steps of a run: counted against what was to be saved, sealed, then given their name; the newest few are kept.
+"""Writing the steps of a run: counted against what was to be saved, sealed, then given their name; older ones go as `keeping` says.
 
 Orbax writes in the background. What it cannot write is one line here; what it logs of it, `command_line` leaves out.
 """
@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,10 @@ from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointError
+from dynllava_jax.config import TrainConfig
 from dynllava_jax.files import reason
+from dynllava_jax.training.keeping import Keeping
+from dynllava_jax.training.stopping import any_host
 
 UNFINISHED = '.orbax-checkpoint-tmp'  # what Orbax adds to the name of a step that it is writing
 NOT_IN_A_PATH = '[]*?\\'  # Orbax looks for its own files with a pattern made of the path, and takes \ for /
@@ -34,17 +38,18 @@ def check_path(directory: pathlib.Path) -> None:
 class Saver:
   """Saves steps of a run. All processes make one and use it alike."""
 
-  def __init__(self, directory: pathlib.Path, keep: int = 1):
+  def __init__(self, directory: pathlib.Path, keeping: Keeping | None = None):
     """Args:
 
       directory: made if it is missing; what an interrupted save left there is removed.
-      keep: so many of the newest steps stay.
+      keeping: which steps stay; the newest one if None.
 
     Raises:
       CheckpointError: it cannot be written, or has a name that Orbax cannot use.
     """
     self._directory = directory.absolute()
     check_path(self._directory)
+    self._keeping, self._closed = keeping or Keeping(), False
     self._step, self._expected = None, {}  # of the last save
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _layer_by_layer
@@ -52,7 +57,7 @@ class Saver:
     with self._errors_in_one_line():
       self._orbax = ocp.training.Checkpointer(
         self._directory,
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        preservation_policy=self._keeping,
         cleanup_tmp_directories=True,
         context=context,
       )
@@ -80,9 +85,18 @@ class Saver:
     return self._step
 
   def close(self) -> None:
-    """Waits until everything is written; CheckpointError if it cannot be."""
+    """Waits until everything is written, and removes what later scores left behind; CheckpointError if it cannot be."""
+    if self._closed:
+      return
+    self._closed = True
     with self._errors_in_one_line():
-      self._orbax.close()
+      try:
+        self._orbax.wait()
+        steps = [c.step for c in self._orbax.checkpoints]
+        for step in sorted(set(steps) - self._keeping.kept(steps)):
+          self._orbax.delete(step)
+      finally:
+        self._orbax.close()
 
   def __enter__(self) -> 'Saver':
     return self
@@ -111,6 +125,24 @@ class Saver:
       raise CheckpointError(
         f'{path}: cannot be written ({why}); what was saved before is intact. Mend that, and start the same command again to go on'
       ) from None
+
+
+class SaveTimes:
+  """When a run saves: every so many steps and minutes, and at its end."""
+
+  def __init__(self, cfg: TrainConfig):
+    self._cfg = cfg
+    self.saved()
+
+  def due(self, step: int, talking: bool) -> bool:
+    """Whether to save after a step. Several hosts compare their clocks only when they talk, see `stopping.any_host`."""
+    late = self._cfg.save_minutes and time.monotonic() - self._since >= 60 * self._cfg.save_minutes
+    in_time = step % self._cfg.save_every == 0 or step == self._cfg.steps
+    return any_host(bool(late), talking) or in_time if self._cfg.save_minutes else in_time
+
+  def saved(self) -> None:
+    """The minutes begin again."""
+    self._since = time.monotonic()
 
 
 def _layer_by_layer(path: tuple, _: Any) -> Any:

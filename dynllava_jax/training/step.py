@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -23,16 +24,21 @@ PREDICTORS = ('image_predictor', 'text_predictor', 'instruct_predictor')
 EMBEDDINGS = ('embedding', 'class_embedding', 'position_embedding')
 ROUNDING, DROPOUT, INSTRUCT = range(2**31, 2**31 + 3)  # what the keys for these are made with
 NEVER_RUN = ('vision_tail',)
+WINDOW = 64  # good steps that a spike is told by
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """What changes from step to step. `params` are the trained groups, cut for the run's stages."""
+  """What changes from step to step.
+
+  `params`: the trained groups, cut for the run's stages; `watch`: what bad steps are told by (`new_watch`), None if nobody asks.
+  """
 
   step: jax.Array
   params: dict[str, Any]
   opt_state: Any
+  watch: dict[str, jax.Array] | None = None
 
 
 def temperature(step: jax.Array, steps: int, cfg: SparsityConfig) -> jax.Array:
@@ -44,6 +50,25 @@ def schedule(peak: float, steps: int, cfg: OptimizerConfig) -> optax.Schedule:
   """Linear warm-up over `warmup_share` of the steps, then cosine to 0."""
   warmup = max(1, round(cfg.warmup_share * steps))
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+
+
+def new_watch(cfg: TrainConfig) -> dict[str, np.ndarray] | None:
+  """`recent` float32[2, W]: loss and gradient norm of the last good steps; `skipped` int32. None if the run has no use for it."""
+  if not cfg.spike and cfg.on_bad_step == 'stop':
+    return None
+  return {'recent': np.full((2, WINDOW), np.nan, np.float32), 'skipped': np.int32(0)}
+
+
+def judge(
+  watch: dict[str, jax.Array], loss: jax.Array, norm: jax.Array, cfg: TrainConfig
+) -> tuple[dict[str, jax.Array], jax.Array]:
+  """(the next `watch`, bool: the step is bad): no number, or far above the median of the window once that is full."""
+  now, recent = jnp.stack([loss, norm]).astype(jnp.float32), watch['recent']
+  bad = ~jnp.isfinite(now).all()
+  if cfg.spike:
+    bad |= (now > cfg.spike * jnp.median(recent, 1)).any()  # a median with NaN is one, and nothing is above that
+  recent = jnp.where(bad, recent, jnp.roll(recent, -1, 1).at[:, -1].set(now))
+  return {'recent': recent, 'skipped': watch['skipped'] + bad}, bad
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -106,8 +131,8 @@ def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
     own = next((path[i:] for i in range(len(path)) if path[i:] in by_path), None)
     return by_path[own] if shape_of.get(own) == leaf.shape else whole
 
-  opt_state = jax.eval_shape(optimizer.init, shapes)
-  return State(whole, params, jax.tree_util.tree_map_with_path(like_its_parameter, opt_state))
+  opt_state = jax.tree_util.tree_map_with_path(like_its_parameter, jax.eval_shape(optimizer.init, shapes))
+  return State(whole, params, opt_state, jax.tree.map(lambda _: whole, new_watch(cfg)))
 
 
 def cut_abstract(cfg: TrainConfig) -> dict[str, Any]:
@@ -212,7 +237,14 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
     if instruct:
       metrics |= {'instruct_mask': losses.instruct_mask, 'instruct_keep': losses.instruct_keep}
     moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, state.params, updates)
-    return State(state.step + 1, store(jax.random.fold_in(key, ROUNDING), moved, state.params), opt_state), metrics
+    params, watch = store(jax.random.fold_in(key, ROUNDING), moved, state.params), state.watch
+    if watch:
+      watch, bad = judge(watch, losses.total, metrics['grad_norm'], cfg)
+      metrics |= {'bad_step': bad.astype(jnp.float32), 'skipped_steps': watch['skipped'].astype(jnp.float32)}
+      if cfg.on_bad_step == 'skip':
+        unmoved = lambda new, old: jax.tree.map(lambda n, o: jnp.where(bad, o, n), new, old)
+        params, opt_state = unmoved(params, state.params), unmoved(opt_state, state.opt_state)
+    return State(state.step + 1, params, opt_state, watch), metrics
 
   frozen_boxed = split_frozen(cut_abstract(cfg), cfg.held)[1]
   return jax.jit(

@@ -58,7 +58,7 @@ def model_flops(cfg: TrainConfig, lengths: np.ndarray, images: int) -> float:
 
 
 class Clock:
-  """Counts since the last report. What is neither waiting for data nor saving is the step."""
+  """Counts since the last report. What is neither waiting for data nor saving nor an evaluation is the step."""
 
   def __init__(self, cfg: TrainConfig, hosts: int):
     """`hosts`: how many batches like those of this process make up the step's."""
@@ -68,12 +68,12 @@ class Clock:
 
   def restart(self) -> None:
     """Forgets what was counted."""
-    self._since, self._spent = time.monotonic(), dict.fromkeys(('data', 'save'), 0.0)
+    self._since, self._spent = time.monotonic(), dict.fromkeys(('data', 'save', 'evaluate'), 0.0)
     self._steps, self._tokens, self._flops = 0, 0, 0.0
 
   @contextlib.contextmanager
   def spent_on(self, part: str) -> Iterator[None]:
-    """Inside is time for 'data' or 'save'."""
+    """Inside is time for 'data', 'save' or 'evaluate'."""
     start = time.monotonic()
     yield
     self._spent[part] += time.monotonic() - start
@@ -92,6 +92,7 @@ class Clock:
     seconds, chips = time.monotonic() - self._since, jax.device_count()
     values = {f'{part}_seconds': spent / self._steps for part, spent in self._spent.items()}
     values['step_seconds'] = seconds / self._steps - sum(values.values())
+    seconds -= self._spent['evaluate']  # rates are those of training
     values['tokens_per_second'] = self._tokens / seconds
     values['tokens_per_second_per_chip'] = self._tokens / seconds / chips
     if self._peak:

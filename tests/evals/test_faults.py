@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dynllava_jax.config import ConfigError, EvalRun, Stage
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import check, compare, layout, report, runner
+from dynllava_jax.evals import check, compare, layout, report, runner, score
 from dynllava_jax.evals.benchmarks import suite
 from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.store import AnswerStore
@@ -155,7 +155,7 @@ def scores_of_the_first(count, name, data, path):
   """Figures of a run that is asked the first `count` questions only and answers all of them with yes."""
   benchmark, folder = suite.get(name), folder_of(name, data)
   questions = benchmark.questions(folder)[:count]
-  labels = report.scorable(dataclasses.replace(config(name), questions=count), benchmark, folder, questions, Console(quiet=True))
+  labels = score.scorable(dataclasses.replace(config(name), questions=count), benchmark, folder, questions, Console(quiet=True))
   rows = [{'question_id': q.id, 'prompt': q.prompt, 'text': 'yes'} for q in questions]
   _, scores = compare.scores_of(benchmark, labels, runner.RunResult(rows, path, 0, 0))
   return benchmark, scores['figures']

@@ -212,7 +212,7 @@ def test_a_report_without_scores_does_not_name_a_metric(eval_data, tmp_path):
   folder = folder_of('pope', eval_data)
   questions = benchmark.questions(folder)
   cfg = dataclasses.replace(config('pope'), questions=len(questions))
-  labels = report.scorable(cfg, benchmark, folder, questions, Console(quiet=True))
+  labels = score.scorable(cfg, benchmark, folder, questions, Console(quiet=True))
   results = {}
   for name, text in (('no', 'no'), ('yes', 'yes')):
     rows = [{'question_id': q.id, 'prompt': q.prompt, 'text': text} for q in questions]
