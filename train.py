@@ -2,9 +2,8 @@
 
     python train.py --config=configs/digits.py:base --workdir=runs/digits/base
 
-Started again with the same workdir it goes on where it stopped; exit status 75 says that this is what to do (docs/training.md has all of
-them). On several hosts, such as those of a TPU pod, start the same command on each of them with --multihost and a workdir that all of
-them see.
+Started again with the same workdir it goes on where it stopped; exit status 75 asks for that (docs/training.md). On several
+hosts, such as those of a TPU pod, start the same command on each of them with --multihost and a workdir that all of them see.
 """
 
 # ruff: noqa: E402

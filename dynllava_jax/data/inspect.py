@@ -1,7 +1,8 @@
 """One sample as the model gets it: text with what is supervised in colour, token ids, image span, and the picture as PNG.
 
 python -m dynllava_jax.data.inspect --config=configs/llava.py:finetune --config.init_from=checkpoints/llava-7b --index=5
-python -m dynllava_jax.data.inspect --batch=runs/x/bad_steps/120.npz --index=3   # a row of a step that went wrong
+
+`--batch=runs/x/bad_steps/120.npz` in the place of a config: a row of a step that went wrong.
 """
 
 import io

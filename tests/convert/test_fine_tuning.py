@@ -18,7 +18,7 @@ from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.source import Request
 from dynllava_jax.convert.step_reader import StepReader
 from dynllava_jax.data.sources import new_tokenizer
-from dynllava_jax.training import loop
+from dynllava_jax.training import loop, starting
 from dynllava_jax.training.saving import Saver
 
 CASE = GOLDEN / 'public_b'
@@ -89,7 +89,7 @@ def test_export_holds_one_parameter_at_a_time(fine_tuned):
 def test_resumed_run_keeps_the_unused_layers(fine_tuned):
   folder, cfg = fine_tuned
   saved = checkpoint.load_params(folder / 'run' / loop.CHECKPOINTS)
-  state, rest = loop.initial_state(
+  state, rest = starting.initial_state(
     dataclasses.replace(cfg, steps=3),
     loop.make_optimizer(cfg.optimizer, 3),
     loop.sharding.make_mesh(cfg.mesh),

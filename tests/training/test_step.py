@@ -13,7 +13,7 @@ from dynllava_jax.config import IGNORE, ConfigError, MeshConfig, SparsityConfig,
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.losses import cross_entropy
 from dynllava_jax.models.params import cut_params
-from dynllava_jax.training.step import State, cut_abstract, make_train_step, split_frozen, state_shardings
+from dynllava_jax.training.step import State, cut_abstract, make_train_step, new_watch, split_frozen, state_shardings
 
 P = presets.TINY.vision.num_patches
 TEXT = 14
@@ -45,7 +45,9 @@ def batch(rows=8):
 def begin(cfg, optimizer, params, mesh):
   """(state, frozen) at step 0, on the mesh."""
   trained, frozen = split_frozen(cut_params(jax.tree.map(jnp.copy, params), cfg.stages), cfg.held)
-  state = jax.device_put(State(jnp.int32(0), trained, optimizer.init(trained)), state_shardings(cfg, optimizer, mesh))
+  state = jax.device_put(
+    State(jnp.int32(0), trained, optimizer.init(trained), new_watch(cfg)), state_shardings(cfg, optimizer, mesh)
+  )
   return state, jax.device_put(frozen, sharding.shardings(split_frozen(cut_abstract(cfg), cfg.held)[1], mesh))
 
 

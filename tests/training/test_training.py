@@ -33,7 +33,7 @@ from dynllava_jax.config import (
 )
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.evals import report
-from dynllava_jax.training import loop, plot, record
+from dynllava_jax.training import loop, plot, record, starting
 from dynllava_jax.training.metrics import MetricsLog, read_metrics
 from dynllava_jax.training.saving import Saver
 from dynllava_jax.training.step import State, cut_abstract, make_optimizer, make_train_step, schedule, split_frozen, temperature
@@ -245,7 +245,7 @@ def test_what_is_trained_is_float32_whatever_the_checkpoint_holds(base_run, tmp_
   cfg = dynamic(init_from=str(half))
   mesh = sharding.make_mesh(cfg.mesh)
   with sharding.on_mesh(mesh):
-    state, frozen = loop.initial_state(cfg, make_optimizer(cfg.optimizer, cfg.steps), mesh, tmp_path / 'new')
+    state, frozen = starting.initial_state(cfg, make_optimizer(cfg.optimizer, cfg.steps), mesh, tmp_path / 'new')
   assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {'float32'}
   assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {'bfloat16'}
 
@@ -260,7 +260,7 @@ def test_init_from_another_model_is_refused(base_run, tmp_path):
 
 def test_dense_training_from_a_dynamic_checkpoint_leaves_the_predictors_out(dynamic_run):
   cfg = dataclasses.replace(BASE, init_from=str(dynamic_run / loop.CHECKPOINTS))
-  assert set(loop.pretrained(cfg, sharding.make_mesh(cfg.mesh))) == {'vision', 'projector', 'llama'}
+  assert set(starting.pretrained(cfg, sharding.make_mesh(cfg.mesh))) == {'vision', 'projector', 'llama'}
 
 
 def test_settings_of_an_earlier_version_have_their_defaults(base_run, tmp_path):
@@ -309,12 +309,6 @@ def test_batch_must_divide_over_the_mesh(tmp_path):
 def test_mesh_must_fit_the_devices(sizes):
   with pytest.raises(ConfigError, match='does not fit 8 devices'):
     sharding.make_mesh(MeshConfig(**sizes))
-
-
-def test_loss_that_is_not_a_number_stops_the_run(tmp_path):
-  hot = dataclasses.replace(BASE, optimizer=OptimizerConfig(learning_rate=1e30, clip_norm=1e30))
-  with pytest.raises(FloatingPointError, match='the last saved step is intact'):
-    loop.train(hot, tmp_path)
 
 
 def test_evaluation_of_the_trained_checkpoint(dynamic_run, tmp_path):
