@@ -234,6 +234,13 @@ class Generator:
   def _check_prompt(self, prompt: Prompt, pixels: jax.Array) -> None:
     arguments.check_prompt(prompt, pixels, self.model.cfg, self._num_image)
 
+  def lowered(self, name: str, prompt: Prompt, pixels: jax.Array) -> Any:
+    """A program of a batch, `prefill`, `decode` (which takes no `kept_image`) or `uncached`, to be compiled and called apart."""
+    if name != 'decode':
+      return {'prefill': self._prefill, 'uncached': self._uncached}[name].lower(self.params, prompt, pixels)
+    turn, _ = jax.eval_shape(self.start_impl, self.params, prompt, pixels)
+    return self._decode.lower(self.params, turn.logits, cache=turn.cache, seed=prompt.seed, kept_image=())
+
   def compilations(self) -> int:
     """Programs compiled so far."""
     return sum(f._cache_size() for f in (self._prefill, self._extend, self._decode, self._uncached, self._force))

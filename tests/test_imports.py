@@ -33,6 +33,7 @@ PROGRAMS = {
     'data/verify.py',
     'evals/benchmarks/scienceqa_prompts.py',
     'batch.py',
+    'bench.py',
     'hello.py',
     'methods/__main__.py',
   )

@@ -4,6 +4,7 @@ A run is described by an ml-collections ConfigDict (see `configs/`); `from_confi
 of this package. Past it nothing sees a ConfigDict.
 """
 
+from dynllava_jax.config.benchmark import BenchConfig
 from dynllava_jax.config.evaluation import PERPLEXITY, EvalConfig, EvalRun, TrainEval
 from dynllava_jax.config.model import (
   CLIP_MEAN,
@@ -30,6 +31,7 @@ __all__ = [
   'IMAGE_ID',
   'PERPLEXITY',
   'TOKENIZER_FILES',
+  'BenchConfig',
   'ConfigError',
   'DataConfig',
   'EvalConfig',

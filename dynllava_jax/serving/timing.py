@@ -1,0 +1,218 @@
+"""Times and memory of one way to run a model of random weights: prefill, decoding with and without a cache, end to end, the engine.
+
+Programs are compiled apart, and their times kept apart; what a call needs at most in memory is what the compiler says of it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynllava_jax import methods, sharding
+from dynllava_jax.cache import CacheSpec
+from dynllava_jax.config import BenchConfig, EvalRun, ModelConfig
+from dynllava_jax.evals import costs
+from dynllava_jax.evals.layout import Rows
+from dynllava_jax.generate import Generator
+from dynllava_jax.models.dynllava import Prompt
+from dynllava_jax.models.params import abstract_params, cut_params
+from dynllava_jax.serving.engine import Engine
+from dynllava_jax.serving.request import Request
+from dynllava_jax.training.throughput import peak_flops
+
+PARTS = ('prefill', 'decode', 'uncached', 'end to end', 'engine')
+# Bytes per second of a device's memory, by how `device_kind` begins; the makers' data sheets.
+BANDWIDTH = {
+  'TPU v4': 1228e9,
+  'TPU v5 lite': 819e9,
+  'TPU v5e': 819e9,
+  'TPU v5': 2765e9,
+  'TPU v6': 1640e9,
+  'NVIDIA A100': 1555e9,
+  'NVIDIA H100': 3350e9,
+  'NVIDIA H200': 4800e9,
+  'NVIDIA L4': 300e9,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What the hardware can do: FLOP/s, bytes/s, and where these figures are from."""
+
+  flops: float
+  bandwidth: float
+  source: str
+
+  def seconds(self, flops: float, moved: float) -> float:
+    """The least time for so much arithmetic and so many bytes."""
+    return max(flops / self.flops, moved / self.bandwidth)
+
+
+def limits(dtype: Any) -> Limits:
+  """Those of the first device: the data sheet's, or of a device that has none here, such as a CPU, measured."""
+  kind = jax.devices()[0].device_kind
+  known = [k for k in BANDWIDTH if kind.startswith(k)]
+  if peak_flops(kind) and known:
+    return Limits(peak_flops(kind), BANDWIDTH[max(known, key=len)], 'data sheet')
+  size, long = 1024, 2**25
+  square, line = jnp.ones((size, size), dtype), jnp.ones(long, jnp.float32)
+  multiply, read = jax.jit(lambda x: x @ x), jax.jit(lambda x: x.sum())
+  best = lambda f, x: min(timed(lambda: f(x)) for _ in range(6))
+  return Limits(
+    2 * size**3 / best(multiply, square), 4 * long / best(read, line), 'measured: a product of 1,024 squared, a sum of 128 MiB'
+  )
+
+
+def timed(call: Callable[[], Any]) -> float:
+  """Seconds until what it returns is there."""
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start
+
+
+def random_params(model: ModelConfig, run: EvalRun, dtype: Any, seed: int) -> dict[str, Any]:
+  """Parameters cut for a run: normal, of deviation 0.02, norms one."""
+  shapes = jax.eval_shape(lambda p: cut_params(p, run.stages), sharding.unboxed(abstract_params(model)))
+  draw = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype), static_argnums=1)
+  keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
+  make = lambda path, x: jnp.ones(x.shape, dtype) if path[-1].key == 'scale' else draw(next(keys), x.shape)
+  return jax.tree_util.tree_map_with_path(make, shapes)
+
+
+class NoText:
+  """A tokenizer for tokens that mean nothing."""
+
+  def decode(self, ids: Any) -> str:
+    """Nothing."""
+    del ids
+    return ''
+
+
+class Contender:
+  """One run of a benchmark, its weights made; `batch` gets its programs for a batch size ready."""
+
+  def __init__(self, cfg: BenchConfig, run: EvalRun):
+    self.cfg, self.run = cfg, run
+    params = random_params(cfg.model, run, jnp.dtype(cfg.dtype), cfg.seed)
+    make = lambda new: Generator(
+      cfg.model, run.stages, params, max_new_tokens=new, eos_id=None, dtype=jnp.dtype(cfg.dtype), reducer=run.reducer
+    )
+    self.generator = make(cfg.new)
+    self.uncached = make(cfg.uncached_new) if cfg.uncached_new and not any(s.compressor for s in run.stages) else None
+    self.num_image = methods.num_image_tokens(cfg.model, run.reducer)
+    self.parameter_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
+
+  def batch(self, rows: int) -> 'Batch':
+    """All parts for so many rows, compiled and run once."""
+    return Batch(self, rows)
+
+  def ideal(self, part: str, rows: int, kept: float, limit: Limits) -> float:
+    """The least seconds that a part can take here, for what its static shapes compute and read."""
+    cfg, reducer = self.cfg, self.run.reducer
+    spec = CacheSpec(max_new_tokens=cfg.new)
+    flops = lambda text, fed=(): costs.sample_flops(cfg.model, self.run.stages, text, fed, spec, reducer=reducer)
+    prefill = flops(cfg.text)
+    if part == 'prefill':
+      return limit.seconds(rows * prefill, self.parameter_bytes)
+    if part == 'uncached':
+      tower = costs.vision_flops(cfg.model, reducer)
+      again = limit.seconds(rows * (flops(cfg.text + cfg.uncached_new) - tower), self.parameter_bytes)
+      return cfg.uncached_new * again + limit.seconds(rows * tower, 0)
+    steps = cfg.new - 1
+    step = (flops(cfg.text, [i < kept * steps for i in range(steps)]) - prefill) / steps
+    decode = steps * limit.seconds(rows * step, self.step_bytes(rows))
+    return decode if part == 'decode' else decode + limit.seconds(rows * prefill, self.parameter_bytes)
+
+  def step_bytes(self, rows: int) -> int:
+    """Bytes that a decoding step reads: the decoder's weights, and every slot of the cache."""
+    cfg, spec = self.cfg, CacheSpec(max_new_tokens=self.cfg.new)
+    width = jnp.dtype(cfg.dtype).itemsize
+    return self.decoder_bytes + rows * sum(costs.cache_bytes(cfg.model, self.run.stages, cfg.text, spec, width, self.run.reducer))
+
+  def weights_share(self, rows: int) -> float:
+    """The weights' part of what a decoding step reads."""
+    return self.decoder_bytes / self.step_bytes(rows)
+
+  @property
+  def decoder_bytes(self) -> int:
+    """Of the weights that a decoding step reads: layers, norms and head."""
+    llama = self.generator.params['llama']
+    read = [tree for name, tree in llama.items() if name not in ('embedding', 'head')] + [llama.get('head', llama['embedding'])]
+    return sum(x.nbytes for x in jax.tree.leaves(read))
+
+
+class Batch:
+  """A contender's programs for one batch size. `compiled_in`: seconds, `memory`: bytes at most, by part."""
+
+  def __init__(self, contender: Contender, rows: int):
+    cfg, generator = contender.cfg, contender.generator
+    self.contender, self.rows = contender, rows
+    rng = np.random.default_rng(cfg.seed)
+    size = cfg.model.vision.image_size
+    tokens = rng.integers(3, cfg.model.llama.vocab_size, (rows, cfg.text + contender.num_image)).astype(np.int32)
+    full = lambda value, dtype=np.int32: np.full(rows, value, dtype)
+    start = min(35, cfg.text - 1)
+    prompt = Prompt(tokens, full(tokens.shape[1]), full(start), full(0, np.uint32), full(start + contender.num_image))
+    pixels = rng.integers(0, 256, (rows, size, size, 3), np.uint8)
+    self._requests = [self._alone(prompt, pixels, i) for i in range(rows)]
+    self._inputs = jax.device_put((prompt, pixels))
+    lowered = {part: generator.lowered(part, *self._inputs) for part in ('prefill', 'decode')}
+    if contender.uncached:
+      lowered['uncached'] = contender.uncached.lowered('uncached', *self._inputs)
+    self.compiled_in, self.memory, self._programs = {}, {}, {}
+    for part, program in lowered.items():
+      begun = time.perf_counter()
+      self._programs[part] = program.compile()
+      self.compiled_in[part] = time.perf_counter() - begun
+      found = self._programs[part].memory_analysis()
+      if found is not None:
+        sizes = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+        self.memory[part] = sizes
+    turn, _ = self._prefill()
+    self.kv_bytes = sum(s.k.nbytes + s.v.nbytes for s in turn.cache.stages)
+    answers = self._decode(turn)
+    self.kept = float(np.asarray(answers[0].kept)[:, :-1].mean())
+    self._engine = None
+    if cfg.engine:
+      self._engine = Engine(generator, NoText(), text_length=cfg.text, slots=rows, steps=16)
+      self.once()
+
+  def once(self) -> dict[str, float]:
+    """Seconds of every part, each of them run once."""
+    seconds = {'prefill': timed(self._prefill)}
+    turn, _ = jax.block_until_ready(self._prefill())
+    seconds['decode'] = timed(lambda: self._decode(turn)[0].tokens)
+    if 'uncached' in self._programs:
+      seconds['uncached'] = timed(lambda: self._programs['uncached'](self.contender.uncached.params, *self._inputs))
+    seconds['end to end'] = timed(lambda: self._decode(self._prefill()[0])[0].tokens)
+    if self._engine:
+      seconds['engine'] = timed(self._through_engine)
+    return seconds
+
+  def tokens(self, part: str) -> int:
+    """How many a part generates for all rows."""
+    cfg = self.contender.cfg
+    each = {'prefill': 0, 'decode': cfg.new - 1, 'uncached': cfg.uncached_new}
+    return self.rows * each.get(part, cfg.new)
+
+  def _prefill(self):
+    return self._programs['prefill'](self.contender.generator.params, *self._inputs)
+
+  def _decode(self, turn):
+    prompt, _ = self._inputs
+    params = self.contender.generator.params
+    return self._programs['decode'](params, turn.logits, cache=turn.cache, seed=prompt.seed, kept_image=())
+
+  def _through_engine(self) -> list:
+    tickets = [self._engine.submit(request) for request in self._requests]
+    self._engine.run(tickets)
+    return []
+
+  def _alone(self, prompt: Prompt, pixels: np.ndarray, i: int) -> Request:
+    one = lambda x: x[i : i + 1]
+    rows = Rows(jax.tree.map(one, prompt), one(pixels), np.zeros((1, 0, 0), np.int32), np.zeros((1, 0), np.int32))
+    return Request(f'row {i}', rows)
