@@ -18,8 +18,9 @@ import json
 import os
 import pathlib
 import re
+import reprlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import sentencepiece
@@ -30,7 +31,8 @@ from dynllava_jax.config import TOKENIZER_FILES, ConfigError
 from dynllava_jax.files import read_regular
 
 BOS, EOS, UNK = '<s>', '</s>', '<unk>'
-MODEL_FILE, CONFIG_FILE = 'tokenizer.model', 'tokenizer_config.json'
+MODEL_FILE, CONFIG_FILE, OLDER_FILE = 'tokenizer.model', 'tokenizer_config.json', 'added_tokens.json'
+MAX_ID = 10**7  # no vocabulary is larger: what is above is no token id
 # Round trips of the self-check: words, figures, line breaks, and characters outside any vocabulary.
 PROBES = ('What is in the picture?', 'Row 12: 3.5, (x)\n  indented', 'naïve 日本語 🦒')
 
@@ -106,11 +108,40 @@ def _self_check(tokenizer: Tokenizer) -> None:
       raise ConfigError(f'tokenizer: {text!r} comes back as {tokenizer.decode(ids)!r}; is its vocabulary empty or incomplete?')
 
 
-def _config(files: Mapping[str, bytes]) -> dict:
+def _table(files: Mapping[str, bytes], name: str) -> dict:
   try:
-    return json.loads(files.get(CONFIG_FILE, b'{}'))
+    table = json.loads(files.get(name, b'{}'))
   except (ValueError, RecursionError) as e:
-    raise ConfigError(f'{CONFIG_FILE}: unreadable ({e})') from None
+    raise ConfigError(f'{name}: unreadable ({e})') from None
+  if not isinstance(table, dict):
+    raise ConfigError(f'{name}: holds {reprlib.repr(table)}, expected an object of names and values')
+  return table
+
+
+def _added(files: Mapping[str, bytes], pieces: Sequence[str]) -> dict[str, int]:
+  """Ids of the tokens that the configuration adds to `pieces` or names among them: those of `added_tokens_decoder`, or of
+  `added_tokens.json` where the configuration has none (as transformers before 4.34 wrote it).
+
+  Raises:
+    ConfigError: an entry is no token, or says another thing than the model or than another entry.
+  """
+  decoder = _table(files, CONFIG_FILE).get('added_tokens_decoder')
+  if decoder is None or decoder == {}:
+    named = [(f'{OLDER_FILE}: {token!r}', token, i) for token, i in _table(files, OLDER_FILE).items()]
+  elif isinstance(decoder, dict):
+    where = f'{CONFIG_FILE}: added_tokens_decoder'
+    texts = {key: entry.get('content') if isinstance(entry, dict) else None for key, entry in decoder.items()}
+    named = [(f'{where}[{key!r}]', text, int(key) if key.isdecimal() else key) for key, text in texts.items()]
+  else:
+    raise ConfigError(f'{CONFIG_FILE}: added_tokens_decoder is {reprlib.repr(decoder)}, expected an object of ids and tokens')
+  ids, tokens = {piece: i for i, piece in enumerate(pieces)}, dict(enumerate(pieces))
+  for where, token, i in named:
+    if type(i) is not int or not 0 <= i < MAX_ID or not isinstance(token, str) or not token:
+      raise ConfigError(f'{where}: the token {reprlib.repr(token)} with the id {reprlib.repr(i)}, expected a text and a token id')
+    if ids.setdefault(token, i) != i or tokens.setdefault(i, token) != token:
+      there = f'{token!r} has the id {ids[token]}' if ids[token] != i else f'the id {i} is that of {tokens[i]!r}'
+      raise ConfigError(f'{where}: {token!r} with the id {i}, but {there}; take the files that lie beside the weights')
+  return {token: i for _, token, i in named}
 
 
 class SentencePieceTokenizer:
@@ -127,7 +158,7 @@ class SentencePieceTokenizer:
       raise ConfigError(f'{MODEL_FILE}: its vocabulary is empty')
     if proto.normalizer_spec.remove_extra_whitespaces:
       raise ConfigError(f"{MODEL_FILE}: removes whitespace, which LLaMA's tokenizers do not; give a tokenizer.json instead")
-    config = _config(files)
+    config = _table(files, CONFIG_FILE)
     self.legacy = config.get('legacy') if proto.normalizer_spec.add_dummy_prefix else False
     if not isinstance(self.legacy, bool):
       raise ConfigError(
@@ -141,8 +172,7 @@ class SentencePieceTokenizer:
     if missing:
       raise ConfigError(f'{MODEL_FILE}: has no {", ".join(missing)}')
     self.bos_id, self.eos_id, self.pad_id = ids.values()
-    added = {entry['content']: int(i) for i, entry in config.get('added_tokens_decoder', {}).items()}
-    self._ids = ids | added
+    self._ids = ids | _added(files, [p.piece for p in proto.pieces])
     self._added = {i: token for token, i in self._ids.items()}
     self._split = re.compile('(' + '|'.join(map(re.escape, sorted(self._ids, key=len, reverse=True))) + ')')
     self.special = tuple(self._ids)

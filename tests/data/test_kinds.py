@@ -58,6 +58,19 @@ def reason(entry, root):
     {'clip': 'recording.webm'},
     {'system': 'You are a pirate.'},
     {'tools': [{'name': 'search'}]},
+    {'tool_calls': [{'name': 'search'}]},
+    {'media': [{'type': 'video'}]},
+    {'waveform': [0.1, 0.2]},
+    {'image_base64': 'iVBORw0KGgo='},
+    {'extra': {'image': 'pictures/2.jpg'}},
+    {'extra': {'list': [{'deeper': {'videoPath': 'x'}}]}},
+    {'audio_features': [[0.1]]},
+    {'pixel_values': [[1, 2]]},
+    {'frames_dir': 'frames/1'},
+    {'attachment': 'x'},
+    {'input': 'data:image/png;base64,iVBORw0KGgo='},
+    {'link': 'https://a.org/film.mp4?t=3'},
+    *({'other': f'a.{ending}'} for ending in ('avif', 'heic', '3gp', 'gif', 'docx', 'svg')),
   ],
   ids=str,
 )
@@ -78,6 +91,8 @@ def test_fields_with_other_content_are_refused(root, extra, base):
     {'file_name': GOOD['image']},
     {'video': float('nan')},
     {'split': 'train', 'score': 0.5, 'ok': True},
+    {'info': {'path': GOOD['image'], 'image_width': 3}, 'num_frames': 1, 'image_caption': 'A bus.'},
+    {'image_path': GOOD['image'], 'media_type': 'photo', 'videoId': 'x', 'bbox': [[0.5, 1.0]]},
   ],
   ids=str,
 )
@@ -106,6 +121,11 @@ def test_content_in_a_turn_is_refused(root):
     '<|vision_start|><|image_pad|>',
     '[IMG] What?',
     '<img>\nWhat?',
+    *('<IMG_CONTEXT>', '<VIDEO_CONTEXT>', '<image_token>', '<video_token>', '<image_soft_token>', '<audio_soft_token>'),
+    *('<start_of_image>', '<|imgpad|>', '<im_patch>', '<im_start>', '<vi_start>', '<__media__>', '<frame>', '<vid>'),
+    *('<video/>', '<image/>', '[image]', '<|image_1|>'),
+    *('<video >', '<Audio><AudioHere></Audio>', '<img>x.jpg</img>', '![x](b.jpg)', '![](data:image/png;base64,AA)', '<Img 3>'),
+    *('<img>https://a.org/b</img> <image-placeholder>', '<end_of_video>', '[Audio_2]', '<|vision_bos|>', '<image_newline>'),
   ],
 )
 def test_marks_of_other_content_are_refused(root, question):
@@ -126,6 +146,8 @@ def test_marks_of_other_content_are_refused(root, question):
     '<video controls>',
     'see [1]',
     '<table>',
+    *('<im>', '<vi>', '<vision>', '<|im_start|>', '<imagine>', '<framework>', '<T>', '[image credit: NASA]', '<image of a dog>'),
+    *('[image](https://a.org)', '![badge](https://a.org/status)', '<picture><source></picture>', '<start>', '<end of the text>'),
   ],
 )
 def test_html_and_code_are_text(question):

@@ -92,6 +92,45 @@ def test_added_tokens_are_one_token():
   assert tokenizer.decode([1800]) == '' and tokenizer.piece(1800) == '<pad>'
 
 
+@pytest.mark.parametrize(
+  'decoder, message',
+  [
+    ([], 'added_tokens_decoder is .., expected an object'),
+    ('x', "added_tokens_decoder is 'x'"),
+    ({'1': {}}, r"added_tokens_decoder\['1'\]: the token None with the id 1"),
+    ({'1': '<s>'}, 'the token None'),
+    ({'x': {'content': '<s>'}}, "with the id 'x'"),
+    ({'-5': {'content': '<x>'}}, "with the id '-5'"),
+    ({'1': {'content': 5}}, 'the token 5'),
+    ({'1': {'content': ''}}, "the token ''"),
+    ({'5': {'content': '<s>'}}, "'<s>' with the id 5, but '<s>' has the id 1"),
+    ({'2': {'content': '<x>'}}, "'<x>' with the id 2, but the id 2 is that of '</s>'"),
+    ({'1800': {'content': '<x>'}, '1801': {'content': '<x>'}}, "'<x>' has the id 1800"),
+    ({str(10**30): {'content': '<x>'}}, 'expected a text and a token id'),
+  ],
+  ids=str,
+)
+def test_added_tokens_that_are_none_or_contradict_the_model_are_refused(decoder, message):
+  with pytest.raises(ConfigError, match=message):
+    load_tokenizer(files(added_tokens_decoder=decoder))
+
+
+@pytest.mark.parametrize('decoder', [None, {}], ids=str)
+def test_added_tokens_of_older_files(decoder):
+  older = files(added_tokens_decoder=decoder) | {'added_tokens.json': b'{"<pad>": 1800}'}
+  assert ids(load_tokenizer(older), 'a<pad>')[-1] == 1800
+  with pytest.raises(ConfigError, match="added_tokens.json: '<pad>': .* is that of '</s>'"):
+    load_tokenizer(older | {'added_tokens.json': b'{"<pad>": 2}'})
+  with pytest.raises(ConfigError, match='added_tokens.json: holds .*, expected an object'):
+    load_tokenizer(older | {'added_tokens.json': b'[1]'})
+
+
+@pytest.mark.parametrize('content', [b'[]', b'null', b'"x"'])
+def test_a_configuration_that_is_no_object_is_refused(content):
+  with pytest.raises(ConfigError, match='tokenizer_config.json: holds .*, expected an object'):
+    load_tokenizer(files() | {CONFIG_FILE: content})
+
+
 @pytest.mark.parametrize('content, message', [(b'', 'vocabulary is empty'), (b'no model', 'not a SentencePiece model')])
 def test_broken_model_is_refused(content, message):
   with pytest.raises(ConfigError, match=message):
