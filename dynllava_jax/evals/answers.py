@@ -9,8 +9,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Problems, canonical, known_id
-from dynllava_jax.evals.reading import fields, read_lines
+from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Problems, canonical
+from dynllava_jax.evals.reading import ID, fields, read_lines
 
 DIGEST = 'row_sha256'  # in a row's metadata
 OTHER_WORDS = 'answers whose prompt is worded differently, scored by id'
@@ -70,8 +70,7 @@ def check_row(row: dict[str, Any], where: str, several_rounds: bool = True) -> d
   Raises:
     DataError: no `question_id` or `text`, fields of other types, or a digest that is not that of the row.
   """
-  id_, text = fields(row, ('question_id', 'text'), where)
-  known_id(id_, where)
+  _, text = fields(row, {'question_id': ID, 'text': (str, list)}, where)
   rounds = several_rounds and isinstance(text, list) and all(isinstance(t, str) for t in text)
   if not isinstance(text, str) and not rounds:
     wanted = 'a string, or one for each round' if several_rounds else 'a string'

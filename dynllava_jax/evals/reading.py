@@ -5,15 +5,23 @@ Python would read, are no JSON and no number that a score may come from.
 """
 
 import codecs
+import contextlib
 import json
 import math
 import pathlib
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.files import read_regular
 
+LONGEST = 200  # characters of a list of names in a message
+BLANKS = ' \t\r\n\ufeff'
+Kind = type | tuple[type, ...]
+ID: Kind = (str, int)
+WORDS = {str: 'a text', int: 'a whole number', ID: 'a text or a whole number', list: 'a list', dict: 'an object'}
+WORDS |= {(str, list): 'a text or a list of texts'}
 LARGEST = 4 * 2**30  # bytes; the largest benchmark file, a table with its pictures inside, has a twentieth of it
 MARKS = (  # of UTF-32 before UTF-16, whose mark it begins with
   (codecs.BOM_UTF8, 'utf-8-sig'),
@@ -61,15 +69,22 @@ def read_objects(path: pathlib.Path) -> Mapping[str, Any]:
 
 
 def read_list(path: pathlib.Path) -> list[Any]:
-  """A JSON list; DataError if it is something else."""
-  content = read_json(path)
+  """A JSON list, or one object per line whatever the file is called; DataError if it is something else."""
+  try:
+    content = read_json(path)
+  except DataError:
+    bad: list[str] = []
+    rows = read_lines(path, bad.append)
+    if bad or len(rows) < 2:
+      raise
+    return rows
   if not isinstance(content, list):
     raise DataError(f'{path}: holds {_kind(content)}, expected a JSON list; is it the right file?')
   return content
 
 
 def read_lines(path: pathlib.Path, bad: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-  """One JSON object per line.
+  """One JSON object per line, or a list of them.
 
   Args:
     path: the file; blank lines are skipped.
@@ -78,9 +93,13 @@ def read_lines(path: pathlib.Path, bad: Callable[[str], None] | None = None) -> 
   Raises:
     DataError: as `read_text`, or a bad line.
   """
-  rows = []
-  for number, line in enumerate(read_text(path).split('\n'), 1):  # splitlines would cut at U+2028 in a text
-    line = line.strip().removeprefix('\ufeff')  # of a file that was put together from several
+  rows, text = [], read_text(path)
+  if text.lstrip(BLANKS).startswith('['):
+    with contextlib.suppress(ValueError):
+      if isinstance(whole := _parsed(text.strip(BLANKS)), list) and all(isinstance(row, dict) for row in whole):
+        return whole
+  for number, line in enumerate(text.split('\n'), 1):  # splitlines would cut at U+2028 in a text
+    line = line.strip(BLANKS)  # the mark is left inside, of a file that was put together from several
     if not line:
       continue
     try:
@@ -96,14 +115,27 @@ def read_lines(path: pathlib.Path, bad: Callable[[str], None] | None = None) -> 
   return rows
 
 
-def fields(row: Any, names: tuple[str, ...], where: str) -> tuple:
-  """Values of `row`; DataError naming what is missing or null."""
+def fields(row: Any, kinds: Mapping[str, Kind], where: str) -> tuple:
+  """Values of `row` by name; DataError naming what is missing, null, or not of its kind (a key of `WORDS`)."""
   if not isinstance(row, dict):
     raise DataError(f'{where}: expected an object, got {_kind(row)}; is it the right file?')
-  missing = [n for n in names if row.get(n) is None]
+  missing = [n for n in kinds if row.get(n) is None]
   if missing:
-    raise DataError(f'{where}: lacks {", ".join(missing)}; has {", ".join(row) or "nothing"}; is it the right file?')
-  return tuple(row[n] for n in names)
+    present = ', '.join(row) or 'nothing'
+    present = present if len(present) < LONGEST else f'{present[:LONGEST]}...'
+    raise DataError(f'{where}: lacks {", ".join(missing)}; has {present}; is it the right file?')
+  return tuple(_checked(row[name], name, kind, where) for name, kind in kinds.items())
+
+
+def optional(row: Mapping[str, Any], name: str, kind: Kind, where: str) -> Any:
+  """A value of `row` as `fields` checks it; None if it is absent or null."""
+  return None if row.get(name) is None else _checked(row[name], name, kind, where)
+
+
+def _checked(value: Any, name: str, kind: Kind, where: str) -> Any:
+  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    raise DataError(f'{where}: {name} is {reprlib.repr(value)}, expected {WORDS[kind]}; is it the right file?')
+  return value
 
 
 def _parsed(text: str) -> Any:

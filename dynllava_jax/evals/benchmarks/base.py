@@ -7,10 +7,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from dynllava_jax.config import EvalConfig
-from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.kinds import needed_picture
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import fields, read_lines
+from dynllava_jax.evals.reading import ID, fields, read_lines
 
 WORD = 'Answer the question using a single word or phrase.'
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -184,18 +183,9 @@ class Lines(Benchmark):
     result = []
     for i, row in enumerate(read_lines(path), 1):
       where = f'{path}, row {i}'
-      id_, text = fields(row, ('question_id', 'text'), where)
-      if not isinstance(text, str):
-        raise DataError(f'{where}: text is {text!r}, expected a string; is it the right question file?')
-      result.append(Question(known_id(id_, where), (text,), text, needed_picture(folder, images, row, where)))
+      id_, text = fields(row, {'question_id': ID, 'text': str}, where)
+      result.append(Question(id_, (text,), text, needed_picture(folder, images, row, where)))
     return result
-
-
-def known_id(value: Any, where: str) -> str | int:
-  """An id as question and answer files have it; DataError if it is something else."""
-  if isinstance(value, bool) or not isinstance(value, (str, int)):
-    raise DataError(f'{where}: question_id is {value!r}, expected a text or a whole number; is it the right file?')
-  return value
 
 
 def image_folder(folder: Folder, places: tuple[str, ...]) -> pathlib.Path:

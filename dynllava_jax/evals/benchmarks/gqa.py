@@ -4,10 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, add_counts, canonical, rates
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import fields, read_objects
+from dynllava_jax.evals.reading import ID, fields, optional, read_objects
 
 LABELS = tuple(f'{d}testdev_balanced_questions.json' for d in ('data/', 'data/questions/', 'data/questions1.2/', ''))
 SITE = 'https://cs.stanford.edu/people/dorarad/gqa/download.html'
@@ -40,11 +39,10 @@ class Gqa(Lines):
     path = folder.need_labels(*LABELS)
     golds = []
     for id_, row in read_objects(path).items():
-      answer, question = fields(row, ('answer', 'question'), f'{path}, question {id_}')
-      if not isinstance(answer, str):
-        raise DataError(f'{path}, question {id_}: answer is {answer!r}, expected a text; get the file again')
-      kind = 'open' if (row.get('types') or {}).get('structural') == 'query' else 'binary'
-      golds.append(Gold(str(id_), (kind, answer), canonical(question), unit=row.get('imageId')))
+      where = f'{path}, question {id_}'
+      answer, question = fields(row, {'answer': str, 'question': str}, where)
+      kind = 'open' if (optional(row, 'types', dict, where) or {}).get('structural') == 'query' else 'binary'
+      golds.append(Gold(str(id_), (kind, answer), canonical(question), unit=optional(row, 'imageId', ID, where)))
     return golds
 
   def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks import meteor
-from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, canonical, image_folder, known_id
+from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, canonical, image_folder
 from dynllava_jax.evals.benchmarks.kinds import needed_picture
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import fields, read_list
+from dynllava_jax.evals.reading import ID, fields, read_list
 
 PAPER = 'https://github.com/Osilly/dynamic_llava (LVIS-Instruct4V and ShareGPT4V subsets of 1,000)'
 WITHOUT = 'without_'
@@ -40,8 +40,8 @@ class LongAnswers(Benchmark):
     result = []
     for i, row in enumerate(read_list(path), 1):
       where = f'{path}, sample {i}'
-      id_, question, answer = fields(row, ('id', 'question', 'answer'), where)
-      asked, answers = ([v] if isinstance(v, str) else list(v) for v in (question, answer))
+      id_, question, answer = fields(row, {'id': ID, 'question': (str, list), 'answer': (str, list)}, where)
+      asked, answers = ([v] if isinstance(v, str) else v[:] for v in (question, answer))
       if not asked or len(asked) != len(answers):
         raise DataError(
           f'{path}, sample {id_}: {len(asked)} questions and {len(answers)} answers, expected one answer each; mend the sample'
@@ -51,7 +51,7 @@ class LongAnswers(Benchmark):
       asked[0] = asked[0].replace('<image>', '').strip()
       answers[0] = answers[0].strip()  # the authors' scripts strip the first answer only
       image = needed_picture(folder, images, row, where)
-      result.append(Question(known_id(id_, where), tuple(asked), asked[0], image, reference=tuple(answers), long=True))
+      result.append(Question(id_, tuple(asked), asked[0], image, reference=tuple(answers), long=True))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:

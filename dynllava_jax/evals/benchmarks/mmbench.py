@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import pathlib
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.reading import read_text
 
 OPTIONS = 'ABCD'
+DIGITS = 18  # of an index, at most
 CIRCLE = 1_000_000  # rotations of question i have the indices i + k * CIRCLE
 # Cells that pandas, which LLaVA reads the table with, takes for empty; 'none' and 'nan' in any case are LLaVA's own.
 EMPTY = {
@@ -76,9 +78,13 @@ class MmBench(Benchmark):
       rows = list(csv.DictReader(io.StringIO(read_text(path), newline=''), delimiter='\t'))
     except csv.Error as e:
       raise DataError(f'{path}: no table ({e}); get it again') from None
+    if not rows:
+      raise DataError(f'{path}: has no row below its header; the table may be cut off, get it again')
     for i, row in enumerate(rows, 1):
       if any(row.get(k) is None for k in ('index', 'question', 'image', 'A')):
         raise DataError(f'{path}, row {i}: lacks index, question, image or A; the table may be cut off, get it again')
+      if not row['index'].strip().isdecimal() or len(row['index']) > DIGITS:
+        raise DataError(f'{path}, row {i}: index is {reprlib.repr(row["index"])}, expected a whole number; get the table again')
     return rows
 
   def questions(self, folder: Folder) -> list[Question]:

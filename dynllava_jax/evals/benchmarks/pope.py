@@ -6,7 +6,7 @@ from typing import Any
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, canonical
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import fields, read_lines
+from dynllava_jax.evals.reading import ID, fields, read_lines
 
 CATEGORIES = ('adversarial', 'popular', 'random')
 PINNED = 'https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco'
@@ -67,13 +67,13 @@ class Pope(Lines):
     for category, file in zip(CATEGORIES, FILES):
       source = _label_file(folder, file)
       for i, row in enumerate(read_lines(source), 1):
-        image, text, label = fields(row, ('image', 'text', 'label'), f'{source}, row {i}')
+        image, text, label = fields(row, {'image': str, 'text': str, 'label': str}, f'{source}, row {i}')
         if label not in ('yes', 'no'):  # officially whatever is not `no` means yes
           raise DataError(f'{source}, row {i}: label is {label!r}, expected yes or no; get the file of {PINNED}')
         labels[category, image, canonical(text)] = label
     golds = []
     for i, row in enumerate(read_lines(path), 1):
-      id_, image, text, category = fields(row, ('question_id', 'image', 'text', 'category'), f'{path}, row {i}')
+      id_, image, text, category = fields(row, {'question_id': ID, 'image': str, 'text': str, 'category': str}, f'{path}, row {i}')
       key = category, image, canonical(text)
       shown.add(key)
       golds.append(Gold(str(id_), (category, labels[key]) if key in labels else None, canonical(text), unit=image))

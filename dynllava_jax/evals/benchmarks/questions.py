@@ -16,10 +16,10 @@ from dynllava_jax import paths, remote
 from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.data.conversation import IMAGE_TOKEN
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, add_counts, canonical, known_id, rates
+from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, add_counts, canonical, rates
 from dynllava_jax.evals.benchmarks.kinds import only_picture, picture_below
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import fields, read_lines, read_list
+from dynllava_jax.evals.reading import ID, fields, read_lines, read_list
 
 UNSCORED = 'none: the questions have no answers to compare with'
 
@@ -92,10 +92,7 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
   rows = []
   for i, row in enumerate(read_list(path) if path.suffix == '.json' else read_lines(path), 1):
     where = f'{path}, question {i}'
-    id_, text = fields(row, ('question_id', 'text'), where)
-    known_id(id_, where)
-    if not isinstance(text, str):
-      raise DataError(f'{where}: text is {text!r}, expected a string; write the question there')
+    fields(row, {'question_id': ID, 'text': str}, where)
     row = {name: value for name, value in row.items() if value is not None}
     if isinstance(row.get('answer'), (int, float)) and not isinstance(row['answer'], bool):
       row['answer'] = str(row['answer'])

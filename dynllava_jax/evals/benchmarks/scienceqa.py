@@ -17,12 +17,11 @@ from dynllava_jax.evals.benchmarks.base import (
   add_counts,
   canonical,
   image_folder,
-  known_id,
   rates,
 )
 from dynllava_jax.evals.benchmarks.kinds import only_picture
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import fields, read_list, read_objects
+from dynllava_jax.evals.reading import ID, fields, read_list, read_objects
 
 OPTIONS = 'ABCDE'
 FAILED = 'FAILED'
@@ -75,15 +74,17 @@ class ScienceQa(Benchmark):
     rows = []
     for i, row in enumerate(read_list(path), 1):
       where = f'{path}, question {i}'
-      id_, turns = fields(row, ('id', 'conversations'), where)
-      question, answer = (fields(turns[i], ('value',), where)[0] for i in range(2))
+      id_, turns = fields(row, {'id': ID, 'conversations': list}, where)
+      if len(turns) < 2:
+        raise DataError(f'{where}: conversations has {len(turns)} turns, expected a question and its answer; get the file again')
+      question, answer = (fields(turns[i], {'value': str}, f'{where}, turn {i}')[0] for i in range(2))
       # Explanations may follow, and may end with a letter that is part of a word.
       letter = re.search(r'The answer is ([A-E])\b', answer) or re.search(r'(?<![A-Za-z])([A-E])\.?\s*$', answer)
       if not letter:
         raise DataError(
           f'{where}, id {id_}: the answer {answer!r} names no letter; expected a file of LLaVA whose answers end with it'
         )
-      rows.append((str(known_id(id_, where)), question.replace('<image>', '').strip(), letter.group(1), only_picture(row, where)))
+      rows.append((str(id_), question.replace('<image>', '').strip(), letter.group(1), only_picture(row, where)))
     return rows
 
   def questions(self, folder: Folder) -> list[Question]:
@@ -106,11 +107,11 @@ class ScienceQa(Benchmark):
   def _from_problems(self, path: pathlib.Path, splits: pathlib.Path) -> list[Gold]:
     """The labels as ScienceQA publishes them."""
     problems, golds = read_objects(path), []
-    for id_ in map(str, fields(read_objects(splits), ('test',), str(splits))[0]):
+    for id_ in map(str, fields(read_objects(splits), {'test': list}, str(splits))[0]):
       if id_ not in problems:
         raise DataError(f'{splits}: test names problem {id_}, which {path} lacks; get both files of one release')
       where = f'{path}, problem {id_}'
-      answer, question, choices = fields(problems[id_], ('answer', 'question', 'choices'), where)
+      answer, question, choices = fields(problems[id_], {'answer': int, 'question': str, 'choices': list}, where)
       kind = 'image' if problems[id_].get('image') else 'text'
       golds.append(Gold(id_, ([kind], right_letter(choices, answer, where)), canonical(question)))
     return golds

@@ -62,10 +62,10 @@ def example(problem: Mapping[str, Any], form: str, is_test: bool, where: str = '
     raise DataError(
       f'ScienceQA format {form!r}: unknown; choose one of {", ".join(ASKED)}, a hyphen, and one of {", ".join((*ANSWERED, LEPA))}'
     )
-  question, choices, index = fields(problem, ('question', 'choices', 'answer'), where)
+  question, choices, index = fields(problem, {'question': str, 'choices': list, 'answer': int}, where)
   letter = right_letter(choices, index, where)
   values = {name: problem.get(name) or '' for name in ('hint', 'lecture', 'solution')}
-  for name, text in (values | {'question': question}).items():
+  for name, text in values.items():
     if not isinstance(text, str):
       raise DataError(f'{where}: {name} is {text!r}, expected a text; get {PROBLEMS} again')
   values = {name: text.replace('\\n', '\n') for name, text in values.items()} | {  # as its converter does with a written \n
@@ -96,7 +96,7 @@ def main(directory: str, split: str, form: str) -> None:
   folder = paths.given(directory, 'DIR')
   base = remote.opened(folder)
   problems, samples = read_objects(remote.here(base / PROBLEMS)), []
-  (ids,) = fields(read_objects(remote.here(base / SPLITS)), (split,), str(base / SPLITS))
+  (ids,) = fields(read_objects(remote.here(base / SPLITS)), {split: list}, str(base / SPLITS))
   for id_ in map(str, ids):
     if id_ not in problems:
       raise DataError(f'{base / SPLITS}: {split} names problem {id_}, which {base / PROBLEMS} lacks; get both files of one release')

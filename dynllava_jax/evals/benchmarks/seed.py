@@ -7,7 +7,7 @@ from typing import Any
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, add_counts, canonical, rates
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import fields, read_objects
+from dynllava_jax.evals.reading import ID, fields, optional, read_objects
 
 LABELS = 'SEED-Bench.json'
 LETTERS = list('ABCD')
@@ -44,17 +44,23 @@ class Seed(Lines):
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
     del problems
     path = folder.need_labels(LABELS)
-    types, rows = fields(read_objects(path), ('question_type', 'questions'), str(path))
+    types, rows = fields(read_objects(path), {'question_type': dict, 'questions': list}, str(path))
+    fields(types, dict.fromkeys(types, int), f'{path}, question_type')
     names = {number: name for name, number in types.items()}
     golds = []
     for i, row in enumerate(rows, 1):
       where = f'{path}, question {i}'
-      id_, kind, medium, answer = fields(row, ('question_id', 'question_type_id', 'data_type', 'answer'), where)
+      id_, kind, medium, answer = fields(row, {'question_id': ID, 'question_type_id': int, 'data_type': str, 'answer': str}, where)
       if kind not in names or answer not in LETTERS:
         what = f'question_type_id is {kind!r} and answer {answer!r}'
         raise DataError(f'{where}: {what}, expected one of {list(names)} and one of {LETTERS}; get the file again')
       golds.append(
-        Gold(number(id_), ([medium, names[kind]], answer), canonical(row.get('question') or ''), unit=row.get('data_id'))
+        Gold(
+          number(id_),
+          ([medium, names[kind]], answer),
+          canonical(optional(row, 'question', str, where) or ''),
+          unit=optional(row, 'data_id', ID, where),
+        )
       )
     return golds
 

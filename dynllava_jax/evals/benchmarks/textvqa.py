@@ -8,11 +8,12 @@ from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems
 from dynllava_jax.evals.benchmarks.vqa import VqaAccuracy, check_annotators
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import fields, read_objects
+from dynllava_jax.evals.reading import ID, fields, read_objects
 
 LABELS = 'TextVQA_0.5.1_val.json'
 OCR = 'Reference OCR token:'
-FORMS_WITH_OCR = (OCR, 'OCR tokens: ')  # as LLaVA's prompts say it
+# As LLaVA's prompts name them; the heading alone, of a picture without text, names none.
+NAMED = re.compile(rf'{OCR}[ \t]*\S|OCR tokens: *(?!\.? *Question:)\S')
 
 
 def question_of(prompt: str) -> str:
@@ -50,8 +51,8 @@ class TextVqa(VqaAccuracy, Lines):
     del problems
     path = folder.need_labels(LABELS)
     keys, labels = [], {}
-    for i, row in enumerate(fields(read_objects(path), ('data',), str(path))[0], 1):
-      image, question, answers = fields(row, ('image_id', 'question', 'answers'), f'{path}, row {i}')
+    for i, row in enumerate(fields(read_objects(path), {'data': list}, str(path))[0], 1):
+      image, question, answers = fields(row, {'image_id': ID, 'question': str, 'answers': list}, f'{path}, row {i}')
       keys.append((str(image), question.lower()))
       labels[keys[-1]] = (
         [],
@@ -63,7 +64,7 @@ class TextVqa(VqaAccuracy, Lines):
     """Says whether the prompts have OCR tokens, which makes two benchmarks of it."""
     if not rows:
       return self.metric
-    having = sum(any(form in row['prompt'] for form in FORMS_WITH_OCR) for row in rows)
+    having = sum(bool(NAMED.search(row['prompt'])) for row in rows)
     where = 'in the prompt' if having == len(rows) else f'in {having:,} of {len(rows):,} prompts'
     return f'{self.metric}, {f"OCR tokens {where}" if having else "no OCR tokens in the prompt"}'
 

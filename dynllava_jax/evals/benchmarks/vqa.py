@@ -1,6 +1,7 @@
 """VQAv2 and VizWiz: submissions for the test servers, VQA accuracy on the public validation sets."""
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,12 +20,11 @@ from dynllava_jax.evals.benchmarks.base import (
   add_counts,
   canonical,
   image_folder,
-  known_id,
   rates,
 )
-from dynllava_jax.evals.benchmarks.kinds import needed_picture
+from dynllava_jax.evals.benchmarks.kinds import needed_picture, only_picture
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import fields, read_lines, read_list, read_objects
+from dynllava_jax.evals.reading import ID, fields, optional, read_lines, read_list, read_objects
 
 
 class VqaAccuracy(Benchmark):
@@ -60,7 +60,8 @@ class Vqav2(Lines):
 
   def submission(self, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
     answers = {str(r['question_id']): vqa_text.normalize(r['text']) for r in rows}
-    split = [fields(q, ('question_id',), self.all_questions)[0] for q in read_lines(folder.need(self.all_questions))]
+    path = folder.need(self.all_questions)
+    split = [fields(q, {'question_id': ID}, f'{path}, row {i}')[0] for i, q in enumerate(read_lines(path), 1)]
     content = [{'question_id': i, 'answer': answers.get(str(i), '')} for i in split]
     return {f'answers_upload/llava_vqav2_mscoco_test-dev2015/{name}.json': json.dumps(content).encode()}
 
@@ -109,29 +110,30 @@ class Vqav2Val(VqaAccuracy):
   def questions(self, folder: Folder) -> list[Question]:
     path, images = folder.need(self.question_file), image_folder(folder, self.images)
     result = []
-    for i, row in enumerate(fields(read_objects(path), ('questions',), str(path))[0], 1):
+    for i, row in enumerate(fields(read_objects(path), {'questions': list}, str(path))[0], 1):
       where = f'{path}, question {i}'
-      id_, image, text = fields(row, ('question_id', 'image_id', 'question'), where)
+      id_, image, text = fields(row, {'question_id': ID, 'image_id': int, 'question': str}, where)
       prompt = f'{text}\n{WORD}'
       file = folder.image(images, f'COCO_val2014_{image:012}.jpg', where)
-      result.append(Question(known_id(id_, where), (prompt,), prompt, file))
+      result.append(Question(id_, (prompt,), prompt, file))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
     del problems
     path = folder.need_labels(self.label_file)
     questions = folder.find(self.question_file)
-    asked = fields(read_objects(questions), ('questions',), str(questions))[0] if questions else ()
-    texts = dict(fields(q, ('question_id', 'question'), f'{questions}, question {i}') for i, q in enumerate(asked, 1))
+    asked = fields(read_objects(questions), {'questions': list}, str(questions))[0] if questions else ()
+    texts = dict(fields(q, {'question_id': ID, 'question': str}, f'{questions}, question {i}') for i, q in enumerate(asked, 1))
     golds = []
-    for i, row in enumerate(fields(read_objects(path), ('annotations',), str(path))[0], 1):
-      id_, answers = fields(row, ('question_id', 'answers'), f'{path}, annotation {i}')
+    for i, row in enumerate(fields(read_objects(path), {'annotations': list}, str(path))[0], 1):
+      where = f'{path}, annotation {i}'
+      id_, answers = fields(row, {'question_id': ID, 'answers': list}, where)
       golds.append(
         Gold(
           str(id_),
-          (_kinds(row), _given(answers, f'{path}, annotation {i}')),
+          (_kinds(row, where), _given(answers, where)),
           canonical(texts.get(id_, '')),
-          unit=row.get('image_id'),
+          unit=optional(row, 'image_id', ID, where),
         )
       )
     return golds
@@ -156,7 +158,15 @@ class VizwizVal(VqaAccuracy):
 
   def _rows(self, folder: Folder) -> list[tuple]:
     path = folder.need_labels('val.json', 'Annotations/val.json')
-    return [(*fields(r, ('image', 'question', 'answers'), f'{path}, row {i}'), r) for i, r in enumerate(read_list(path), 1)]
+    rows = []
+    for i, row in enumerate(read_list(path), 1):
+      where = f'{path}, row {i}'
+      question, answers = fields(row, {'question': str, 'answers': list}, where)
+      name = only_picture(row, where)
+      if name is None:
+        raise DataError(f'{where}: image is {row.get("image")!r}, expected the name of a file; is it the right file?')
+      rows.append((name, question, answers, row))
+    return rows
 
   def questions(self, folder: Folder) -> list[Question]:
     images, result = image_folder(folder, self.images), []
@@ -168,25 +178,28 @@ class VizwizVal(VqaAccuracy):
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
     del problems
     return [
-      Gold(image, (_kinds(row), _given(answers, f'{self.name}, {image}')), canonical(question))
+      Gold(image, (_kinds(row, f'{self.name}, {image}'), _given(answers, f'{self.name}, {image}')), canonical(question))
       for image, question, answers, row in self._rows(folder)
     ]
 
 
-def _kinds(row: Mapping[str, Any]) -> list[str]:
+def _kinds(row: Mapping[str, Any], where: str) -> list[str]:
   """The group of a question; none if its file does not tell."""
-  return [row['answer_type']] if row.get('answer_type') else []
+  kind = optional(row, 'answer_type', str, where)
+  return [kind] if kind else []
 
 
 def _given(answers: Sequence[Mapping[str, Any]], where: str) -> list[str]:
   """The annotators' answers."""
-  given = [fields(a, ('answer',), f'{where}, annotator {i}')[0] for i, a in enumerate(answers, 1)]
+  given = [a.get('answer') if isinstance(a, dict) else a for i, a in enumerate(answers, 1)]
   return check_annotators(given, where)
 
 
-def check_annotators(answers: Any, where: str) -> list[str]:
+def check_annotators(answers: list[Any], where: str) -> list[str]:
   """What annotators say; DataError unless it is a list of ten texts."""
-  if not isinstance(answers, list) or len(answers) != vqa_text.ANNOTATORS or not all(isinstance(a, str) for a in answers):
-    count = len(answers) if isinstance(answers, list) else 0
-    raise DataError(f'{where}: has answers of {count} annotators, expected texts of {vqa_text.ANNOTATORS}; get the file again')
+  if len(answers) != vqa_text.ANNOTATORS:
+    raise DataError(f'{where}: has answers of {len(answers)} annotators, expected {vqa_text.ANNOTATORS}; get the file again')
+  for i, answer in enumerate(answers, 1):
+    if not isinstance(answer, str):
+      raise DataError(f'{where}: annotator {i} answers {reprlib.repr(answer)}, expected a text; get the file again')
   return answers
