@@ -1,6 +1,7 @@
 """Brings PyTorch LLaVA and Dynamic-LLaVA checkpoints here, and ours back to PyTorch.
 
     python convert_weights.py --src=llava-1.5-7b-hf --dst=checkpoints/llava-7b
+    python convert_weights.py --src=hf:llava-hf/llava-1.5-7b-hf --dst=checkpoints/llava-7b
     python convert_weights.py --src=llava-v1.5-7b --vision=clip-vit-large-patch14-336 --dst=checkpoints/llava-7b
     python convert_weights.py --src=vicuna-7b-v1.5 --vision=CLIP --projector=mm_projector.bin --dst=DIR
     python convert_weights.py --src=llava-lora --base=vicuna-7b-v1.5 --vision=CLIP --dst=DIR
@@ -16,13 +17,13 @@ import sys
 
 from absl import flags
 
-from dynllava_jax import command_line, paths
+from dynllava_jax import command_line, hub, paths
 from dynllava_jax.display import printable
 from dynllava_jax.workspace import workspace
 
-SRC = command_line.define_path('src', None, 'Checkpoint directory: PyTorch, or with --export one of ours.')
+SRC = command_line.define_path('src', None, 'PyTorch checkpoint, a directory or hf:ORG/NAME[@REVISION]; with --export one of ours.')
 DST = command_line.define_path('dst', None, 'Directory to write; new or empty, unless --overwrite.')
-VISION = command_line.define_path('vision', None, "CLIP directory; the config's mm_vision_tower if not given.")
+VISION = command_line.define_path('vision', None, "CLIP directory or hf:ORG/NAME; the config's mm_vision_tower if not given.")
 BASE = command_line.define_path('base', None, 'Model that the LoRA adapter or lone projector in --src belongs to.')
 PROJECTOR = command_line.define_path('projector', None, "mm_projector.bin, or 'new' for a random projector.")
 ADD_PREDICTORS = flags.DEFINE_bool('add_predictors', False, 'Make a dense model dynamic with untrained predictors.')
@@ -45,6 +46,11 @@ def refuse(reason: str, *unused: flags.FlagHolder) -> None:
     raise command_line.ConfigError(f'{", ".join(given)}: no use {reason}; leave out')
 
 
+def source(flag: flags.FlagHolder):
+  """The file or folder that a flag gives, on this machine: of the hub or of a store its copy."""
+  return hub.fetched(flag.value, f'--{flag.name}') if hub.is_hub(flag.value) else command_line.read(flag)
+
+
 def main(_) -> None:
   with command_line.readable_errors():
     if INSPECT.value:
@@ -65,12 +71,12 @@ def main(_) -> None:
       raise command_line.ConfigError('--src and --dst are needed; see --help')
     dst = command_line.path(DST)
     for flag in (SRC, VISION, BASE, PROJECTOR):
-      if flag.value not in (None, 'new') and paths.overlap(command_line.path(flag), dst):
+      if flag.value not in (None, 'new') and not hub.is_hub(flag.value) and paths.overlap(command_line.path(flag), dst):
         raise command_line.ConfigError(f'--dst: {dst} is, holds or lies in --{flag.name}={flag.value}; choose another')
     request = Request(
-      src=command_line.read(SRC),
-      vision=command_line.read(VISION),
-      base=command_line.read(BASE),
+      src=source(SRC),
+      vision=source(VISION),
+      base=source(BASE),
       projector=PROJECTOR.value if PROJECTOR.value in (None, 'new') else str(command_line.read(PROJECTOR)),
       add_predictors=ADD_PREDICTORS.value,
       seed=SEED.value,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dynllava_jax import arguments, checkpoint
+from dynllava_jax import arguments, checkpoint, hub, paths
 from dynllava_jax.buckets import bucket
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import DENSE, ConfigError, EvalRun, Stage, from_config_dict
@@ -47,7 +47,7 @@ def load(
   """Loads a checkpoint; nothing is compiled before the first question.
 
   Args:
-    path: DIR or DIR/STEP, on this machine or in an object store.
+    path: DIR or DIR/STEP, on this machine or in an object store; or hf:ORG/NAME[@REVISION], converted into the user's cache.
     stages: how it is run: 'dense', 'dynamic', a method by name with or without a number of image tokens ('fastv', 'fastv_64'), or a
       stage list as in configs; None is what the checkpoint was made for.
     dtype: of the computation, 'float32' or 'bfloat16'; None is bfloat16 on accelerators.
@@ -72,8 +72,22 @@ def load(
 
 def describe(path: str | os.PathLike, stages: Stages) -> tuple[Loaded, EvalRun]:
   """A checkpoint without its weights, and the run that `stages` means; raises as `load` does."""
-  run = run_of(checkpoint.read_info(str(path)), stages)
-  return load_model(stages if isinstance(stages, str) else 'model', run, str(path), where='stages'), run
+  path = converted(str(path)) if hub.is_hub(str(path)) else str(path)
+  run = run_of(checkpoint.read_info(path), stages)
+  return load_model(stages if isinstance(stages, str) else 'model', run, path, where='stages'), run
+
+
+def converted(text: str) -> str:
+  """The checkpoint that a repository of the hub becomes, in the user's cache; HubError, ConversionError."""
+  from dynllava_jax.convert import convert
+  from dynllava_jax.convert.source import Request
+
+  src = hub.fetched(text, 'path')
+  name, _ = hub.split(text, 'path')
+  dst = paths.cache() / 'converted' / name / src.name  # a folder has its name once it is whole
+  if not dst.exists():
+    convert.convert(Request(src=src), dst)
+  return str(dst)
 
 
 def dtype_of(name: str | None) -> str:

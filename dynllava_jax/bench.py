@@ -28,13 +28,13 @@ def main(_) -> None:
     from dynllava_jax.files import write_atomically
     from dynllava_jax.serving import comparison  # jax starts only after the flags are known to be right
 
-    result = comparison.measure(cfg, Terminal().print)
-    text = comparison.as_markdown(cfg, result)
-    print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / 'bench.json', (json.dumps(result, indent=1) + '\n').encode())
-    write_atomically(out / 'bench.md', text.encode())
-    comparison.picture(cfg, result, out / 'bench.png')
+    def keep(result):
+      out.mkdir(parents=True, exist_ok=True)
+      write_atomically(out / 'bench.json', (json.dumps(result, indent=1) + '\n').encode())
+      write_atomically(out / 'bench.md', comparison.as_markdown(cfg, result).encode())
+      comparison.picture(cfg, result, out / 'bench.png')
+
+    print(comparison.as_markdown(cfg, comparison.measure(cfg, Terminal().print, keep)))
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # A module imports only from its own row and the rows above it.
 ORDER = [
-  ('config', 'presets', 'files', 'paths', 'locks', 'display', 'progress', 'remote', 'lease', 'workspace'),
+  ('config', 'presets', 'files', 'paths', 'locks', 'display', 'progress', 'remote', 'lease', 'workspace', 'hub'),
   ('sharding', 'ops'),
   ('cache',),
   ('methods',),

@@ -20,8 +20,12 @@ from dynllava_jax.training.plot import save_figure
 NO_GAIN = 1.05  # an ideal ratio below it is no gain that anybody would notice
 
 
-def measure(cfg: BenchConfig, tell: Callable[[str], None]) -> dict[str, Any]:
-  """Everything, JSON-ready: what it was measured on, and a row for every run, batch size and part. `tell`: of progress.
+def measure(cfg: BenchConfig, tell: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+  """Everything, JSON-ready: what it was measured on, and a row for every run, batch size and part.
+
+  Args:
+    cfg: the benchmark.
+    tell: told of progress; keep: given what there is after every batch size.
 
   Raises:
     ConfigError: the model cannot be run so.
@@ -31,6 +35,8 @@ def measure(cfg: BenchConfig, tell: Callable[[str], None]) -> dict[str, Any]:
   limit = limits(jnp.dtype(cfg.dtype))
   contenders = {name: Contender(cfg, run) for name, run in cfg.runs.items()}
   rows, too_large = [], []
+  machine = dict(device=jax.devices()[0].device_kind, limits=vars(limit), date=str(datetime.date.today()), versions=versions())
+  result = {'machine': machine, 'config': to_dict(cfg), 'rows': rows, 'too_large': too_large}
   for size in cfg.rows:
     try:
       batches = {name: contender.batch(size) for name, contender in contenders.items()}
@@ -46,9 +52,8 @@ def measure(cfg: BenchConfig, tell: Callable[[str], None]) -> dict[str, Any]:
     for name, batch in batches.items():
       rows += [row_of(cfg, name, batch, part, turns, limit, contenders) for part in PARTS if part in turns[0][name]]
     tell(f'batch of {size}: timed')
-  device = jax.devices()[0]
-  machine = dict(device=device.device_kind, limits=vars(limit), date=str(datetime.date.today()), versions=versions())
-  return {'machine': machine, 'config': to_dict(cfg), 'rows': rows, 'too_large': too_large}
+    keep(result)
+  return result
 
 
 def row_of(

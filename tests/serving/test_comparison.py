@@ -20,7 +20,7 @@ CFG = BenchConfig(
 @pytest.mark.slow
 def test_what_is_measured(tmp_path):
   told = []
-  result = comparison.measure(CFG, told.append)
+  result = comparison.measure(CFG, told.append, lambda result: None)
   rows = {(r['run'], r['part']): r for r in result['rows']}
   assert told == ['batch of 2: timed'] and {part for _, part in rows} == {'prefill', 'decode', 'end to end', 'engine'}
   for name, run in CFG.runs.items():
