@@ -8,8 +8,8 @@ import numpy as np
 
 from dynllava_jax.config import IGNORE, IMAGE_ID, VisionConfig
 from dynllava_jax.data.conversation import IMAGE_TOKEN, ROLES, Encoded, Template, as_trained, check_special, encode, render
-from dynllava_jax.data.fields import other_mark
 from dynllava_jax.data.images import preprocess
+from dynllava_jax.data.marks import other_mark
 from dynllava_jax.data.samples import DataError, Sample
 from dynllava_jax.data.tokenizer import Tokenizer
 

@@ -1,54 +1,66 @@
 """What an entry holds besides LLaVA's own fields: content that this model would never see, or notes that do no harm.
 
-A sample about a video or a second picture must not pass for one that can be trained on because its text can be.
+A sample about a video or a second picture must not pass for one that can be trained on because its text can be. A field is
+content by its name, taken apart into words (`left_images`, `audioFeatures`, `frames_dir`), by its value (the name of a media
+file, a data URI, an encoded picture), or because a list or object in it has such a field.
 """
 
 import math
-import posixpath
+import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 OF_SAMPLE, OF_TURN = ('id', 'image', 'conversations'), ('from', 'value')
-# Words of names and marks, lower case. `im` and the like mean a picture only beside a word of PARTS.
-MEDIA = (
-  r'images?|imgs?|pictures?|photos?|videos?|vids?|audios?|speech|speeches|sounds?|voices?|music|media|frames?|point[_ -]?clouds?'
+DEEPEST = 8  # levels that are looked into
+
+# The last word of a name, once the words of `CARRIER` behind it are gone.
+MEDIA = re.compile(
+  r'images?|imgs?|pictures?|pics?|photos?|screenshots?|thumbnails?|videos?|vids?|frames?|keyframes?|audios?|waveforms?|wavs?'
+  r'|spectrograms?|mel|fbanks?|pixels?|pdfs?|pointclouds?|media|medias|multimedia|attachments?|multimodal'
 )
-SHORT = r'im|vi|vis|vision'
-PARTS = (
-  r'start|end|begin|of|bos|eos|pad|padding|soft|patch|patches|newline|context|tokens?|place[_ -]?holders?|here|features?|embeds?'
-  r'|embeddings?|input|\d+'
+# Whole names, which mean something else with a word in front.
+ALONE = re.compile(
+  r'clips?|speech|speeches|sounds?|voices?|music|points|documents?|depth|masks?|gifs?|movies?|recordings?|mm'
+  r'|multi modal|system|tools|functions'
+  r'|history|(?:system (?:prompt|message))|(?:tool|function) calls?|(?:chat|conversation) history|input features?|inputs embeds?'
 )
-CONTENT = re.compile(
-  rf'{MEDIA}|clips?|movies?|gifs?|points|pdfs?|documents?|depth|masks?|wave[_ ]?forms?|spectrograms?|pixels?|base64|attachments?',
-)
-# Words that make a name a note about something: `video_id`, `image_size`, `num_frames`, `caption_of_image`.
-NOTE = re.compile(
-  r'ids?|sizes?|width|height|names?|source|split|num|number|counts?|licen[cs]e|captions?|descriptions?|types?|format|category|hash'
-  r'|md5|sha\d*|score|quality|fps|rate|duration|length|index|ratio|resolution|channels?|tags?|labels?|title|date|author|dataset|has|is'
-  r'|original|text|prompt|question|answer|info|meta|metadata|domain|topic|mode'
-)
-TALK = re.compile(r'system|system_?prompt|tools?|tool_?(?:calls?|choice|results?)|functions?|function_?calls?|history')
-# A path or address of something to look at, to listen to or to read.
-FILE = re.compile(
-  r'\.(?:mp4|avi|mov|mkv|webm|m4v|mpe?g|3gpp?|flv|wmv|ogv|wav|mp3|flac|ogg|opus|m4a|aac|amr|aiff?|wma|npy|npz|pt|ply|pcd|las|glb|stl'
-  r'|dcm|nii|h5|pkl|pdf|docx?|pptx?|xlsx?|jpe?g|jp2|png|webp|bmp|tiff?|gif|avif|hei[cf]|svg)(?:[?#]\S*)?$|^data:\w+/[\w.+-]+[;,]',
+CARRIER = """
+path paths file files filename filenames url urls uri uris list lists dir dirs folder folders directory data base64 b64 bytes
+blob binary feature features feat feats embed embeds embedding embeddings array arrays tensor tensors value values content
+contents token tokens input inputs sequence sequences
+""".split()  # noqa: SIM905
+NOT_THE_THING = ('num', 'n', 'number', 'count', 'has', 'is', 'max', 'min', 'total', 'of', 'in', 'for', 'per', 'about', 'from')
+TYPE = re.compile(r'(?:.* )?(?:type|modality|modalities|mime|mimetype)')
+OTHER_TYPE = re.compile(
+  r'(?:input_)?(?:videos?|audios?|speech|point_?clouds?|pdf)(?:_(?:url|file|clip))?|(?:video|audio)/.+|application/pdf',
   re.IGNORECASE,
 )
-# Marks that stand for other content in a question, as other projects write them. An HTML element is no such mark: it has a
-# closing tag, attributes, or is spoken of as one.
-_BESIDE = rf'(?:{PARTS})[_ -]?'
-_NAME = rf'(?:{_BESIDE})*(?:(?:{MEDIA})|(?:{SHORT})(?=[_ -]?(?:{PARTS})))(?:[_ -]?(?:{MEDIA}|{PARTS}))*'
-_PIPED = _NAME.replace('im|', '')  # <|im_start|> is ChatML's
-_FILED = FILE.pattern.replace('$', r'(?=[\s)<"\']|$)').replace('^', '')
-MARK = re.compile(
-  rf'<(?P<around>{MEDIA})>[^<\n]*?(?:{_FILED}|://)[^<\n]*</(?P=around)>|!\[[^\]\n]*\]\([^)\n]*?(?:{_FILED})[^)\n]*\)'
-  rf'|<(?P<name>{_NAME})\s*/?>(?!\s*(?:tags?|elements?)\b)|<\|(?:{_PIPED})\|>|<(?:__\w*(?:{MEDIA})\w*__)>'
-  rf'|\[(?:{MEDIA}|(?:{MEDIA})[_ -]?\d+)\](?!\()',
-  re.IGNORECASE,
+
+PICTURES = (
+  'jpe?g|jpe|jfif|png|apng|webp|bmp|dib|tiff?|gif|jp2|j2k|jpx|avif|ico|ppm|pgm|pbm|pnm|tga|hei[cf]|svg|psd|raw|dng|cr2|nef|arw'
 )
-DEEPEST = 8  # levels of a nested field that are looked at
-CODE = re.compile(r'```.*?(?:```|$)|`[^`\n]*`', re.S)
+OTHERS = (
+  'mp4|avi|mov|mkv|webm|m4v|mpe?g|mpg|flv|wmv|3gp|3g2|ogv|mts|m2ts|vob|rm|rmvb|asf|divx'
+  '|wav|mp3|flac|ogg|oga|opus|m4a|m4b|aac|amr|aiff?|wma|au|mid|midi|mka'
+  '|npy|npz|pt|pth|pkl|h5|hdf5|mat|safetensors|ply|pcd|las|laz|obj|stl|glb|gltf|off|dcm|nii|nii\\.gz'
+  '|pdf|docx?|pptx?|xlsx?|odt|odp|ods|epub|djvu|rtf'
+)
+_BEHIND = r'(?:[?#]\S+)?\s*$'  # of an address
+FILE = re.compile(rf'[^\s.]\.(?:{PICTURES}|{OTHERS}){_BEHIND}', re.IGNORECASE)
+OTHER_FILE = re.compile(rf'[^\s.]\.(?:{OTHERS}|svg){_BEHIND}', re.IGNORECASE)
+# A data URI, and how files of JPEG, PNG, GIF, RIFF (WebP, WAVE, AVI), WebM, MP4, MP3, Ogg and PDF begin in base64.
+ENCODED = re.compile(
+  r'data:(?:image|video|audio|application/pdf)|(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|GkXfo|AAAA[A-Za-z0-9+/]{2}mZ0eX|SUQz|T2dnUw|JVBERi)'
+  r'[A-Za-z0-9+/=\s]{40}'
+)
+
+
+class Content(NamedTuple):
+  """A field with content that the model does not take: its name, through what it lies in (`extra.image`), and its value."""
+
+  name: str
+  value: Any
 
 
 def is_empty(value: Any) -> bool:
@@ -56,53 +68,82 @@ def is_empty(value: Any) -> bool:
   return value is None or value in ('', [], {}) or (isinstance(value, float) and math.isnan(value))
 
 
-def other_content(fields: Mapping[str, Any], known: tuple[str, ...]) -> str:
-  """The name of a field that holds content which the model does not take, itself or further in; '' if there is none."""
-  return _content({name: value for name, value in fields.items() if name not in known}, fields.get('image'), 1)
+def other_content(fields: Mapping[str, Any], known: tuple[str, ...]) -> Content | None:
+  """The first field that holds content which the model does not take."""
+  picture = fields.get('image') if 'image' in known else None
+  picture = picture[0] if isinstance(picture, list) and len(picture) == 1 else picture
+  return _within({name: value for name, value in fields.items() if name not in known}, '', picture, 0)
 
 
-def _content(fields: Mapping[str, Any], picture: Any, level: int) -> str:
-  for name, value in fields.items():
-    if is_empty(value):
-      continue
-    of_content = _is_content(str(name))
-    values = value if isinstance(value, list) else [value]
-    shown = [v for v in values if isinstance(v, str) and FILE.search(v) and not _same(v, picture)]
-    # A number, or the picture once more, under a name that only resembles one of content is a note.
-    note = all(isinstance(v, (bool, int, float)) or _same(v, picture) for v in values) and not CONTENT.fullmatch(name.lower())
-    if shown or (of_content and not note):
-      return name
-    inner = (_content(v, picture, level + 1) for v in values if isinstance(v, dict) and level < DEEPEST)
-    if any(inner):
-      return name
-  return ''
-
-
-def _is_content(name: str) -> bool:
-  """Whether a field's name, `videoPath` and `image_2` alike, is one of content and not of a note about it."""
-  spaced = re.sub(r'(?<=[a-z])(?=[A-Z])|(?<=[A-Za-z])(?=\d)', '_', name).lower()
-  words = re.split(r'[^a-z0-9]+', spaced)
-  joined = '_'.join(words)
-  if TALK.fullmatch(joined):
-    return True
-  return bool(re.search(rf'(?:^|_)(?:{CONTENT.pattern})(?:_|$)', joined)) and not any(NOTE.fullmatch(word) for word in words)
-
-
-def _same(value: Any, picture: Any) -> bool:
-  """Whether a field names the sample's own picture, with or without its folders."""
-  return isinstance(value, str) and isinstance(picture, str) and posixpath.basename(value) == posixpath.basename(picture)
-
-
-def other_mark(question: str) -> str:
-  """The first mark in a question that stands for something other than its picture; '' if there is none."""
-  prose = CODE.sub('', question)
-  for found in MARK.finditer(prose):
-    name = found['name']
-    if found[0] != '<image>' and not (name and f'</{name}>' in question):
-      return found[0]
-  return ''
+def is_no_picture(name: str) -> bool:
+  """Whether a file name ends as that of a video, a sound, a document or numbers."""
+  return bool(OTHER_FILE.search(name))
 
 
 def unused(fields: Mapping[str, Any], known: tuple[str, ...]) -> list[str]:
   """Names of the other fields with something in them."""
   return [name for name, value in fields.items() if name not in known and not is_empty(value)]
+
+
+def _within(fields: Mapping[str, Any], inside: str, picture: Any, depth: int) -> Content | None:
+  for name, value in fields.items():
+    if is_empty(value) or value is False or value == []:
+      continue
+    full = f'{inside}{name}'
+    if _is_content(str(name), value, picture):
+      return Content(full, value)
+    if found := _inside(value, f'{full}.', picture, depth):
+      return found
+  return None
+
+
+def _inside(value: Any, inside: str, picture: Any, depth: int) -> Content | None:
+  if depth == DEEPEST:
+    return None
+  if isinstance(value, Mapping):
+    return _within(value, inside, picture, depth + 1)
+  entries = (entry for entry in value if isinstance(entry, (list, Mapping))) if isinstance(value, list) else ()
+  return next(filter(None, (_inside(entry, inside, picture, depth + 1) for entry in entries)), None)
+
+
+def _is_content(name: str, value: Any, picture: Any) -> bool:
+  texts = list(_texts(value))
+  if texts and all(_same_picture(text, picture) for text in texts):
+    return False
+  if any(FILE.search(text) or ENCODED.match(text) for text in texts if not _same_picture(text, picture)):
+    return True
+  words = _words(name)
+  spoken = ' '.join(words)
+  if TYPE.fullmatch(spoken) and any(OTHER_TYPE.fullmatch(text) for text in texts):
+    return True
+  while words and words[-1] in CARRIER:
+    words.pop()
+  if not words:
+    return bool(ALONE.fullmatch(spoken))
+  medium = (
+    ALONE.fullmatch(' '.join(words)) or ALONE.fullmatch(spoken) or MEDIA.fullmatch(words[-1]) or words[-2:] == ['point', 'cloud']
+  )
+  if not medium and words[-2:] != ['point', 'clouds']:
+    return False
+  if isinstance(value, (bool, int, float)):  # a number of them, or whether there are some
+    return len(words) == 1 and spoken == words[0]
+  return not set(words[:-1]) & set(NOT_THE_THING)
+
+
+def _texts(value: Any) -> Iterator[str]:
+  """The texts of a value and of the list that it may be."""
+  return (entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, str))
+
+
+def _same_picture(text: str, picture: Any) -> bool:
+  """Whether a text names the sample's picture once more, with or without its folders."""
+  return isinstance(picture, str) and os.path.basename(text) == os.path.basename(picture) != ''
+
+
+def _words(name: str) -> list[str]:
+  """`leftImages_2` -> left, images."""
+  apart = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Za-z])(?=\d)', ' ', name.replace('base64', 'b64').replace('Base64', 'B64'))
+  words = [word.lower() for word in re.split(r'[\W_]+', apart.replace('b 64', 'b64').replace('B 64', 'b64')) if word]
+  while len(words) > 1 and words[-1].isdigit():
+    words.pop()
+  return words

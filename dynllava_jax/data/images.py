@@ -10,8 +10,9 @@ Batches carry uint8; normalisation happens on the device (`ops.images.normalize`
 | RGBA, LA                        | alpha dropped, the colours under it shown, as in LLaVA (others composite on white)    |
 | CMYK                            | converted by Pillow's formula, no colour profile                                      |
 | I;16, I;16B, I;16L, I, F        | refused: conversion to 8 bits saturates nearly every pixel                            |
-| others, several frames          | others refused by name; of an animation the first frame                               |
+| others                          | refused by name                                                                       |
 
+An animation, or a document of several pages, is refused: a question about it is not one about its first frame.
 Every format that Pillow reads by itself is read, by content and not by name; EPS is refused, because reading it runs another
 program. A truncated file, an unknown format, a picture above Pillow's decompression-bomb limit (179 million pixels), a side longer
 than `MAX_SIDE` and a file larger than `MAX_BYTES` are refused, so that a picture takes at most 1.5 GB while it is read. Height or
@@ -38,6 +39,7 @@ FORMATS = tuple(sorted(set(Image.OPEN) - {'EPS'}))
 MAX_SIDE = 2**18  # pixels; the original's square would take 256 GiB
 MAX_BYTES = 2**30  # more than all pixels of the largest picture
 CANVAS = 2**25  # pixels of a square that is made: 128 MiB
+IN_FRAMES = ('GIF', 'PNG', 'WEBP', 'AVIF', 'TIFF', 'FLI', 'DCX')  # animations and pages; MPO's further ones are views of the first
 BAND = 2**20  # pixels transposed at a time
 # Pillow resizes columns first; from 13.0 on rows where the height shrinks by more than twice as many pixels as the width (PR 9549).
 ROWS_FIRST = int(PIL.__version__.partition('.')[0]) >= 13
@@ -80,6 +82,9 @@ def _as_rgb(open_: Callable[[], Image.Image], name: str, size: str = '', rotate:
     if image.mode not in CONVERTIBLE:
       message = f'{name}: {image.format or "picture"} of mode {image.mode}, expected 8 bits per channel; convert the file'
       raise DataError(message, 'undecodable_image')
+    if image.format in IN_FRAMES and getattr(image, 'n_frames', 1) > 1:
+      message = f'{name}: {image.format} of {image.n_frames} frames, expected one picture; save the frame that is meant'
+      raise DataError(message, 'other_content')
     image.info.pop('transparency', None)  # Pillow would warn, and the colours are the same
     image.load()
     if rotate:

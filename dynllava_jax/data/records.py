@@ -13,7 +13,7 @@ import numpy as np
 from dynllava_jax.config import IGNORE, IMAGE_ID
 from dynllava_jax.data.batches import render_turns
 from dynllava_jax.data.conversation import Template, encode
-from dynllava_jax.data.fields import OF_SAMPLE, OF_TURN, is_empty, other_content, unused
+from dynllava_jax.data.fields import OF_SAMPLE, OF_TURN, is_empty, is_no_picture, other_content, unused
 from dynllava_jax.data.images import MAX_BYTES, decode
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import BOS, EOS, UNK, Tokenizer
@@ -120,11 +120,12 @@ def parse(entry: Any, source: str, number: int) -> Record:
   for i, turn in enumerate(entry['conversations']):
     if not isinstance(turn, dict) or not isinstance(turn.get('from'), str) or not isinstance(turn.get('value'), str):
       raise DataError(f'{where}, turn {i}: expected {{"from": ..., "value": ...}} with texts, found {_shown(turn)}')
-    if field := other_content(turn, OF_TURN):
-      raise DataError(f'{where}, turn {i}: "{_shown(field)}" holds {_shown(turn[field])}, which is not used', 'other_content')
-  if field := other_content(entry, OF_SAMPLE):
+    if found := other_content(turn, OF_TURN):
+      message = f'{where}, turn {i}: "{_shown(found.name)}" holds {_shown(found.value)}, which this model does not take'
+      raise DataError(message, 'other_content')
+  if found := other_content(entry, OF_SAMPLE):
     message = (
-      f'{where}: "{_shown(field)}" holds {_shown(entry[field])}, which this model does not take; a picture belongs in "image"'
+      f'{where}: "{_shown(found.name)}" holds {_shown(found.value)}, which this model does not take; a picture belongs in "image"'
     )
     raise DataError(message, 'other_content')
   image = entry.get('image')
@@ -135,6 +136,8 @@ def parse(entry: Any, source: str, number: int) -> Record:
   image = '' if is_empty(image) else image
   if not isinstance(image, str):
     raise DataError(f'{where}: "image" is {_shown(image)}, expected a path; leave the key out for text')
+  if is_no_picture(image):
+    raise DataError(f'{where}: "image" is {_shown(image)}, which is no picture', 'other_content')
   turns = tuple({'from': t['from'], 'value': t['value']} for t in entry['conversations'])
   for what in (str(entry.get('id', ''))[:LONGEST_NAME], image, *(t['value'] for t in turns)):
     if any('\ud800' <= c <= '\udfff' for c in what):  # JSON can hold half of a character, UTF-8 cannot

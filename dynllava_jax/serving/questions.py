@@ -10,6 +10,7 @@ from PIL import Image
 
 from dynllava_jax import paths, remote
 from dynllava_jax.data import images
+from dynllava_jax.data.fields import is_no_picture
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.benchmarks.kinds import check_words
@@ -39,6 +40,8 @@ def picture(name: str, image: Any) -> Any:
   if image is None or isinstance(image, bytes):
     return image
   if isinstance(image, (str, os.PathLike)):
+    if is_no_picture(os.fspath(image)):
+      raise DataError(f'{name}: image is {os.fspath(image)!r}, which is no picture; expected one, or none', 'other_content')
     return pathlib.Path(remote.fetched(paths.given(os.fspath(image), f'{name}: image')))
   if isinstance(image, (list, tuple)):
     raise DataError(

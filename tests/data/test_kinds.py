@@ -10,12 +10,13 @@ import time
 import llava_files
 import pytest
 from conftest import ROOT
+from PIL import Image
 from test_prepare import SKIP, ids, run, scan
 
 from dynllava_jax.config import ConfigError, DataConfig
 from dynllava_jax.data import check, records
 from dynllava_jax.data.conversation import TEMPLATES, template
-from dynllava_jax.data.fields import other_mark
+from dynllava_jax.data.marks import other_mark
 from dynllava_jax.data.order import Order, Part
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.store import Store
@@ -71,6 +72,22 @@ def reason(entry, root):
     {'input': 'data:image/png;base64,iVBORw0KGgo='},
     {'link': 'https://a.org/film.mp4?t=3'},
     *({'other': f'a.{ending}'} for ending in ('avif', 'heic', '3gp', 'gif', 'docx', 'svg')),
+    {'tool_calls': [{'name': 'search'}]},
+    {'media': [{'type': 'video'}]},
+    {'parts': [{'type': 'video_url', 'at': 'x'}]},
+    {'extra': {'image': 'x.png'}},
+    {'meta': [[{'Video': 'x'}]]},
+    {'image_base64': 'abc'},
+    {'note': 'data:image/png;base64,iVBO'},
+    {'blob': '/9j/4AAQ' + 'A' * 60},
+    {'waveform': [0.1]},
+    {'audioFeatures': [[0.1]]},
+    {'pixel_values': [[1]]},
+    {'frames_dir': 'clips/1'},
+    {'leftImage': 'pictures/2.jpg'},
+    {'multi_modal_data': {'x': 1}},
+    {'modality': 'video'},
+    *({'second': f'x.{ending}'} for ending in ('avif', 'HEIC', '3gp', 'gif', 'docx', 'mp4?sig=1', 'svg')),
   ],
   ids=str,
 )
@@ -93,11 +110,30 @@ def test_fields_with_other_content_are_refused(root, extra, base):
     {'split': 'train', 'score': 0.5, 'ok': True},
     {'info': {'path': GOOD['image'], 'image_width': 3}, 'num_frames': 1, 'image_caption': 'A bus.'},
     {'image_path': GOOD['image'], 'media_type': 'photo', 'videoId': 'x', 'bbox': [[0.5, 1.0]]},
+    {'image_path': f'/data/{GOOD["image"]}', 'images': [GOOD['image']]},
+    {'num_frames': 8, 'has_video': True, 'video': False, 'image_tokens': 576},
+    {'image_caption': 'A bus.', 'text_in_image': 'stop', 'data_type': 'image', 'url': 'http://x.org/a.html'},
+    {'meta': {'title': 'What is in report.pdf? Nothing.', 'tags': ['a']}},
   ],
   ids=str,
 )
 def test_notes_and_empty_fields_do_no_harm(root, extra):
   assert reason(GOOD | extra, root) == ''
+
+
+@pytest.mark.parametrize('name', ['a.mp4', 'a.WAV', 'a.docx', 'a.npy', 'a.svg'])
+def test_a_picture_that_is_named_as_something_else(root, name):
+  assert reason(GOOD | {'image': name}, root) == 'other_content'
+
+
+@pytest.mark.parametrize('name', ['a.gif', 'a.png', 'a.webp', 'a.tiff'])
+def test_animations_and_pages_are_no_picture(root, name):
+  """A file with one frame in these formats is."""
+  frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
+  frames[0].save(root / name, save_all=True, append_images=frames[1:])
+  assert reason(GOOD | {'image': name}, root) == 'other_content'
+  frames[0].save(root / name)
+  assert reason(GOOD | {'image': name}, root) == ''
 
 
 def test_content_in_a_turn_is_refused(root):
@@ -106,9 +142,18 @@ def test_content_in_a_turn_is_refused(root):
   assert reason(GOOD | {'conversations': turns}, root) == 'other_content'
 
 
+# As other projects name them; the grammar of `data.marks` knows them, no list.
+OTHERS = """
+<IMG_CONTEXT> <VIDEO_CONTEXT> <image_token> <image_soft_token> <audio_soft_token> <start_of_image> <|imgpad|> <im_patch>
+<im_start> <vi_start> <__media__> <frame> <vid> <video/> <image/> </image> <AudioHere> <|begin_of_video|> [img-1]
+<fake_token_around_image> <global-img> <|media_pad|> <point_patch> <visual_token> [BEGIN_AUDIO] <|IMAGE_PLACEHOLDER|>
+""".split()  # noqa: SIM905
+
+
 @pytest.mark.parametrize(
   'question',
   [
+    *OTHERS,
     '<video>\nWhat?',
     'What is in <video>?',
     '<audio> What?',
@@ -126,6 +171,13 @@ def test_content_in_a_turn_is_refused(root):
     *('<video/>', '<image/>', '[image]', '<|image_1|>'),
     *('<video >', '<Audio><AudioHere></Audio>', '<img>x.jpg</img>', '![x](b.jpg)', '![](data:image/png;base64,AA)', '<Img 3>'),
     *('<img>https://a.org/b</img> <image-placeholder>', '<end_of_video>', '[Audio_2]', '<|vision_bos|>', '<image_newline>'),
+    '<video >',
+    'Look: [image] What?',
+    '<Img><ImageHere></Img> What?',
+    '<img>x.jpg</img> What?',
+    'What is it? ![x](b.jpg)',
+    '<img src="b.jpg">\nWhat?',
+    '[Image 1] or [Image 2]?',
   ],
 )
 def test_marks_of_other_content_are_refused(root, question):
@@ -148,6 +200,17 @@ def test_marks_of_other_content_are_refused(root, question):
     '<table>',
     *('<im>', '<vi>', '<vision>', '<|im_start|>', '<imagine>', '<framework>', '<T>', '[image credit: NASA]', '<image of a dog>'),
     *('[image](https://a.org)', '![badge](https://a.org/status)', '<picture><source></picture>', '<start>', '<end of the text>'),
+    '[image credit: NASA] Who?',
+    '[the video shows] what?',
+    'x = [image]; y = data[image]; f([frame]); [image, label]',
+    'see [image](http://x.org) and [image]: below',
+    '![IMAGE](https://source.example.com/960x640/?<PUT YOUR QUERY HERE>)',
+    '<div><img src="b.jpg"></div>\n<img src="b.jpg">\nWhy?',
+    'How do I write <img src="a.jpg"> with a title?',
+    'python run.py <image_path> <video_url>',
+    'List<Image> images; map<string, Video> b',
+    '<document>words</document> <start> <point> <media:content>',
+    '<|im_start|>user',
   ],
 )
 def test_html_and_code_are_text(question):

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynllava_jax.data.conversation import IMAGE_TOKEN
-from dynllava_jax.data.fields import is_empty, other_content, other_mark
+from dynllava_jax.data.fields import is_empty, is_no_picture, other_content
+from dynllava_jax.data.marks import other_mark
 from dynllava_jax.data.samples import DataError
+from dynllava_jax.display import printable
 from dynllava_jax.evals.folders import Folder
 
 KNOWN = ('image', 'question_id', 'text', 'category', 'id', 'conversations', 'question', 'answer', 'answers')
-VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.npy', '.npz')
 
 
 def only_picture(row: Mapping[str, Any], where: str) -> str | None:
@@ -24,7 +25,8 @@ def only_picture(row: Mapping[str, Any], where: str) -> str | None:
   """
   other = other_content(row, KNOWN)
   if other:
-    raise DataError(f'{where}: has {other}, expected one image or none; leave such questions out', 'other_content')
+    name = printable(other.name)[:80]
+    raise DataError(f'{where}: has {name}, expected one image or none; leave such questions out', 'other_content')
   image = row.get('image')
   if isinstance(image, list):
     if len(image) > 1:
@@ -34,7 +36,7 @@ def only_picture(row: Mapping[str, Any], where: str) -> str | None:
     return None
   if not isinstance(image, str):
     raise DataError(f'{where}: image is {image!r}, expected the name of a file; is it a question file of LLaVA?')
-  if image.lower().endswith(VIDEOS):
+  if is_no_picture(image):
     raise DataError(f'{where}: image is {image!r}, which is no picture; leave such questions out', 'other_content')
   return image
 
