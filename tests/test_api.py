@@ -73,6 +73,7 @@ def test_a_conversation_goes_on_where_it_was(model, monkeypatch):
   assert chunks[0].tolist() == ([] if first.finish == 'end' else [first.tokens[-1]]) + later
   with pytest.raises(DataError, match='the conversation is full: this turn has .* tokens, and there is room for'):
     chat.send('and then? ' * 30)
+  chat.turns[1]['value'] = ''  # as of an answer that was but its end
   assert len(chat.send('so?').tokens) == 4  # of 12, 8 were used
   with pytest.raises(DataError, match='the conversation is full: all 12 tokens of its answers are used'):
     chat.send('so?')

@@ -120,7 +120,8 @@ class Chat:
   def _later(self, text: str, wanted: Any) -> Running:
     """What stands between the last token that was generated and the next answer, as training writes it."""
     generator, tokenizer = self._stepper.generator, self._loaded.tokenizer
-    said = [*self.turns[:-1], {'from': 'gpt', 'value': '.'}, {'from': 'human', 'value': text}]
+    # Only what follows an answer's end is taken of it, so any answer will do.
+    said = [self.turns[0], {'from': 'gpt', 'value': '.'}, {'from': 'human', 'value': text}]
     said[0] = first_turn(dataclasses.replace(questions.question(1, None, said[0]['value']), image=self._image))[0]
     ids = encode_turns('chat', said, self._image is not None, style=self._style, tokenizer=tokenizer).ids
     ends = np.flatnonzero(ids == self._end)
