@@ -28,7 +28,10 @@ from dynllava_jax.paths import Given
 from dynllava_jax.progress import progress
 
 AT_ONCE = 16  # objects on their way
+SILENCE = 60.0  # seconds without a byte, after which a request is tried again, a few times
+LONGEST = 3600.0  # seconds of one request, however slowly it goes on
 WHOLE_BYTES = 64 * 2**20  # larger objects go up in parts; the store shows them when all parts are there
+FRAME = b'--==0=='  # of gcsfs, see `put`
 VERSION = ('etag', 'ETag', 'generation', 'md5Hash', 'LastModified', 'mtime', 'updated', 'size')
 UPLOADING = '.uploading'  # lists what an upload that happens at once writes, until all of it is there
 STEP_MARKER, CHECKPOINT_MARKER = 'integrity.json', 'model.json'  # of a step, and of the folder of steps: see `checkpoint`
@@ -44,8 +47,13 @@ def filesystem(scheme: str) -> Any:
   """The fsspec file system of a scheme."""
   import fsspec
 
+  limits = {}
+  if scheme == 'gs':  # gcsfs waits for ever if it is not told; s3fs gives up after 15 s of silence
+    import aiohttp
+
+    limits = {'requests_timeout': aiohttp.ClientTimeout(total=LONGEST, sock_connect=SILENCE, sock_read=SILENCE)}
   # Nothing is cached: other machines write there too.
-  return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+  return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **limits)
 
 
 def store(path: Given) -> tuple[Any, str]:
@@ -212,7 +220,21 @@ def write(path: Given, content: bytes) -> None:
   """Puts one whole object into a store."""
   fs, url = store(path)
   with readable(url):
-    fs.pipe_file(url, content)
+    put(fs, url, content)
+
+
+def put(fs: Any, url: str, content: bytes | pathlib.Path) -> None:
+  """Puts the content, or that of a file, into a store, and compares what Google's says that it has; errors are the client's."""
+  google = url.startswith('gs:')
+  if isinstance(content, pathlib.Path):
+    fs.put_file(str(content), url, **({'consistency': 'size'} if google else {}))
+    return
+  how = {'consistency': 'md5'} if google else {}
+  # gcsfs frames what it sends at once between line feeds and a mark. A carriage return at the end is then part of a line break, and
+  # lost, and so is all after a mark. What goes in parts has no frame.
+  if google and (content.endswith(b'\r') or FRAME in content):
+    how['chunksize'] = len(content)
+  fs.pipe_file(url, content, **how)
 
 
 def keep(path: pathlib.Path) -> None:

@@ -227,10 +227,7 @@ class _Mirror:
       else:
         content, known = None, _File(before.st_size, before.st_mtime_ns, '')
       with remote.readable(url):
-        if content is None:
-          self.fs.put_file(str(local), url)
-        else:
-          self.fs.pipe_file(url, content)
+        remote.put(self.fs, url, local if content is None else content)
     except FileNotFoundError:
       self.there.setdefault(name, None)  # perhaps begun
       return False

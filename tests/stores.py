@@ -8,11 +8,36 @@ import sys
 import time
 
 BUCKET = 'a-bucket'
-PROGRAMS = {
-  'gs': 'from gcp_storage_emulator.server import create_server\n'
-  'create_server("127.0.0.1", {port}, in_memory=True, default_bucket="{bucket}").run()',
-  's3': 'from moto.server import main; main(["-H", "127.0.0.1", "-p", "{port}"])',
-}
+# The emulator's own server takes one connection at a time and waits for ever for what a stopped program meant to say.
+GS = """
+import http.server, io, threading
+from gcp_storage_emulator import server as emulator
+
+class Patient(http.server.ThreadingHTTPServer):
+  request_queue_size = 128
+
+http.server.HTTPServer = Patient
+one = threading.Lock()
+
+class Handler(emulator.RequestHandler):
+  timeout = 30
+
+  def parse_request(self):
+    if not super().parse_request():
+      return False
+    if length := int(self.headers.get('Content-Length', 0)):
+      self.rfile = io.BytesIO(self.rfile.read(length))
+    return True
+
+class Router(emulator.Router):
+  def handle(self, method):
+    with one:
+      super().handle(method)
+
+emulator.RequestHandler, emulator.Router = Handler, Router
+emulator.create_server('127.0.0.1', {port}, in_memory=True, default_bucket={bucket!r}).run()
+"""
+PROGRAMS = {'gs': GS, 's3': 'from moto.server import main; main(["-H", "127.0.0.1", "-p", "{port}"])'}
 
 
 def environment(scheme, port):

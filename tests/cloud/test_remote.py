@@ -1,9 +1,11 @@
 """Files that come from a store and go there: whole, in order, and only by who holds the lease."""
 
+import asyncio
 import contextlib
 import json
 import os
 import re
+import socket
 import time
 
 import pytest
@@ -169,6 +171,36 @@ def test_words_of_a_store_that_cannot_be_reached_are_one_line(cloud_folder):
   with pytest.raises(remote.StoreError, match=f'^{re.escape(url)}: .*no such key') as found, remote.readable(url):
     raise RuntimeError('no such key\nand more')
   assert '\n' not in str(found.value) and fs
+
+
+@pytest.mark.parametrize('content', [b'\r', b'a\r', b'a\r\n', b'a\n\r', b'\n--==0==--\na', b'', bytes(range(256)), b'\r' * 3000])
+def test_what_is_written_is_there_to_the_last_byte(cloud_folder, content):
+  """gcsfs loses what looks like the frame that it sends files in: of 256 files of numbers one ends in a carriage return."""
+  path = paths.given(cloud_folder, '--out')
+  remote.write(path / 'a', content)
+  with workspace.workspace(path, '--out') as local:
+    assert (local / 'a').read_bytes() == content
+    (local / 'b').write_bytes(content)
+  assert (remote.fetched(path) / 'b').read_bytes() == content
+
+
+def test_a_store_that_says_nothing_is_an_error_and_no_wait(bucket, monkeypatch):
+  """gcsfs by itself waits for an answer for ever."""
+  if not bucket.startswith('gs'):
+    pytest.skip('s3fs has limits of its own')
+  sleep = asyncio.sleep
+  monkeypatch.setattr(asyncio, 'sleep', lambda seconds, *rest: sleep(min(seconds, 0.01), *rest))  # between gcsfs's attempts
+  monkeypatch.setattr(remote, 'SILENCE', 0.2)
+  remote.filesystem.cache_clear()
+  try:
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+      monkeypatch.setenv('STORAGE_EMULATOR_HOST', f'http://127.0.0.1:{silent.getsockname()[1]}')
+      began = time.monotonic()
+      with pytest.raises(remote.StoreError, match=f'{bucket}/x'):
+        remote.listing(paths.given(f'{bucket}/x', 'x'))
+      assert time.monotonic() - began < 30
+  finally:
+    remote.filesystem.cache_clear()
 
 
 def test_an_older_step_stays_until_a_newer_one_is_there(cloud_folder, monkeypatch):
