@@ -19,7 +19,7 @@ from dynllava_jax.config.model import (
   TokenPackerConfig,
   VisionConfig,
 )
-from dynllava_jax.config.parsing import ConfigError, Options, first_difference, from_config_dict, to_dict
+from dynllava_jax.config.parsing import ConfigError, Options, differences, first_difference, from_config_dict, to_dict
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages, judges_instructions
 from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, SparsityConfig, TrainConfig
 
@@ -53,6 +53,7 @@ __all__ = [
   'VisionConfig',
   'check_stages',
   'check_trainable_stages',
+  'differences',
   'first_difference',
   'from_config_dict',
   'judges_instructions',

@@ -8,7 +8,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from dynllava_jax import paths
@@ -122,13 +122,16 @@ def as_options(value: Any) -> Options:
   return tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in pairs))
 
 
-def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-  """(dotted key, value before, value now) of the first setting that differs between two plain configs."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+  """(dotted key, value before, value now) of each setting that differs between two plain configs, in the order of `now`."""
   for key in now:
     old, new = before.get(key), now[key]
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-      if found := first_difference(old, new):
-        return f'{key}.{found[0]}', *found[1:]
+      yield from ((f'{key}.{inner}', *values) for inner, *values in differences(old, new))
     elif old != new:
-      return key, old, new
-  return None
+      yield key, old, new
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+  """The first of `differences`; None if there is none."""
+  return next(differences(before, now), None)

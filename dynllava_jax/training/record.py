@@ -14,9 +14,10 @@ from jax.experimental import multihost_utils
 
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointError
-from dynllava_jax.config import ConfigError, TrainConfig, first_difference, from_config_dict, to_dict
+from dynllava_jax.config import ConfigError, TrainConfig, differences, from_config_dict, to_dict
 from dynllava_jax.data.fingerprint import fingerprint
 from dynllava_jax.data.sources import Source
+from dynllava_jax.data.tokenizer import read_files
 from dynllava_jax.files import read_regular, write_atomically
 from dynllava_jax.training.agreement import require_same
 from dynllava_jax.training.keeping import Keeping
@@ -28,11 +29,14 @@ CHECKPOINTS = 'checkpoints'
 RUN_FILE = 'run.json'
 CONFIG_FILE = 'config.json'  # the settings alone, to be read by people; rewritten at every start
 FORMAT = 1
-DATA_MAY_CHANGE = ('workers', 'images', 'path')  # between start and resumption; what lies there is compared by digest
+# What may be another between start and resumption, by its name in the config; all else is refused, new fields too. `steps` of a
+# dense run may grow. What lies at a path is compared by digest.
 MAY_CHANGE = (
-  *('mesh', 'init_from', 'remat', 'accumulate', 'log_every', 'save_every', 'save_minutes', 'grace_seconds'),
-  *('keep', 'keep_every', 'keep_best', 'keep_best_by', 'evals', 'on_bad_step', 'spike'),
+  *('mesh', 'remat', 'accumulate', 'log_every', 'save_every', 'save_minutes', 'grace_seconds', 'keep', 'keep_every'),
+  *('keep_best', 'keep_best_by', 'evals', 'on_bad_step', 'spike', 'data.workers', 'data.path', 'data.images'),
 )
+# Without effect once a step is saved, so that only '' or what names the same content is taken; the record keeps what came first.
+BEGAN_FROM = ('init_from', 'data.tokenizer')
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'grain', 'tokenizers', 'pillow')
 PACKAGE = pathlib.Path(checkpoint.__file__).parent
 NOT_TRAINING = ('evals', 'convert')  # parts of the package that no run depends on
@@ -147,12 +151,16 @@ def _restore_description(directory: pathlib.Path, record: RunRecord, say: Callab
 
 
 def inputs(cfg: TrainConfig, source: Source, tokenizer: Mapping[str, bytes]) -> dict[str, str]:
-  """SHA-256 of what the config only names; base weights that are gone have none.
+  """SHA-256 of what the config only names; of a tokenizer and of base weights that it names and that are gone there is none.
 
   Raises:
     ConfigError: several hosts do not see the same.
   """
   out = fingerprint(source) | {'tokenizer': digest_of_files(tokenizer)}
+  if cfg.data.tokenizer:
+    del out['tokenizer']
+    with contextlib.suppress(ConfigError):
+      out['tokenizer'] = digest_of_files(read_files(cfg.data.tokenizer))
   if cfg.init_from:
     with contextlib.suppress(CheckpointError):  # needed for the first step alone, and then loading them says why
       out['base weights'] = checkpoint.weights_digest(cfg.init_from)
@@ -167,12 +175,12 @@ def begin(
   code = code_versions()
   if not (started and step):
     return RunRecord(to_dict(cfg), dict(inputs), code, description)
-  changes = []
-  if started.settings['steps'] != cfg.steps:
-    changes.append(f'step {step}: steps {started.settings["steps"]} -> {cfg.steps}')
+  before, now = to_dict(from_config_dict(TrainConfig, started.settings)), to_dict(cfg)
+  now |= {'init_from': before['init_from'], 'data': now['data'] | {'tokenizer': before['data']['tokenizer']}}
+  changes = [f'step {step}: {key} {old!r} -> {new!r}' for key, old, new in differences(before, now)]
   if started.code != code:
     changes.append(f'step {step}: other code')
-  return RunRecord(to_dict(cfg), started.inputs | inputs, code, description, step, (*started.history, *changes))
+  return RunRecord(now, started.inputs | inputs, code, description, step, (*started.history, *changes))
 
 
 def mark(record: RunRecord, saved: int | None, workdir: pathlib.Path) -> RunRecord:
@@ -194,15 +202,11 @@ def check_same_run(cfg: TrainConfig, record: RunRecord, workdir: pathlib.Path, s
   Raises:
     ConfigError: others that its course depends on; says how to go on.
   """
-  now = to_dict(cfg)
-  settings = record.settings | {name: now[name] for name in MAY_CHANGE}
-  started = from_config_dict(TrainConfig, settings)  # what it does not know has its default
-  before, now = (_compared(to_dict(side)) for side in (started, cfg))
+  started = from_config_dict(TrainConfig, record.settings)  # what it does not know has its default
   raised = cfg.steps > started.steps and all(stage.selector == 'all' for stage in cfg.stages)
-  if raised:
-    before['steps'] = now['steps']
-  if found := first_difference(before, now):
-    key, old, new = found
+  for key, old, new in differences(to_dict(started), to_dict(cfg)):
+    if _may_change(key) or (raised and key == 'steps'):
+      continue
     way_on = f'go on with {old!r}, or {a_new_run(workdir)}'
     if key.startswith('model.'):
       way_on = f'go on with {old!r}, or choose another --workdir'
@@ -219,27 +223,44 @@ def check_same_run(cfg: TrainConfig, record: RunRecord, workdir: pathlib.Path, s
   )
 
 
-def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-  data = {k: v for k, v in settings['data'].items() if k not in DATA_MAY_CHANGE}
-  return {k: v for k, v in settings.items() if k not in MAY_CHANGE} | {'data': data}
+def _may_change(key: str) -> bool:
+  return any(f'{key}.'.startswith(f'{name}.') for name in (*MAY_CHANGE, *BEGAN_FROM))
 
 
 def check_same_inputs(cfg: TrainConfig, record: RunRecord, inputs: Mapping[str, str], workdir: pathlib.Path) -> None:
-  """Raises ConfigError if something that the config only names has another content than when the run was started."""
-  named = {
-    'samples': f'the samples in config.data.path={cfg.data.path}',
-    'pictures': f'the pictures in config.data.images={cfg.data.images}',
-    'tokenizer': f"the tokenizer's files in {workdir / CHECKPOINTS}",
-    'base weights': f'the base weights in config.init_from={cfg.init_from}',
+  """Raises ConfigError if something that the config only names has another content than when the run was started.
+
+  Of weights and tokenizer a run has its own by now. What is named besides must be what it began with, unless it is gone.
+  """
+  began, data = record.settings, record.settings['data']
+  where = {
+    'samples': ('the samples', 'config.data.path', cfg.data.path, data['path']),
+    'pictures': ('the pictures', 'config.data.images', cfg.data.images, data['images']),
+    'tokenizer': ("the tokenizer's files", 'config.data.tokenizer', cfg.data.tokenizer, data['tokenizer']),
+    'base weights': ('the base weights', 'config.init_from', cfg.init_from, began['init_from']),
   }
-  for name, digest in inputs.items():
-    before = record.inputs.get(name)
-    if before is not None and before != digest:
-      hint = '; or leave init_from empty, as the run has its own weights by now' if name == 'base weights' else ''
+  for name, (what, key, given, at_start) in where.items():
+    before, now = record.inputs.get(name), inputs.get(name)
+    own = name in ('tokenizer', 'base weights')
+    leave_empty = f'leave {key} empty, as the run has its own by now'
+    if own and given not in ('', at_start) and now is None:
+      raise ConfigError(f'{key}: {given} cannot be read, the run in {workdir} began with {at_start or "others"}; {leave_empty}')
+    if before == now or (own and now is None):
+      continue
+    if before is None and own:
       raise ConfigError(
-        f'{workdir}: {named[name]} are not those that the run was started with (SHA-256 {before[:12]}, now {digest[:12]}); put '
-        f'them back, or {a_new_run(workdir)}{hint}'
+        f'{key}: the run in {workdir} was started without, and {given} would have no effect; leave it empty, or choose another '
+        '--workdir to begin with it'
       )
+    if now is None and given:  # an earlier version's digest of pictures that the samples do not need
+      continue
+    if now is None:
+      raise ConfigError(f'{key}: is empty, and the run in {workdir} was started with {at_start}; say where {what} lie')
+    was = f'SHA-256 {before[:12]}' if before else 'none'
+    raise ConfigError(
+      f'{workdir}: {what} in {key}={given} are not those that the run was started with ({was}, now {now[:12]}); put them back, '
+      f'or {a_new_run(workdir)}' + (f'; or {leave_empty}' if own else '')
+    )
 
 
 def digest_of_files(files: Mapping[str, bytes]) -> str:

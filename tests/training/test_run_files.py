@@ -282,6 +282,13 @@ def test_steps_of_a_dense_run_can_be_raised(run, capsys):
     find(run)
 
 
+def test_weights_to_begin_with_are_refused_once_a_run_has_its_own(run):
+  before = (run / record.RUN_FILE).read_bytes()
+  with pytest.raises(ConfigError, match='config.init_from: .* was started without, .* would have no effect; leave it empty'):
+    loop.train(changed(init_from=str(run / 'checkpoints')), run)
+  assert (run / record.RUN_FILE).read_bytes() == before
+
+
 def test_what_the_config_only_names_is_compared(run):
   started = record.read(run)
   assert started.inputs.keys() == {'tokenizer'}
