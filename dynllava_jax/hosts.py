@@ -25,6 +25,7 @@ DUMP = re.compile(rb'coordination_service|preemption_sync_manager|Terminating pr
 GONE = re.compile(r'stopped sending heartbeats\):\s*(.*?)\s*The tasks have crashed', re.DOTALL)
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PARENT_DIES = 1  # PR_SET_PDEATHSIG of prctl(2)
+AGAIN = 75  # exit status where starting again is what helps (EX_TEMPFAIL of sysexits.h), as in `training.stopping`
 WAY_ON = 'start the same command on every host again to go on from the last saved step'
 
 
@@ -62,7 +63,8 @@ def guard() -> None:
   code = os.waitstatus_to_exitcode(status)
   if held and code < 0:
     text = b''.join(held).decode(errors='replace')
-    sys.exit(f'error: {_gone(text, os.read(names, 2**20))}; {WAY_ON}')
+    os.write(2, f'error: {_gone(text, os.read(names, 2**20))}; {WAY_ON}\n'.encode())
+    sys.exit(AGAIN)
   sys.stderr.write(b''.join(held).decode(errors='replace'))
   sys.exit(code if code >= 0 else 128 - code)
 

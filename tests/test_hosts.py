@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import time
 import pytest
 from conftest import ROOT
 
-from dynllava_jax import hosts, locks
+from dynllava_jax import checkpoint, hosts, locks
+from dynllava_jax.training.agreement import odd_one
+from dynllava_jax.training.metrics import read_metrics
 
 SILENT = """E1125 coordination_service.cc:1549] ... UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
 /job:jax_worker/replica:0/task:1
@@ -35,22 +38,30 @@ def test_what_a_child_writes_before_the_dump_is_passed_on(capfd):
   assert capfd.readouterr().err == 'of the program\n' and b''.join(held) == SILENT.encode() + b'stack\n'
 
 
-def start(workdir, *arguments):
-  """Two processes of train.py as Slurm would start them."""
+def test_of_several_the_odd_one_is_named_and_of_two_the_second():
+  same = {'config.seed': 1, 'code.jax': '0.10'}
+  assert odd_one([same] * 4) is None
+  assert odd_one([same, same, same | {'code.jax': '0.9'}]) == ('code.jax', 2, '0.9', '0.10')
+  assert odd_one([same | {'config.seed': 0}, same, same]) == ('config.seed', 0, 0, 1)
+  assert odd_one([same, {'config.seed': 1}]) == ('code.jax', 1, None, '0.10')
+
+
+def start(workdir, *arguments, count=2, odd=None, cwd=ROOT):
+  """Processes of train.py as Slurm would start them. `odd`: further arguments of the last one, which runs in `cwd`."""
   job = str(random.randrange(10**6))
   flags = {'XLA_FLAGS': '--xla_force_host_platform_device_count=1', 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-  slurm = {'SLURM_JOB_ID': job, 'SLURM_STEP_NODELIST': '127.0.0.1', 'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1'}
+  slurm = {'SLURM_JOB_ID': job, 'SLURM_STEP_NODELIST': '127.0.0.1', 'SLURM_NTASKS': str(count), 'SLURM_STEP_NUM_NODES': '1'}
   command = [sys.executable, 'train.py', '--multihost', '--config=configs/digits.py:base', f'--workdir={workdir}', *arguments]
   return [
     subprocess.Popen(
-      command,
-      cwd=ROOT,
+      [*command, *(odd or ())] if i == count - 1 else command,
+      cwd=cwd if i == count - 1 else ROOT,
       env=os.environ | flags | slurm | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
-    for i in range(2)
+    for i in range(count)
   ]
 
 
@@ -64,7 +75,7 @@ def test_a_killed_host_ends_the_other(victim, tmp_path):
   killed = time.monotonic()
   both[victim].send_signal(signal.SIGKILL)
   _, errors = both[1 - victim].communicate(timeout=60)
-  assert time.monotonic() - killed < 60 and both[1 - victim].returncode == 1
+  assert time.monotonic() - killed < 60 and both[1 - victim].returncode == hosts.AGAIN
   lines = [line for line in errors.splitlines() if not line.startswith('[Gloo]')]
   assert len(lines) == 1 and lines[0].startswith(f'error: host {victim} (') and 'start the same command on every host' in lines[0]
   both[victim].communicate()
@@ -79,3 +90,50 @@ def test_a_host_with_an_error_tells_the_others(tmp_path):
   assert [host.returncode for host in both] == [1, 1]
   assert 'another process is writing there' in told[0]
   assert 'error: host 0 (' in told[1] and 'another process is writing there' in told[1] and 'Traceback' not in told[1]
+
+
+@pytest.mark.slow
+def test_the_odd_one_of_four_is_named(tmp_path):
+  """By all of them, before anything is written."""
+  four = start(tmp_path / 'run', count=4, odd=['--config.optimizer.learning_rate=0.5'])
+  told = [host.communicate(timeout=200)[1] for host in four]
+  assert [host.returncode for host in four] == [1] * 4, told
+  for errors in told:
+    found = [line for line in errors.splitlines() if 'config.optimizer.learning_rate: host 3 (' in line]
+    assert found and 'has 0.5, the others have 0.001; start all hosts alike' in found[0], errors
+    assert 'Traceback' not in errors
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_two_with_other_code(tmp_path):
+  for name in ('dynllava_jax', 'configs'):
+    shutil.copytree(ROOT / name, tmp_path / 'other' / name, ignore=shutil.ignore_patterns('__pycache__'))
+  shutil.copy(ROOT / 'train.py', tmp_path / 'other')
+  with open(tmp_path / 'other' / 'dynllava_jax' / 'losses.py', 'a') as file:
+    file.write('# changed here alone\n')
+  both = start(tmp_path / 'run', cwd=tmp_path / 'other')
+  told = [host.communicate(timeout=200)[1] for host in both]
+  assert [host.returncode for host in both] == [1, 1], told
+  assert all('code.dynllava_jax: host 1 (' in errors for errors in told), told
+
+
+@pytest.mark.slow
+def test_four_are_stopped_by_sigterm_and_go_on(tmp_path):
+  """SIGTERM to one: all save after the same step and exit with 75; the same command ends what they began."""
+  workdir = tmp_path / 'run'
+  arguments = ('--config.batch_size=4', '--config.log_every=2', '--config.steps=12', f'--compilation_cache={tmp_path / "compiled"}')
+  four = start(workdir, *arguments, count=4)
+  metrics, deadline = workdir / 'metrics.jsonl', time.monotonic() + 200
+  while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  four[2].terminate()
+  told = [host.communicate(timeout=200) for host in four]
+  assert [host.returncode for host in four] == [hosts.AGAIN] * 4, told
+  (step,) = checkpoint.all_steps(workdir / 'checkpoints')
+  assert all(f'stopped after step {step} of 12' in out for out, _ in told)
+  again = start(workdir, *arguments, count=4)
+  told = [host.communicate(timeout=300) for host in again]
+  assert [host.returncode for host in again] == [0] * 4, told
+  assert f'goes on from step {step}' in told[0][0]
+  assert [line['step'] for line in read_metrics(workdir)] == [2, 4, 6, 8, 10, 12]
