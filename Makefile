@@ -27,7 +27,7 @@ demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: setup
 	$(BIN)/python train.py --config=configs/digits.py:base --workdir=$(RUN)/base
 	$(BIN)/python train.py --config=configs/digits.py:dynamic --workdir=$(RUN)/dynamic --config.init_from=$(RUN)/base/checkpoints
-	$(BIN)/python -m dynllava_jax.training.plot $(RUN)/training.png $(RUN)/base $(RUN)/dynamic
+	$(BIN)/python -m dynllava_jax.training.plot --in_turn $(RUN)/training.png $(RUN)/base $(RUN)/dynamic
 	$(BIN)/python eval.py --config=configs/digits.py:eval --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)
 
 methods: setup

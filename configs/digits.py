@@ -25,6 +25,18 @@ MODEL = dict(
 )
 PREDICTOR = dict(d_model=64, num_heads=4, num_layers=2, mlp_dim=128)
 HARDWARE = dict(mesh=dict(data=-1, fsdp=1, tensor=1), dtype='float32')
+# What a run saves, keeps and gives up; a config lists what flags may change.
+WATCHING = dict(
+  log_every=10,
+  save_minutes=0.0,
+  keep=3,
+  keep_every=0,
+  keep_best=0,
+  keep_best_by='',
+  on_bad_step='stop',
+  spike=0.0,
+  grace_seconds=120.0,
+)
 DATA = dict(source='digits', conversation='plain_turns', text_length=90, shuffle=False)
 
 
@@ -41,13 +53,13 @@ def base() -> dict:
     steps=1800,
     batch_size=16,
     optimizer=dict(learning_rate=1e-3, warmup_share=0.05, b2=0.99),
-    log_every=20,
     save_every=400,
     seed=0,
     init_from='',
     frozen=(),
     remat='none',
     **HARDWARE,
+    **WATCHING | dict(log_every=20),
   )
 
 
@@ -70,11 +82,14 @@ def dynamic() -> dict:
       tau_end=0.1,
       dense_share=0.3,
     ),
-    log_every=10,
     save_every=100,
+    evals=dict(
+      digits=dict(every=100, questions=96, batch_size=48, text_lengths=(32,), max_new_tokens=LONGEST_ANSWER, seed=1),
+    ),
     seed=1,
     remat='none',
     **HARDWARE,
+    **WATCHING,
   )
 
 

@@ -6,6 +6,8 @@ import os
 import re
 import resource
 import shutil
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ from dynllava_jax.config import (
 )
 from dynllava_jax.data import fingerprint
 from dynllava_jax.files import reason
-from dynllava_jax.training import limits, loop, record, recovery
+from dynllava_jax.training import limits, loop, record, recovery, stopping, tracing
 from dynllava_jax.training.keeping import Keeping
 from dynllava_jax.training.metrics import read_metrics
 from dynllava_jax.training.saving import NOT_IN_A_PATH, Saver, check_contents, check_path
@@ -273,11 +275,13 @@ def test_every_refusal_ends_with_what_to_do(cfg, message, finished):
 
 def test_steps_of_a_dense_run_can_be_raised(run, capsys):
   longer = changed(steps=5)
-  loop.train(longer, run)
+  loop.train(longer, run, profile=range(4, 9))
   out = capsys.readouterr().out
   assert 'steps raised from 4 to 5 at step 4' in out and 'the learning rate follows the schedule of 5 steps' in out
   assert checkpoint.all_steps(run / 'checkpoints') == [3, 4, 5]
   assert record.read(run).history == ('step 4: steps 4 -> 5',)
+  (trace,) = (run / 'tensorboard' / 'plugins' / 'profile').rglob('*.xplane.pb')  # of step 5, where the run ended
+  assert any(list(plane.lines) for plane in jax.profiler.ProfileData.from_file(str(trace)).planes)
   with pytest.raises(ConfigError, match='config.steps: .* was started with 5, the config says 4'):
     find(run)
 
@@ -287,6 +291,13 @@ def test_weights_to_begin_with_are_refused_once_a_run_has_its_own(run):
   with pytest.raises(ConfigError, match='config.init_from: .* was started without, .* would have no effect; leave it empty'):
     loop.train(changed(init_from=str(run / 'checkpoints')), run)
   assert (run / record.RUN_FILE).read_bytes() == before
+
+
+def test_steps_to_be_traced_are_a_pair():
+  assert tracing.read_steps('100:105') == range(100, 106) and tracing.read_steps('7:7') == range(7, 8)
+  for text in ('5', '5:', ':5', '0:3', '5:4', 'a:b', '-1:2', '1:2:3'):
+    with pytest.raises(ConfigError, match='--profile=.*: expected the first and the last step to be traced, such as 100:105'):
+      tracing.read_steps(text)
 
 
 def test_what_the_config_only_names_is_compared(run):
@@ -379,6 +390,31 @@ def test_ctrl_c_before_the_loop_counts_even_if_a_library_swallows_it():
       os.kill(os.getpid(), 2)
   finally:
     stop.restore()
+
+
+def test_sigterm_asks_for_a_start_again_and_has_its_time(monkeypatch, capfd):
+  """Ctrl-C has no limit: a person waits."""
+  left = []
+  monkeypatch.setattr(stopping.os, '_exit', left.append)
+  for number, code, expected in ((signal.SIGTERM, stopping.AGAIN, [stopping.AGAIN]), (signal.SIGINT, stopping.BY_CTRL_C, [])):
+    stop, left[:] = StopRequest(grace_seconds=0.05), []
+    try:
+      stop.in_loop()
+      os.kill(os.getpid(), number)
+      assert stop.agreed(False) and stop.code == code and not left
+      time.sleep(0.2)
+      assert left == expected
+    finally:
+      stop.restore()
+  assert (
+    '0.05 s after SIGTERM (config.grace_seconds) the run is not saved; what was saved before is intact' in capfd.readouterr().err
+  )
+  stop, left[:] = StopRequest(grace_seconds=0.05), []
+  stop.in_loop()
+  os.kill(os.getpid(), signal.SIGTERM)
+  stop.restore()  # saved in time
+  time.sleep(0.2)
+  assert not left
 
 
 def test_a_dynamic_run_ends_at_the_steps_it_was_started_with(finished):

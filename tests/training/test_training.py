@@ -352,6 +352,12 @@ def test_python_of_the_readme_answers_a_question(dynamic_run, tmp_path, monkeypa
 def test_training_picture(base_run, dynamic_run, tmp_path):
   plot.main(str(tmp_path / 'training.png'), str(base_run), str(dynamic_run))
   assert (tmp_path / 'training.png').read_bytes().startswith(b'\x89PNG')
+  runs = {'base': read_metrics(base_run), 'dynamic': [*read_metrics(dynamic_run), {'step': 8, 'eval/digits/score': 90.0}]}
+  for in_turn, ends in ((False, {8}), (True, {8, 16})):
+    axes = plot.training_figure(runs, in_turn).axes
+    assert [a.get_ylabel() for a in axes] == ['loss', 'gradient norm', 'keep rate', 'temperature', 'digits']
+    assert {line.get_xdata()[-1] for line in axes[0].lines} == ends
+    assert {line.get_color() for line in axes[2].lines} == {'C1'}, 'a dense run keeps no rates'
   with pytest.raises(SystemExit, match='missing or empty'):
     plot.main(str(tmp_path / 'x.png'), str(tmp_path))
 
