@@ -151,7 +151,7 @@ def picture(cfg: BenchConfig, result: Mapping[str, Any], path: pathlib.Path) -> 
       x, low, middle, high = [r['rows'] for r in own], *zip(*(r['ratio'] for r in own))
       axis.plot(x, middle, marker='o', color=f'C{i}', label=run)
       axis.fill_between(x, low, high, alpha=0.2, color=f'C{i}')
-      axis.plot(x, [r['ideal_ratio'] for r in own], '--', color=f'C{i}')
+      axis.plot(x, [r['ideal_ratio'] for r in own], '--', marker='x', color=f'C{i}')
     axis.axhline(1, color='#999999', lw=0.8)
     axis.set(title=part, xlabel='rows', xscale='log', ylim=(0, None))
   axes[0].set_ylabel(f'times as fast as {cfg.reference}; dashed: ideal')
