@@ -1,6 +1,9 @@
 """Speed and memory with random weights, dense and sparse in turn.
 
     python -m dynllava_jax.bench --config=configs/bench.py:mid --out=runs/bench
+    python -m dynllava_jax.bench --config=configs/bench.py:mid,methods --config.rows='(1,)' --out=runs/bench-methods
+
+The second times every method that needs no training at the published budgets instead, 192, 128 and 64 of 576 image tokens.
 
 `mid` is a model that two CPU cores can time, `7b` and `13b` are for accelerators, and `tiny` shows that it runs. Expected:
 prefill near the ideal ratio that is printed beside it from batch 2 on; decoding gains with the batch.
@@ -24,10 +27,20 @@ SETTINGS = {
 }
 
 
-def get_config(name: str = 'mid') -> ConfigDict:
-  """`tiny`, `mid`, `7b` or `13b`."""
-  if name not in SETTINGS:
-    raise ValueError(f'configs/bench.py has no {name!r}; expected one of {", ".join(SETTINGS)}')
+def training_free(model: ModelConfig) -> dict:
+  """Dense, and every registered method that needs no training, with a third, 2/9 and 1/9 of the image tokens."""
+  from dynllava_jax.evals import budgets  # brings jax, which starts only after the flags are known to be right
+
+  setting = budgets.Setting(model=model, cut=model.llama.num_layers // 16)  # 2 of 32; a later one would use up all of 1/9
+  runs = budgets.rows(setting, [setting.share(tokens) for tokens in (192, 128, 64)])
+  return {name: run for name, run in runs.items() if 'image_size' not in run}  # pictures here have the tower's own size
+
+
+def get_config(arg: str = 'mid') -> ConfigDict:
+  """`tiny`, `mid`, `7b` or `13b`; all but `tiny`, whose picture has 16 patches, also with `,methods` behind it."""
+  name, _, mode = arg.partition(',')
+  if name not in SETTINGS or mode not in ('', 'methods') or arg == 'tiny,methods':
+    raise ValueError(f'configs/bench.py has no {arg!r}; expected one of {", ".join(SETTINGS)}, or mid, 7b or 13b with ,methods')
   model, settings = SETTINGS[name]
   cut = 2 if model.llama.num_layers > 4 else 1
   stages = lambda **second: dict(stages=[dict(start=0), dict(start=cut, **second)])
@@ -36,4 +49,6 @@ def get_config(name: str = 'mid') -> ConfigDict:
     dynamic=stages(selector='dynamic', image_keep_rate=0.2, text_keep_budget=0.5),
     fastv=stages(selector='fastv', image_keep_rate=0.5),
   )
-  return ConfigDict(dict(model=to_dict(model), runs=runs, engine=True, seed=0, **settings))
+  if mode == 'methods':
+    runs = training_free(model)
+  return ConfigDict(dict(model=to_dict(model), runs=runs, engine=not mode, seed=0, **settings))
