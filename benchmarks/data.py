@@ -22,7 +22,7 @@ from absl import app, flags
 from PIL import Image
 
 from dynllava_jax.config import DataConfig, VisionConfig
-from dynllava_jax.data import check, prepare
+from dynllava_jax.data import check, preparation
 from dynllava_jax.data.batches import encode_turns, stack
 from dynllava_jax.data.conversation import template
 from dynllava_jax.data.images import decode, preprocess
@@ -107,7 +107,7 @@ def prepared(folder: pathlib.Path, files: list[bytes]) -> str:
   scan = check.Scan(
     json={'mix': folder / 'mix.json'}, images=folder, data=data, tokenizer=read_files(TOKENIZER.value), num_patches=576, processes=1
   )
-  prepare.prepare(scan, [1.0], folder / 'out', only_check=False, image_bytes=True, shard_samples=500)
+  preparation.prepare(scan, [1.0], folder / 'out', only_check=False, image_bytes=True, shard_samples=500)
   return str(folder / 'out')
 
 

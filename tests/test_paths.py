@@ -74,18 +74,20 @@ PROGRAMS = {
   'eval.py': ('checkpoint', 'data', 'out', 'answers'),
   'convert_weights.py': ('src', 'dst', 'vision', 'base', 'projector', 'inspect', 'verify'),
   'dynllava_jax.data.prepare': ('json', 'images', 'out', 'tokenizer'),
+  'dynllava_jax.data.inspect': ('batch', 'out'),
+  'dynllava_jax.data.verify': ('path',),
 }
 
 
 @pytest.mark.parametrize('program', PROGRAMS)
 def test_path_flags_are_checked_at_the_very_start(program, tmp_path):
-  """The root scripts without jax at hand."""
+  """Without jax at hand."""
   blocked = (
     'import runpy, sys\n'
     'class NoJax:\n'
     '  def find_spec(self, name, *_):\n'
     '    if name.split(".")[0] == "jax": raise RuntimeError("jax was asked for")\n'
-    'if sys.argv[1].endswith(".py"): sys.meta_path.insert(0, NoJax())\n'
+    'sys.meta_path.insert(0, NoJax())\n'
     'sys.argv = sys.argv[1:]\n'
     'run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module\n'
     'run(sys.argv[0], run_name="__main__")\n'

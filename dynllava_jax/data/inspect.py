@@ -8,35 +8,37 @@ python -m dynllava_jax.data.inspect --config=configs/llava.py:finetune --config.
 import io
 import itertools
 import pathlib
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 from absl import flags
 from PIL import Image
 from rich.text import Text
 
-from dynllava_jax import command_line, methods, paths, remote
+from dynllava_jax import command_line, paths, remote
 from dynllava_jax.config import IGNORE, ConfigError, TrainConfig
-from dynllava_jax.data.batches import Batch
-from dynllava_jax.data.pipeline import LayOut
 from dynllava_jax.data.samples import Sample
-from dynllava_jax.data.saved_batch import load_batch
-from dynllava_jax.data.sources import new_tokenizer, training_source
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dynllava_jax.display import Terminal
 from dynllava_jax.files import write_atomically
 
+if TYPE_CHECKING:
+  from dynllava_jax.data.batches import Batch
+
 SUPERVISED, IMAGE, PADDING = 'bold green', 'magenta', 'dim'
 
 
-def look(cfg: TrainConfig, index: int) -> tuple[Sample, Batch, Tokenizer]:
+def look(cfg: TrainConfig, index: int) -> 'tuple[Sample, Batch, Tokenizer]':
   """Sample number `index` of a run's source, its row in the smallest bucket that holds it, and the tokenizer.
 
   Raises:
     ConfigError: no such sample.
     DataError: the sample cannot be used.
   """
-  from dynllava_jax.training.starting import inherited_tokenizer  # brings the trainer's checkpoints
+  from dynllava_jax import methods  # these bring jax along; the flags are known to be right by now
+  from dynllava_jax.data.pipeline import LayOut
+  from dynllava_jax.data.sources import new_tokenizer, training_source
+  from dynllava_jax.training.starting import inherited_tokenizer
 
   files = inherited_tokenizer(cfg.init_from) if cfg.init_from else new_tokenizer(cfg.data, cfg.model.llama.vocab_size)
   source = training_source(cfg.data, cfg.seed)
@@ -51,12 +53,16 @@ def look(cfg: TrainConfig, index: int) -> tuple[Sample, Batch, Tokenizer]:
   return sample, layout(sample, index, bucket), load_tokenizer(files)
 
 
-def look_saved(path: pathlib.Path, index: int) -> tuple[Sample, Batch, Tokenizer, int]:
+def look_saved(path: pathlib.Path, index: int) -> 'tuple[Sample, Batch, Tokenizer, int]':
   """Row number `index` of a batch that training left: its sample as far as it is known, the row, tokenizer and image tokens.
 
   Raises:
     ConfigError: no such file or row.
   """
+  import jax
+
+  from dynllava_jax.data.saved_batch import load_batch
+
   batch, about, files = load_batch(path)
   if not 0 <= index < len(about['ids']):
     raise ConfigError(f'--index: {index}, the batch has rows 0 to {len(about["ids"]) - 1}')
@@ -64,7 +70,7 @@ def look_saved(path: pathlib.Path, index: int) -> tuple[Sample, Batch, Tokenizer
   return Sample(about['ids'][index], None, ()), row, load_tokenizer(files), about['num_image']
 
 
-def spans(row: Batch, num_image: int) -> list[tuple[str, int, int]]:
+def spans(row: 'Batch', num_image: int) -> list[tuple[str, int, int]]:
   """(kind, start, end) of the runs of a row: 'prompt', 'image', 'supervised', 'padding'."""
   kinds = np.full(row.tokens.shape, 'prompt', dtype='U10')
   kinds[row.labels != IGNORE] = 'supervised'
@@ -75,7 +81,7 @@ def spans(row: Batch, num_image: int) -> list[tuple[str, int, int]]:
   return [(str(kinds[a]), a, b) for a, b in itertools.pairwise(edges)]
 
 
-def describe(sample: Sample, row: Batch, tokenizer: Tokenizer, num_image: int) -> list[Text]:
+def describe(sample: Sample, row: 'Batch', tokenizer: Tokenizer, num_image: int) -> list[Text]:
   """The sample for a terminal."""
   styles = {'supervised': SUPERVISED, 'image': IMAGE, 'padding': PADDING, 'prompt': ''}
   text, ids = Text(), Text()
@@ -106,6 +112,8 @@ def main(_) -> None:
     if given.batch:
       sample, row, tokenizer, num_image = look_saved(remote.fetched(paths.given(given.batch, '--batch')), given.index)
     else:
+      from dynllava_jax import methods
+
       cfg = command_line.parse(TrainConfig, given.config)
       sample, row, tokenizer = look(cfg, given.index)
       num_image = methods.num_image_tokens(cfg.model, cfg.reducer)

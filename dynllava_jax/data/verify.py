@@ -6,7 +6,7 @@ python -m dynllava_jax.data.verify --path=prepared/llava/1.0.0
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -14,10 +14,12 @@ from dynllava_jax import command_line
 from dynllava_jax.config import ConfigError
 from dynllava_jax.data.integrity import FILES, REMEDY, damaged_whole, read_settings
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.data.store import Store
 from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.display import Terminal
 from dynllava_jax.progress import progress
+
+if TYPE_CHECKING:
+  from dynllava_jax.data.store import Store
 
 
 def verify(path: str, processes: int) -> list[str]:
@@ -26,6 +28,8 @@ def verify(path: str, processes: int) -> list[str]:
   Raises:
     ConfigError: the folder cannot be opened.
   """
+  from dynllava_jax.data.store import Store  # brings jax along; the flags are known to be right by now
+
   store = Store(path)
   known = read_settings(store.folder).get(FILES)
   if known is None:  # an earlier version or TFDS's builder: what ArrayRecord's checksums tell
@@ -43,12 +47,12 @@ def verify(path: str, processes: int) -> list[str]:
   return found
 
 
-def _damaged(job: tuple[Store, str, Mapping[str, Any]]) -> str:
+def _damaged(job: 'tuple[Store, str, Mapping[str, Any]]') -> str:
   store, name, known = job
   return store.with_file(name, lambda path: damaged_whole((path.parent, name, known)))
 
 
-def _unreadable(job: tuple[Store, int]) -> str:
+def _unreadable(job: 'tuple[Store, int]') -> str:
   store, shard = job
   stop = sum(store.opened.lengths[: shard + 1])
   try:

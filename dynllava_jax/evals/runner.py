@@ -42,6 +42,8 @@ def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question], m
   """All that the answers depend on, as it was found: of the mesh the sizes it has, of the devices what they call themselves."""
   directory, step = checkpoint.locate(loaded.path)
   sealed = directory / str(step) / checkpoint.INTEGRITY_FILE  # holds the digest of every array file
+  if sealed.exists():
+    checkpoint.sealed_files(sealed)  # refused if it is damaged, also one without end: if all is answered, nothing else reads it
   names = (checkpoint.MODEL_FILE, *TOKENIZER_FILES, f'{step}/{sealed.name if sealed.exists() else "params"}')
   return {
     'benchmark': cfg.benchmark,

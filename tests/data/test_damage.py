@@ -180,7 +180,7 @@ def test_a_finished_folder_that_is_damaged_is_not_called_prepared(prepared, tmp_
 @pytest.mark.parametrize('name', ['prepared.json', 'scan-000000.json', 'shards.json'])
 @pytest.mark.parametrize('left', [b'', b'{"a": 1}', b'[1, 2]', b'\xff\xfe\xff'], ids=['empty', 'object', 'list', 'bytes'])
 def test_what_an_interrupted_run_left_may_be_damaged(tmp_path, monkeypatch, name, left):
-  from dynllava_jax.data import prepare
+  from dynllava_jax.data import preparation
 
   llava_files.write_pictures(tmp_path)
   what = scan(tmp_path, {'mix': llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(i) for i in range(5)])})
@@ -189,10 +189,10 @@ def test_what_an_interrupted_run_left_may_be_damaged(tmp_path, monkeypatch, name
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(prepare, 'write_metadata', killed)
+    patch.setattr(preparation, 'write_metadata', killed)
     with pytest.raises(KeyboardInterrupt):
       run(what, tmp_path / 'out')
-  (tmp_path / 'out' / prepare.UNFINISHED / name).write_bytes(left)
+  (tmp_path / 'out' / preparation.UNFINISHED / name).write_bytes(left)
   try:
     assert run(what, tmp_path / 'out')
   except ConfigError as e:

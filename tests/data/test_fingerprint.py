@@ -7,7 +7,7 @@ import llava_files
 import pytest
 
 from dynllava_jax.config import DataConfig
-from dynllava_jax.data import check, prepare
+from dynllava_jax.data import check, preparation
 from dynllava_jax.data.fingerprint import fingerprint
 from dynllava_jax.data.integrity import FILES, SEAL
 from dynllava_jax.data.store import Store
@@ -17,7 +17,7 @@ def prepared(root, name, samples, image_bytes=True, weight=1.0):
   path = llava_files.write_json(root / f'{name}.json', samples)
   data = DataConfig(conversation='vicuna_v1', text_length=90)
   scan = check.Scan(json={'mix': path}, images=root, data=data, tokenizer=None, num_patches=4, processes=1)
-  assert prepare.prepare(scan, [weight], root / name, only_check=False, image_bytes=image_bytes, shard_samples=4)
+  assert preparation.prepare(scan, [weight], root / name, only_check=False, image_bytes=image_bytes, shard_samples=4)
   return root / name
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import GOLDEN, ROOT
 
 from dynllava_jax.config import DataConfig, TrainConfig, from_config_dict
-from dynllava_jax.data import check, prepare
+from dynllava_jax.data import check, preparation
 
 TOKENIZER = GOLDEN / 'text' / 'tok_nonlegacy'
 TINY = {
@@ -38,7 +38,7 @@ def test_a_prepared_data_set_trains_from_the_command_line(tmp_path):
   path = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(i, image=i % 5 != 0) for i in range(30)])
   data = DataConfig(conversation='vicuna_v1', text_length=90)
   scan = check.Scan(json={'mix': path}, images=tmp_path, data=data, tokenizer=None, num_patches=4, processes=1)
-  assert prepare.prepare(scan, [1.0], tmp_path / 'out', only_check=False, image_bytes=True, shard_samples=25)
+  assert preparation.prepare(scan, [1.0], tmp_path / 'out', only_check=False, image_bytes=True, shard_samples=25)
   overrides = [f'--config.{group}.{key}={value}' for group, values in TINY.items() for key, value in values.items()]
   overrides += [
     f'--config.data.path={tmp_path / "out"}',
@@ -62,7 +62,7 @@ def test_a_prepared_data_set_trains_from_the_command_line(tmp_path):
   other = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(i + 1, image=i % 5 != 0) for i in range(30)])
   (tmp_path / 'out').rename(tmp_path / 'before')
   scan = check.Scan(json={'mix': other}, images=tmp_path, data=data, tokenizer=None, num_patches=4, processes=1)
-  assert prepare.prepare(scan, [1.0], tmp_path / 'out', only_check=False, image_bytes=True, shard_samples=25)
+  assert preparation.prepare(scan, [1.0], tmp_path / 'out', only_check=False, image_bytes=True, shard_samples=25)
   again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=environment)
   assert again.returncode == 1 and again.stderr.count('\n') == 1, again.stderr
   assert 'the samples in config.data.path' in again.stderr and 'are not those that the run was started with' in again.stderr

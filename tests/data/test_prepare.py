@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from dynllava_jax.config import ConfigError, DataConfig
-from dynllava_jax.data import check, prepare, records
+from dynllava_jax.data import check, preparation, records
 from dynllava_jax.data.images import decode
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.store import Store
@@ -40,7 +40,7 @@ def scan(root, json_files, **changes):
 
 def run(what, out, **changes):
   settings = dict(only_check=False, image_bytes=True, shard_samples=30)
-  return prepare.prepare(what, [1.0] * len(what.json), out, **settings | changes)
+  return preparation.prepare(what, [1.0] * len(what.json), out, **settings | changes)
 
 
 @pytest.fixture(scope='module')
@@ -122,7 +122,7 @@ def test_an_image_mended_after_a_kill_is_not_left_out(tmp_path, monkeypatch, pha
   samples = [llava_files.sample(i) | ({'image': 'pictures/late.jpg'} if i == 2 else {}) for i in range(5)]
   what = scan(tmp_path, {'mix': llava_files.write_json(tmp_path / 'mix.json', samples)}, data=SKIP)
   with monkeypatch.context() as patch:
-    patch.setattr(prepare, phase, killed)
+    patch.setattr(preparation, phase, killed)
     with pytest.raises(KeyboardInterrupt):
       run(what, tmp_path / 'out')
   late.write_bytes((tmp_path / 'pictures' / '1.jpg').read_bytes())
@@ -143,7 +143,7 @@ def test_an_image_lost_after_the_check_is_noticed_by_the_next_start(tmp_path, mo
     return check.report(*args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(prepare, 'report', lose_one)
+    patch.setattr(preparation, 'report', lose_one)
     with pytest.raises(DataError, match='sample s2: image .*2.jpg cannot be read .*; start again') as caught:
       run(what, tmp_path / 'out')
   assert caught.value.reason == 'missing_image'
@@ -156,11 +156,11 @@ def test_findings_without_their_settings_are_not_believed(root, tmp_path, monkey
   path = llava_files.write_json(
     tmp_path / 'one.json', [llava_files.sample(1) | {'conversations': llava_files.turns('<image>\nWhat?')}]
   )
-  monkeypatch.setattr(prepare, 'report', killed)
+  monkeypatch.setattr(preparation, 'report', killed)
   with pytest.raises(KeyboardInterrupt):
     run(scan(root, {'one': path}), tmp_path / 'out')
   monkeypatch.undo()
-  (tmp_path / 'out' / prepare.UNFINISHED / prepare.SETTINGS_FILE).unlink()
+  (tmp_path / 'out' / preparation.UNFINISHED / preparation.SETTINGS_FILE).unlink()
   llava_files.write_json(path, [llava_files.sample(1)])
   assert run(scan(root, {'one': path}), tmp_path / 'out')
 
@@ -187,7 +187,7 @@ def test_samples_come_back_as_they_were(root, prepared):
   np.testing.assert_array_equal(np.asarray(sample.image), np.asarray(want))
   assert store[0].image is None
   assert (prepared / check.HISTOGRAM_FILE).read_bytes()[:4] == b'\x89PNG'
-  assert not (prepared / prepare.UNFINISHED).exists()
+  assert not (prepared / preparation.UNFINISHED).exists()
 
 
 def test_tfds_reads_it_by_folder_and_by_name_without_tensorflow(prepared):
@@ -214,7 +214,7 @@ def test_paths_instead_of_bytes_give_the_same_samples(root, prepared, tmp_path):
 def test_two_files_are_two_weighted_sources(root, tmp_path):
   other = llava_files.write_json(tmp_path / 'other.jsonl', [llava_files.sample(i) for i in range(20)])
   what = scan(root, {'mix': root / 'mix.json', 'other': other})
-  assert prepare.prepare(what, [1.0, 2.5], tmp_path / 'out', only_check=False, image_bytes=True, shard_samples=50)
+  assert preparation.prepare(what, [1.0, 2.5], tmp_path / 'out', only_check=False, image_bytes=True, shard_samples=50)
   parts = Store(str(tmp_path / 'out')).parts
   assert [(p.start, p.stop, p.weight) for p in parts] == [(0, 100, 1.0), (100, 120, 2.5)]
   turned = scan(root, {'other': other, 'mix': root / 'mix.json'})
@@ -235,15 +235,15 @@ KILLED_AFTER_TWO_SHARDS = """
 import os, signal, sys
 sys.path.insert(0, 'tests'); sys.path.insert(0, 'tests/data')
 import pathlib, test_prepare as t
-from dynllava_jax.data import prepare
-whole, count = prepare.write_shard, [0]
+from dynllava_jax.data import preparation
+whole, count = preparation.write_shard, [0]
 def write_shard(job):
   count[0] += 1
   if count[0] == 3:
     job[0].with_name(job[0].name + '.1.tmp').write_bytes(b'half a shard')
     os.kill(os.getpid(), signal.SIGKILL)
   return whole(job)
-prepare.write_shard = write_shard
+preparation.write_shard = write_shard
 root, out = map(pathlib.Path, sys.argv[1:])
 t.run(t.scan(root, {'mix': root / 'mix.json'}), out)
 """
@@ -269,7 +269,7 @@ def test_a_full_disk_is_one_message(root, tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
   try:
     with pytest.raises(OSError, match=r'shard: cannot be written \(.*\); once that is mended'):
-      prepare.write_shard((tmp_path / 'shard', entries, root, False))
+      preparation.write_shard((tmp_path / 'shard', entries, root, False))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert not (tmp_path / 'shard').exists()
@@ -287,7 +287,7 @@ def test_shards_of_an_attempt_with_other_samples_are_written_again(root, prepare
   what = scan(root, {'mix': path}, data=SKIP)
   out = tmp_path / 'out'
   with pytest.MonkeyPatch.context() as patch:
-    whole, count = prepare.write_shard, [0]
+    whole, count = preparation.write_shard, [0]
 
     def stop_at_the_third(job):
       count[0] += 1
@@ -295,7 +295,7 @@ def test_shards_of_an_attempt_with_other_samples_are_written_again(root, prepare
         raise KeyboardInterrupt
       return whole(job)
 
-    patch.setattr(prepare, 'write_shard', stop_at_the_third)
+    patch.setattr(preparation, 'write_shard', stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
       run(what, out)
   run(what, out, only_check=True)
@@ -347,7 +347,7 @@ def test_ctrl_c_is_one_line_and_ends_the_workers(tmp_path):
   started = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=heed, **pipes)
   try:
     deadline = time.monotonic() + 300
-    second = tmp_path / 'out' / prepare.UNFINISHED / 'scan-000001.json'
+    second = tmp_path / 'out' / preparation.UNFINISHED / 'scan-000001.json'
     while not second.exists() and time.monotonic() < deadline:  # then both workers are at large pictures
       time.sleep(0.1)
     assert second.exists()

@@ -16,7 +16,7 @@ import pytest
 from conftest import GOLDEN, ROOT
 
 from dynllava_jax.config import IGNORE, ConfigError, DataConfig, VisionConfig
-from dynllava_jax.data import check, index, prepare
+from dynllava_jax.data import check, index, preparation
 from dynllava_jax.data.pipeline import LayOut, supervised_tokens, training_batches
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.sources import training_data
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
   path = llava_files.write_json(root / 'mix.json', samples)
   data = DataConfig(conversation='vicuna_v1', text_length=1000)
   scan = check.Scan(json={'mix': path}, images=root, data=data, tokenizer=None, num_patches=4, processes=1)
-  assert prepare.prepare(scan, [1.0], root / 'out', only_check=False, image_bytes=True, shard_samples=25)
+  assert preparation.prepare(scan, [1.0], root / 'out', only_check=False, image_bytes=True, shard_samples=25)
   return str(root / 'out')
 
 
@@ -134,7 +134,7 @@ def test_a_picture_that_rotted_after_the_check_stops_the_run_by_id(tmp_path):
   path = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(i) for i in range(4)])
   data = DataConfig(conversation='vicuna_v1', text_length=1000)
   scan = check.Scan(json={'mix': path}, images=tmp_path, data=data, tokenizer=None, num_patches=4, processes=1)
-  assert prepare.prepare(scan, [1.0], tmp_path / 'out', only_check=False, image_bytes=False, shard_samples=25)
+  assert preparation.prepare(scan, [1.0], tmp_path / 'out', only_check=False, image_bytes=False, shard_samples=25)
   picture = tmp_path / 'pictures' / '2.jpg'
   picture.write_bytes(picture.read_bytes()[:-100])
   with pytest.raises(DataError, match='sample s2: image pictures/2.jpg: cannot be decoded') as caught:

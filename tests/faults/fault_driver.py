@@ -20,6 +20,15 @@ from conftest import ROOT
 NURSERY = pathlib.Path(__file__).with_name('nursery.py')
 PROMISES = ROOT / 'docs' / 'reliability.md'
 MOST_LINES = 16  # of an error that lists files
+# Kills that hit and files damaged in a whole run, at least.
+LEAST = {
+  'Training': (50, 100),
+  'Evaluation': (40, 100),
+  'Preparation': (50, 150),
+  'Conversion': (40, 60),
+  'Export': (40, 60),
+  'Object stores': (50, 50),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +103,16 @@ class Tally:
     return done
 
   def report(self):
-    """The line of counts."""
+    """Prints the line of counts, and fails if anything went wrong or too little was tried."""
     parts = [f'{name} {count}' for name, count in {**self.counts, **self.more}.items()]
     line = f'{self.program}: {", ".join(parts)}'
-    print(line)
+    print(line, flush=True)
     if where := os.environ.get('FAULT_COUNTS'):
       with open(where, 'a') as file:
         file.write(line + '\n')
     assert not self.wrong, '\n'.join([line, *self.wrong])
-    return self.counts
+    kills, damaged = LEAST[self.program]
+    assert self.counts['kills'] >= kills and self.counts['damaged'] >= damaged, f'{line}: expected {kills} and {damaged} at least'
 
   def check_messages(self):
     """That each message of this program's part of docs/reliability.md was among what it said."""

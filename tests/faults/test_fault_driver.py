@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from fault_driver import KINDS, Done, Program, Tally, damage_all, kill_all_along, messages, pattern, trials
+from fault_driver import KINDS, LEAST, Done, Program, Tally, damage_all, kill_all_along, messages, pattern, trials
 
 KILLS = 25  # of each writer
 # Writers that go on until they are killed, in forks of a process without jax; what they left is read by the next one.
@@ -125,6 +125,9 @@ def test_a_wrong_end_is_silent_and_an_early_one_lost(tmp_path):
   assert tally.counts['lost'] == 1
   with pytest.raises(AssertionError, match='lost: chain 1'):
     tally.report()
+  tally.wrong.clear()
+  with pytest.raises(AssertionError, match='expected 50 and 100 at least'):
+    tally.report()
 
 
 def test_every_file_and_kind_has_its_turn():
@@ -132,8 +135,12 @@ def test_every_file_and_kind_has_its_turn():
   assert len(found) == len(set(found)) == 20 and sum(name == 'a' for name, _ in found) == 10
 
 
+def test_a_whole_run_kills_and_damages_enough():
+  assert all(sum(least) >= 200 for least in zip(*LEAST.values()))
+
+
 def test_messages_of_the_table():
-  for program in ('Training', 'Evaluation', 'Preparation', 'Conversion', 'Export', 'Object stores'):
+  for program in LEAST:
     assert len(messages(program)) >= 3
 
   assert re.search(pattern('goes on from step ...'), 'w: goes on from step 3') and not re.search(pattern('a ... b'), 'a  c')

@@ -16,7 +16,7 @@ from test_training import dynamic, largest_difference, parameters
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import ConfigError, DataConfig, EvalConfig, EvalRun, Stage, TrainEval
-from dynllava_jax.data import check, prepare
+from dynllava_jax.data import check, preparation
 from dynllava_jax.data.pipeline import LayOut
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.sources import new_tokenizer
@@ -39,7 +39,7 @@ def prepared(tmp_path_factory):
   path = llava_files.write_json(root / 'mix.json', [llava_files.sample(i, image=i % 3 != 0, words=2 + i) for i in range(SAMPLES)])
   data = DataConfig(conversation='vicuna_v1', text_length=90)
   scan = check.Scan(json={'mix': path}, images=root, data=data, tokenizer=None, num_patches=4, processes=1)
-  assert prepare.prepare(scan, [1.0], root / 'trained', only_check=False, image_bytes=True, shard_samples=25)
+  assert preparation.prepare(scan, [1.0], root / 'trained', only_check=False, image_bytes=True, shard_samples=25)
   shutil.copytree(root / 'trained', root / 'held_out')
   return root
 
