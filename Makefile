@@ -43,7 +43,7 @@ test-slow: setup
 	$(PYTEST) -m slow tests
 
 test-faults: setup
-	$(PYTEST) -s -m faults tests
+	@counts=$$(mktemp); FAULT_COUNTS=$$counts $(PYTEST) -m faults tests; status=$$?; cat $$counts; rm $$counts; exit $$status
 
 lint: setup
 	$(BIN)/ruff check .

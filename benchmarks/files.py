@@ -28,7 +28,7 @@ STEPS = 12  # of a run; the first ones compile
 
 
 def write_files(folder: pathlib.Path) -> None:
-  """A prepared folder of 1,000 shards, and a checkpoint of the middle size of benchmarks/generation.py with what it was converted from."""
+  """A prepared folder of 1,000 shards, and generation.py's model of middle size, converted and as it was before."""
   from generation import make_models
   from PIL import Image
 

@@ -136,14 +136,16 @@ class _Mirror:
     except BaseException:
       self.stop.set()
       if not self.held.lost:  # else the thread may be waiting for a store that does not answer
-        thread.join()
+        with self._keeping():
+          thread.join()
       try:
         self.finish()
       except OSError as e:
         print(e, file=sys.stderr)
       raise
     self.stop.set()
-    thread.join()
+    with self._keeping():
+      thread.join()
 
   def _work(self) -> None:
     while not self.stop.wait(PERIOD):
@@ -156,13 +158,22 @@ class _Mirror:
 
   def finish(self) -> None:
     """The last upload; if it fails, what is here is kept and the error says where."""
-    try:
+    with self._keeping():
       self.sync()
-    except OSError as e:
+
+  @contextlib.contextmanager
+  def _keeping(self) -> Iterator[None]:
+    """What is not uploaded when the block fails, or is interrupted, is put where it stays."""
+    try:
+      yield
+    except (OSError, KeyboardInterrupt) as e:
       kept = paths.cache() / 'kept' / f'{self.local.name}.{time.time_ns()}'
       kept.parent.mkdir(exist_ok=True)
       os.replace(self.local, kept)
-      raise StoreError(f'{e}; what is not uploaded is in {kept}') from None
+      where = f'what is not uploaded is in {kept}'
+      if isinstance(e, KeyboardInterrupt):
+        raise KeyboardInterrupt(*e.args, where) from None
+      raise StoreError(f'{e}; {where}') from None
 
   def sync(self) -> None:
     """Makes the store what the folder is. StoreError, BusyError: it cannot be, or not by this process any more."""

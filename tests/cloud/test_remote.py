@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import pathlib
 import re
 import socket
 import time
@@ -182,6 +183,20 @@ def test_what_is_written_is_there_to_the_last_byte(cloud_folder, content):
     assert (local / 'a').read_bytes() == content
     (local / 'b').write_bytes(content)
   assert (remote.fetched(path) / 'b').read_bytes() == content
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError('no way')])
+def test_what_the_last_upload_did_not_bring_is_kept(cloud_folder, monkeypatch, error):
+  def fails(*_):
+    raise error
+
+  with pytest.raises(type(error), match='what is not uploaded is in ') as found:
+    with workspace.workspace(paths.given(cloud_folder, '--out'), '--out') as local:
+      (local / 'a').write_text('answers')
+      monkeypatch.setattr(remote, 'put', fails)
+  monkeypatch.undo()
+  kept = pathlib.Path(str(found.value.args[-1]).rpartition('is in ')[2])
+  assert (kept / 'a').read_text() == 'answers' and not local.exists() and lease.LEASE not in names(cloud_folder)
 
 
 def test_a_store_that_says_nothing_is_an_error_and_no_wait(bucket, monkeypatch):
