@@ -190,10 +190,10 @@ def test_what_the_last_upload_did_not_bring_is_kept(cloud_folder, monkeypatch, e
   def fails(*_):
     raise error
 
-  with pytest.raises(type(error), match='what is not uploaded is in ') as found:
-    with workspace.workspace(paths.given(cloud_folder, '--out'), '--out') as local:
-      (local / 'a').write_text('answers')
-      monkeypatch.setattr(remote, 'put', fails)
+  raises = pytest.raises(type(error), match='what is not uploaded is in ')
+  with raises as found, workspace.workspace(paths.given(cloud_folder, '--out'), '--out') as local:
+    (local / 'a').write_text('answers')
+    monkeypatch.setattr(remote, 'put', fails)
   monkeypatch.undo()
   kept = pathlib.Path(str(found.value.args[-1]).rpartition('is in ')[2])
   assert (kept / 'a').read_text() == 'answers' and not local.exists() and lease.LEASE not in names(cloud_folder)
