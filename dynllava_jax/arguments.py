@@ -25,7 +25,11 @@ def integer(name: str, value: Any, low: int, high: int) -> None:
 
 def number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
   """Raises ValueError unless it is a finite number in [low, high], or (low, high] if `above`."""
-  real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
+  real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+  try:
+    real = real and math.isfinite(value)
+  except OverflowError:  # an integer beyond every float
+    real = False
   if not real or not low <= value <= high or (above and value == low):
     bounds = f'{"above" if above else "from"} {low}' + ('' if high == math.inf else f' to {high}')
     raise ValueError(f'{name}: {value!r}, expected a number {bounds}')

@@ -71,7 +71,7 @@ def test_other_arguments_of_a_generator(tiny_params, name, changes):
 
 @pytest.mark.parametrize(
   'name, value',
-  [(n, v) for n in ('temperature', 'top_k', 'top_p') for v in (-1, float('nan'), float('inf'), '1', None, True, [1])]
+  [(n, v) for n in ('temperature', 'top_k', 'top_p') for v in (-1, float('nan'), float('inf'), '1', None, True, [1], 10**400)]
   + [('top_k', 2.5), ('top_p', 0), ('top_p', 1.5), ('top_k', 2**40), ('temperature', 1e-38)],
   ids=str,
 )

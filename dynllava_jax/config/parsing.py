@@ -92,7 +92,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     require(hasattr(value, 'keys'), f'{where}: expected a group of settings, got {value!r}')
     return {k: _typed(args[1], value[k], f'{where}.{k}') for k in value.keys()}
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    try:
+      value = float(value)
+    except OverflowError:
+      raise ConfigError(f'{where}: expected a finite number, got one of {len(str(value))} digits') from None
   wrong = not isinstance(value, hint) or (hint is int and isinstance(value, bool))
   require(not wrong, f'{where}: expected {hint.__name__}, got {value!r} ({type(value).__name__})')
   require(hint is not float or math.isfinite(value), f'{where}: expected a finite number, got {value}')

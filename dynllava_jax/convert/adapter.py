@@ -4,10 +4,13 @@ PEFT's rules are those of `tuners/lora` and `tuners/tuners_utils.py` there (http
 targeted, which pattern gives a module its rank and alpha, which modules are saved whole.
 """
 
+import contextlib
 import math
 import pathlib
 import re
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dynllava_jax.convert.inputs import ConversionError, read_json
@@ -66,6 +69,8 @@ WITHOUT_EFFECT = (
 # The others (PiSSA, OLoRA, CorDA ...) change the base before they train, and their pairs belong to the changed one.
 BASE_UNTOUCHED = (True, False, None, 'gaussian', 'orthogonal', 'eva')
 ALL_LINEAR = 'all-linear'
+MATCHING_SECONDS = 10.0  # for one module's name; some patterns take longer than anybody waits
+LARGEST_ALPHA = 1e6  # above it a sum in float32 holds nothing of the base any more
 
 
 class Adapter:
@@ -92,8 +97,10 @@ class Adapter:
     self.ranks, self.alphas = self._numbers('rank_pattern'), self._numbers('alpha_pattern')
     for rank in (config['r'], *self.ranks.values()):
       for alpha in (config['lora_alpha'], *self.alphas.values()):
-        if not (type(rank) is int and rank > 0 and type(alpha) in (int, float) and math.isfinite(alpha)):
-          self._refuse(f'r is {rank!r} and lora_alpha {alpha!r}, expected a positive whole number and a number')
+        if not (type(rank) is int and rank > 0 and type(alpha) in (int, float) and abs(alpha) <= LARGEST_ALPHA):
+          self._refuse(
+            f'r is {rank!r} and lora_alpha {alpha!r}, expected a positive whole number and a number of at most {LARGEST_ALPHA:g}'
+          )
     self.modules_to_save = self._names('modules_to_save') or []
     self.targets, self.excluded = self._names('target_modules', True), self._names('exclude_modules', True) or []
     self.layers, self.layer_lists = config.get('layers_to_transform'), self._names('layers_pattern') or []
@@ -117,7 +124,8 @@ class Adapter:
 
   def rank_and_scale(self, names: tuple[str, ...], name: str) -> tuple[int, float]:
     """(rank, factor of B A) of the module that the adapter calls `name`; ConversionError if that depends on which name counts."""
-    found = [self._rank_and_scale(n) for n in (name, *names)]
+    with self._bounded():
+      found = [self._rank_and_scale(n) for n in (name, *names)]
     if found[0] != found[1]:
       self._refuse(
         f'rank_pattern or alpha_pattern fits {name}, but not {names[0]}, as transformers calls it now; use a part of both'
@@ -126,12 +134,31 @@ class Adapter:
 
   def targeted(self, names: Iterable[str]) -> bool:
     """Whether PEFT would give a module matrices of its own."""
-    return any(self._targeted(n) for n in names)
+    with self._bounded():
+      return any(self._targeted(n) for n in names)
 
   def saves(self, names: Iterable[str]) -> list[str]:
     """Which entries of modules_to_save a tensor belongs to."""
     parents = {n.rsplit('.', i)[0] for n in names for i in range(1, n.count('.') + 1)}
     return [m for m in self.modules_to_save if any(p.endswith(m) for p in parents)]
+
+  @contextlib.contextmanager
+  def _bounded(self) -> Iterator[None]:
+    """ConversionError if matching takes too long: patterns can backtrack for ages. `re` looks at signals while it does."""
+    if threading.current_thread() is not threading.main_thread():  # signals come to that one alone
+      yield
+      return
+
+    def stop(*_):
+      self._refuse(f'one of its patterns ({", ".join(map(repr, self._patterns()))}) takes too long to match; list the modules')
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, MATCHING_SECONDS)
+    try:
+      yield
+    finally:
+      signal.setitimer(signal.ITIMER_REAL, 0)
+      signal.signal(signal.SIGALRM, before)
 
   def _rank_and_scale(self, name: str) -> tuple[int, float]:
     rank, alpha = (

@@ -84,7 +84,7 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
       mlp_dim=text['intermediate_size'],
       num_layers=text['num_hidden_layers'],
       num_heads=text['num_attention_heads'],
-      num_kv_heads=text.get('num_key_value_heads') or text['num_attention_heads'],
+      num_kv_heads=text['num_attention_heads'] if text.get('num_key_value_heads') is None else text['num_key_value_heads'],
       rms_norm_eps=text['rms_norm_eps'],
       **_rope(file, text),
       tie_embeddings=tied(file, config),
@@ -126,7 +126,14 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
 
 def text_config(file: pathlib.Path, layout: Layout, config: dict[str, Any]) -> dict[str, Any]:
   """The entries that describe the language model."""
+  _require_group(file, config, 'text_config')
   return LLAMA_DEFAULTS | nested(file, config, 'text_config') if layout is Layout.LLAVA_HF else config
+
+
+def _require_group(file: pathlib.Path, config: dict[str, Any], key: str) -> None:
+  """ConversionError for a group that is null; what is not in it has defaults, which are never meant by that."""
+  if key in config and config[key] is None:
+    raise ConversionError(f'{file}: {key} is null, expected an object with named entries')
 
 
 def tied(file: pathlib.Path, config: dict[str, Any]) -> bool:
@@ -254,6 +261,7 @@ def vision_config(file: pathlib.Path, config: dict[str, Any]) -> VisionConfig:
   Args:
     file: the config's path, for messages and for the image processor's settings beside it; config: its content.
   """
+  _require_group(file, config, 'vision_config')
   if 'vision_config' in config:
     config = CLIP_DEFAULTS | nested(file, config, 'vision_config')
   kind = config.get('model_type', 'clip_vision_model')
@@ -262,6 +270,10 @@ def vision_config(file: pathlib.Path, config: dict[str, Any]) -> VisionConfig:
   if config.get('hidden_act', 'quick_gelu') != 'quick_gelu':
     raise ConversionError(f'{file}: hidden_act {config["hidden_act"]!r} is not supported, only quick_gelu')
   images, norm = image_settings(file.parent)
+  for key in ('image_mean', 'image_std'):
+    given = norm.get(key)
+    if given is not None and not (isinstance(given, list) and len(given) == 3 and all(type(x) in (int, float) for x in given)):
+      raise ConversionError(f'{images}: {key} is {given!r}, expected three numbers')
   try:
     fields = dict(
       image_size=config['image_size'],

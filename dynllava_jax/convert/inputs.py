@@ -46,6 +46,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """A JSON file; ConversionError if it is missing or broken."""
   try:
     content = json.loads(read_small(path).decode('utf-8-sig'))
+  except UnicodeDecodeError as e:
+    raise ConversionError(f'{path}: not UTF-8 text ({e.reason} at byte {e.start:,}); save it as UTF-8') from None
   except ValueError as e:  # also numbers of thousands of digits
     raise ConversionError(f'{path}: not valid JSON ({e})') from None
   except RecursionError:
@@ -57,7 +59,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def nested(path: pathlib.Path, config: dict[str, Any], key: str) -> dict[str, Any]:
   """The group of entries `key` of a config, empty if it is not there; ConversionError if it is something else."""
-  value = config.get(key) or {}
+  value = {} if config.get(key) is None else config[key]
   if not isinstance(value, dict):
     raise ConversionError(f'{path}: {key} is {value!r}, expected an object with named entries')
   return value

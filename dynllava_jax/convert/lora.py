@@ -180,7 +180,11 @@ def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, file: pathlib.Pa
       raise ConversionError(f'{file}: {tensor.key} is stored as {tensor.dtype}; only floating point adapters are supported')
 
   def read() -> np.ndarray:
-    merged = b.load().astype(np.float32) @ a.load().astype(np.float32)
+    halves = {tensor.key: tensor.load().astype(np.float32) for tensor in (b, a)}
+    for key, value in halves.items():
+      if not np.isfinite(value).all():
+        raise ConversionError(f'{file}: {key} holds numbers that are not finite; copy the adapter again, or train it again')
+    merged = halves[b.key] @ halves[a.key]
     merged *= np.float32(scale)
     merged += weight.load()  # in place: several large ones are on their way at a time
     return merged.astype(weight.dtype, copy=False)

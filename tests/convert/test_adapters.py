@@ -119,6 +119,10 @@ def test_layers_to_transform(hf, tmp_path):
     ({'r': 8}, 4, r'adapter_config.json: says rank 8 for \S+q_proj, but \S+lora_A.weight in .*adapter_model.safetensors has shape'),
     ({'rank_pattern': {'v_proj': 2}}, 4, 'says rank 2 for'),
     ({'lora_alpha': float('nan')}, 4, 'lora_alpha nan, expected a positive whole number and a number'),
+    ({'lora_alpha': 10**400}, 4, 'lora_alpha 1000.*, expected a positive whole number and a number of at most 1e\\+06'),
+    ({'lora_alpha': 1e300}, 4, 'lora_alpha 1e\\+300, expected'),
+    ({'r': True}, 4, 'r is True and'),
+    ({'alpha_pattern': {'v_proj': -(10**400)}}, 4, 'lora_alpha -1000'),
     ({'alpha_pattern': {'q_proj': 'much'}}, 4, "lora_alpha 'much', expected"),
     ({'rank_pattern': {'q_proj': 4.5}}, 4, 'r is 4.5'),
     ({'rank_pattern': ['q_proj']}, 4, 'expected numbers by module name'),
@@ -146,6 +150,63 @@ def test_layers_to_transform(hf, tmp_path):
 def test_settings_that_contradict_the_matrices(hf, tmp_path, settings, layers, message):
   with pytest.raises(ConversionError, match=message):
     merged(hf, tmp_path, pairs(layers=range(layers)), **settings)
+
+
+@pytest.mark.parametrize('field', ['target_modules', 'exclude_modules', 'alpha_pattern', 'rank_pattern', 'layers_pattern'])
+def test_patterns_that_backtrack_for_ages_are_refused(hf, tmp_path, field, monkeypatch):
+  monkeypatch.setattr('dynllava_jax.convert.adapter.MATCHING_SECONDS', 0.3)
+  slow = r'([a-z_.0-9]+)+!'
+  settings = {'target_modules': slow, 'exclude_modules': slow}.get(field, {slow: 4} if field != 'layers_pattern' else [slow])
+  extra = {'layers_to_transform': [0]} if field == 'layers_pattern' else {}
+  with pytest.raises(ConversionError, match=r'adapter_config.json: one of its patterns .* takes too long to match; list'):
+    merged(hf, tmp_path, pairs(), **{field: settings}, **extra)
+
+
+@pytest.mark.parametrize('half', ['A', 'B'])
+@pytest.mark.parametrize('value', [np.nan, -np.inf])
+def test_matrices_that_hold_no_numbers_are_named_themselves(hf, tmp_path, half, value):
+  matrices = pairs()
+  key = next(k for k in matrices if f'lora_{half}' in k)
+  matrices[key][0, 1] = value
+  tensors = merged(hf, tmp_path, matrices)[1]
+  with pytest.raises(ConversionError, match=rf'adapter_model.safetensors: \S+lora_{half}.weight holds numbers that are not finite'):
+    for tensor in tensors.values():
+      tensor.load()
+
+
+def test_settings_in_another_encoding(hf, tmp_path):
+  adapter(tmp_path, pairs())
+  (tmp_path / 'adapter_config.json').write_text(json.dumps(SETTINGS), encoding='utf-16')
+  with pytest.raises(ConversionError, match='adapter_config.json: not UTF-8 text .*; save it as UTF-8'):
+    open_source(Request(src=tmp_path, base=hf))
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'text_config': None}, 'config.json: text_config is null, expected an object'),
+    ({'text_config': TEXT | {'num_key_value_heads': 0}}, 'config.json: .*num_kv_heads is 0, expected a positive number'),
+    ({'text_config': TEXT | {'num_key_value_heads': False}}, 'config.json: .*num_kv_heads: expected int, got False'),
+    ({'text_config': TEXT | {'rope_scaling': []}}, r'config.json: rope_scaling is \[\], expected an object'),
+    ({'text_config': TEXT | {'rms_norm_eps': 10**400}}, 'config.json: .*rms_norm_eps: expected a finite number, got one of 401'),
+  ],
+)
+def test_numbers_and_groups_of_the_config_that_are_none(hf, tmp_path, change, message):
+  for file in hf.iterdir():
+    (tmp_path / file.name).symlink_to(file)
+  (tmp_path / 'config.json').unlink()
+  (tmp_path / 'config.json').write_text(json.dumps(json.loads((hf / 'config.json').read_text()) | change))
+  with pytest.raises(ConversionError, match=message):
+    open_source(Request(src=tmp_path))
+
+
+@pytest.mark.parametrize('value', [[], [0.5, 0.5], 'clip', [0.1, 0.2, None], [True, 0.1, 0.2]])
+def test_an_image_mean_that_is_none_is_told_of_the_file_it_stands_in(hf, tmp_path, value):
+  for file in hf.iterdir():
+    (tmp_path / file.name).symlink_to(file)
+  (tmp_path / 'preprocessor_config.json').write_text(json.dumps({'image_mean': value}))
+  with pytest.raises(ConversionError, match='preprocessor_config.json: image_mean is .*expected three numbers'):
+    open_source(Request(src=tmp_path))
 
 
 def test_pattern_that_fits_only_the_old_name(hf, tmp_path):
