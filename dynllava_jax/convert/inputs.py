@@ -47,7 +47,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     content = json.loads(read_small(path).decode('utf-8-sig'))
   except UnicodeDecodeError as e:
-    raise ConversionError(f'{path}: not UTF-8 text ({e.reason} at byte {e.start:,}); save it as UTF-8') from None
+    raise ConversionError(f'{path}: not valid JSON (not UTF-8 text, {e.reason} at byte {e.start:,}); save it as UTF-8') from None
   except ValueError as e:  # also numbers of thousands of digits
     raise ConversionError(f'{path}: not valid JSON ({e})') from None
   except RecursionError:

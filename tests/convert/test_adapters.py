@@ -177,7 +177,7 @@ def test_matrices_that_hold_no_numbers_are_named_themselves(hf, tmp_path, half, 
 def test_settings_in_another_encoding(hf, tmp_path):
   adapter(tmp_path, pairs())
   (tmp_path / 'adapter_config.json').write_text(json.dumps(SETTINGS), encoding='utf-16')
-  with pytest.raises(ConversionError, match='adapter_config.json: not UTF-8 text .*; save it as UTF-8'):
+  with pytest.raises(ConversionError, match=r'adapter_config.json: not valid JSON \(not UTF-8 text, .*\); save it as UTF-8'):
     open_source(Request(src=tmp_path, base=hf))
 
 
