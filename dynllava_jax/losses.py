@@ -12,6 +12,7 @@ from dynllava_jax.config import IGNORE, SparsityConfig
 from dynllava_jax.models.batch import InstructRule, Prompt, TrainOutput, answer_mask, instruct_start_of
 from dynllava_jax.models.layers import batch_split
 from dynllava_jax.models.llama import head_logits
+from dynllava_jax.ops.layout import gather_rows
 
 CHUNK = 512  # positions of each row whose float32 logits are in memory at a time
 
@@ -170,6 +171,11 @@ def _chunk_loss(head: jax.Array | None, x: jax.Array, target: jax.Array) -> tupl
   return -jnp.where(supervised, right[..., 0], 0).sum(), exponentials, normalizer
 
 
+def remaining(labels: jax.Array, places: jax.Array | None) -> jax.Array:
+  """Labels int32[B, S] of the rows at `places` int32[B, S'], as `TrainOutput` has them."""
+  return labels if places is None else jnp.where(places >= 0, gather_rows(labels, jnp.maximum(places, 0)), IGNORE)
+
+
 def training_losses(
   out: TrainOutput, prompt: Prompt, labels: jax.Array, answer_start: jax.Array, cfg: SparsityConfig, counts: Counts | None = None
 ) -> Losses:
@@ -186,7 +192,7 @@ def training_losses(
     counts: of the whole batch, if these rows are a part of it.
   """
   counts = counts or count(prompt, labels, answer_start, out.dense, cfg)
-  ce = cross_entropy(out.hidden, labels, out.head, counts.supervised)
+  ce = cross_entropy(out.hidden, remaining(labels, out.places), out.head, counts.supervised)
   if out.image_mask is None:
     zero, one = jnp.zeros(()), jnp.full((), counts.share)
     return Losses(ce, ce, zero, zero, one, one, zero, one)

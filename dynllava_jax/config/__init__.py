@@ -20,7 +20,7 @@ from dynllava_jax.config.model import (
   VisionConfig,
 )
 from dynllava_jax.config.parsing import ConfigError, Options, differences, first_difference, from_config_dict, to_dict
-from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages, judges_instructions
+from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, judges_instructions
 from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, SparsityConfig, TrainConfig
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
   'TrainEval',
   'VisionConfig',
   'check_stages',
-  'check_trainable_stages',
   'differences',
   'first_difference',
   'from_config_dict',

@@ -123,14 +123,6 @@ def check_stages(stages: tuple[Stage, ...], model: ModelConfig, image_tokens: in
     )
 
 
-def check_trainable_stages(stages: tuple[Stage, ...]) -> None:
-  """Raises ConfigError unless the stage list has a training objective (dense, or one 'dynamic' cut)."""
-  require(
-    all(s.selector in ('all', 'dynamic') for s in stages) and sum(s.selector == 'dynamic' for s in stages) <= 1,
-    f'stages: only a dense run or one with a single dynamic stage can be trained, got {[s.selector for s in stages]}',
-  )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
   """Device mesh. -1 for one axis takes all devices that the others leave."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dynllava_jax.config.evaluation import PERPLEXITY, RUN_NAME, TrainEval
 from dynllava_jax.config.model import ModelConfig
 from dynllava_jax.config.parsing import Path, require, require_positive, require_seed
-from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, check_trainable_stages, judges_instructions
+from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, judges_instructions
 
 FLOATS = ('float32', 'bfloat16')
 LORA_BASES = ('float32', 'bfloat16', 'int8')
@@ -234,7 +234,6 @@ class TrainConfig:
   def __post_init__(self):
     if self.reducer is None:  # else `methods.check_run`, which knows how many image tokens there are
       check_stages(self.stages, self.model)
-    check_trainable_stages(self.stages)
     require(not (self.init_from and self.data.tokenizer), 'data.tokenizer: init_from brings its own; leave one of them empty')
     require_positive(self, '', 'batch_size', 'accumulate', 'steps', 'log_every', 'save_every', 'keep')
     require_seed(self.seed)

@@ -96,6 +96,7 @@ def make_row(
   text_length: int,
   aspect: str = 'pad',
   training: bool = False,
+  text_room: int | None = None,
   truncate: bool = False,
 ) -> Batch:
   """Lays one sample out.
@@ -109,14 +110,16 @@ def make_row(
     aspect: how the image becomes a square, see `images.preprocess`.
     training: refuse prompts. A row without image may also fill the image's positions with text, for which the
       later stages of generation have no room.
+    text_room: so many of them, where training cuts the sequence; all if None.
     truncate: cut a sample that is too long, as LLaVA does, instead of refusing it.
 
   Raises:
     DataError: see `encode_turns`; too long, or nothing to train on.
   """
   has_image = sample.image is not None
+  text_room = num_image if text_room is None else text_room
   encoded = encode_turns(sample.id, sample.conversations, has_image, style=style, tokenizer=tokenizer)
-  room = text_length + (1 if has_image else num_image if training else 0)
+  room = text_length + (1 if has_image else text_room if training else 0)
   if len(encoded.ids) > room and truncate:
     encoded = cut(encoded, room)
     if not len(encoded.ids):

@@ -28,6 +28,7 @@ class LayOut:
   vision: VisionConfig
   tokenizer_files: Mapping[str, bytes]
   num_image: int  # positions that an image takes
+  text_room: int | None = None  # of these, how many text may fill where there is no image; all if None
 
   def __call__(self, sample: Sample, number: int, text_length: int) -> Batch:
     """One row of the given text bucket, see `batches.make_row`."""
@@ -41,6 +42,7 @@ class LayOut:
       text_length=text_length,
       aspect=self.data.image_aspect,
       training=True,
+      text_room=self.text_room,
       truncate=self.data.truncate,
     )
 

@@ -121,7 +121,15 @@ def num_image_tokens(model: ModelConfig, reducer: Piece | None = None) -> int:
     raise ConfigError(
       f'reducer {reducer.name}: gives the projector single patches, and this model has {model.projector}, which needs all of them'
     )
-  return get(reducer.name, 'reducer').num_tokens(model, options_of(reducer, 'reducer'))
+  return _tokens_left(model, reducer)
+
+
+def _tokens_left(model: ModelConfig, reducer: Piece) -> int:
+  kind, options = bound(reducer, 'reducer')
+  try:
+    return kind.num_tokens(model, options)
+  except ConfigError as e:
+    raise ConfigError(f'reducer {reducer.name}: {e}') from None
 
 
 def stage_image_tokens(stages: tuple[Stage, ...], num_image: int) -> tuple[int, ...]:
@@ -144,7 +152,7 @@ def prompt_slots(stage: Stage, layer: int, layers: int, text: int, image: int) -
 def unmerged_tokens(model: ModelConfig, reducer: Piece | None) -> int:
   """Places of a full image that a reducer's tokens leave over and the decoder attends over all the same; 0 unless it unmerges."""
   kind, options = bound(reducer, 'reducer')
-  return model.vision.num_patches - kind.num_tokens(model, options) if kind is not None and kind.unmerges(options) else 0
+  return model.vision.num_patches - _tokens_left(model, reducer) if kind is not None and kind.unmerges(options) else 0
 
 
 def tower_needs(model: ModelConfig, reducer: Piece | None) -> TowerNeeds:
@@ -193,6 +201,44 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
     bound(stage.compressor, 'compressor')
 
 
+def trained_by(stages: tuple[Stage, ...]) -> str:
+  """How a run of these stages is trained: `Selector.training` of those that cut, '' if none does."""
+  return next((how for s in stages if (how := get(s.selector).training)), '')
+
+
+def check_training(stages: tuple[Stage, ...], adapters: bool) -> None:
+  """Raises ConfigError unless these stages can be trained: dense, one cut that is trained by masks, or cuts that gather.
+
+  Args:
+    stages: of the run; adapters: whether it trains adapters beside the decoder.
+  """
+  cuts = [s for s in stages if s.selector != 'all']
+  ways = [get(s.selector).training for s in cuts]
+  if not all(ways) or len(set(ways)) > 1 or ways.count('masks') > 1:
+    raise ConfigError(
+      f'stages: only a dense run, one with a single dynamic stage or with {trained_with("gathers")} alone can be trained, got '
+      f'{[s.selector for s in stages]}'
+    )
+  for stage in stages:
+    for piece in (stage.compressor, stage.layers):
+      if piece is not None:
+        raise ConfigError(
+          f'stage at layer {stage.start}: {piece.name} acts in generation only, training knows nothing of it; leave it out'
+        )
+  if adapters and any(get(s.selector).attention for s in cuts):
+    raise ConfigError(f'lora: {cuts[0].selector} ranks by weights that adapters change; train the whole decoder, or leave it out')
+
+
+def trained_with(how: str) -> str:
+  """Names of the selectors that are trained so."""
+  return ', '.join(sorted(name for name, piece in SELECTORS.items() if piece.training == how))
+
+
+def text_room(stages: tuple[Stage, ...], num_image: int) -> int:
+  """Places of the image that a training row without image may fill with text: all, or those that the last cut leaves."""
+  return stage_image_tokens(stages, num_image)[-1] if trained_by(stages) == 'gathers' else num_image
+
+
 __all__ = [
   'COMPRESSORS',
   'LAYER_KINDS',
@@ -218,12 +264,15 @@ __all__ = [
   'bound',
   'check_run',
   'check_tail',
+  'check_training',
   'get',
   'num_image_tokens',
   'options_of',
   'prompt_slots',
   'selector_of',
   'stage_image_tokens',
+  'text_room',
   'tower_needs',
+  'trained_by',
   'unmerged_tokens',
 ]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax.config import LlamaConfig, ModelConfig, Piece, VisionConfig, from_config_dict
+from dynllava_jax.config.parsing import require
 from dynllava_jax.ops import layout
 
 
@@ -130,7 +131,7 @@ class Reducer(Origin):
   Attributes:
     reduce: (tower output, projector float[B, n, C] -> float[B, n, D], options) -> `Reduced`. A row depends on that row alone;
       choices are made in float32, ties go to the lowest index; no division may give NaN, rows without image included.
-    num_tokens: (model, options) -> M; ConfigError with the reason if the model cannot be reduced so.
+    num_tokens: (model, options) -> M; ConfigError with the reason, without the reducer's name, if the model cannot be reduced so.
     needs: (vision, options) -> `TowerNeeds`.
     projects_all: whether the projector runs on all patches, or only on what is left of them.
     unmerges: options -> whether the decoder attends over all patches although it has fewer rows: queries, keys and values of a
@@ -142,6 +143,23 @@ class Reducer(Origin):
   needs: Callable[[VisionConfig, Any], TowerNeeds] = lambda vision, options: TowerNeeds()
   projects_all: bool = False
   unmerges: Callable[[Any], bool] = lambda options: False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptPatches:
+  """Settings of a reducer that leaves some patches as they are. `tokens`: so many image tokens are kept."""
+
+  tokens: int
+
+  def __post_init__(self):
+    require(self.tokens > 0, f'tokens is {self.tokens}, expected a positive number')
+
+
+def patches_kept(model: ModelConfig, options: KeptPatches) -> int:
+  """`tokens`; ConfigError if the tower has fewer patches."""
+  patches = model.vision.num_patches
+  require(options.tokens <= patches, f'tokens is {options.tokens}, the tower has {patches} patches')
+  return options.tokens
 
 
 @jax.tree_util.register_dataclass
@@ -227,6 +245,9 @@ class Selector(Origin):
       each text row counts; None for that of the last prompt token alone.
     renumbers: options -> whether rotary positions are 0, 1, 2, ... again for what stays.
     num_more: (tokens that reach the stage, budget M, options) -> C, rows of `Chosen.more`.
+    training: how a run with it is trained: 'masks' weigh keys in sequences of full length (`DynLlava.train_forward`), 'gathers' cut
+      the sequence as a prefill does; '' for not at all.
+    training_weight: (labels int32[B, S], options) -> float32[B, S], what `query_weight` is while training; None for the same.
   """
 
   select: Callable[[SelectorInputs, int, Any], Chosen]
@@ -235,6 +256,8 @@ class Selector(Origin):
   query_weight: Callable[[jax.Array, Rows, Any], jax.Array] | None = None
   renumbers: Callable[[Any], bool] = lambda options: False
   num_more: Callable[[int, int, Any], int] = lambda reached, budget, options: 0
+  training: str = ''
+  training_weight: Callable[[jax.Array, Any], jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,36 +1,15 @@
 """DivPrune (arXiv 2503.02175): keeps the image tokens that lie farthest apart from each other, whatever anything attends to.
 
 Greedy: first the token that is farthest from its nearest neighbour, then again and again the one that is farthest from all that
-are chosen. One token after the other, so M - 1 small steps in a row.
+are chosen. One token after the other, so M - 1 small steps in a row. The authors' `tokens` are `round(0.098 * 576)` = 56.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from dynllava_jax.config import ModelConfig
-from dynllava_jax.config.parsing import require
-from dynllava_jax.methods.base import Reduced, Reducer, TowerOutput
+from dynllava_jax.methods.base import KeptPatches, Reduced, Reducer, TowerOutput, patches_kept
 from dynllava_jax.ops.layout import gather_rows
 from dynllava_jax.ops.similarity import cosines
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """`tokens`: image tokens kept; the authors' are `round(0.098 * 576)` = 56."""
-
-  tokens: int
-
-  def __post_init__(self):
-    require(self.tokens > 0, f'tokens is {self.tokens}, expected a positive number')
-
-
-def num_tokens(model: ModelConfig, options: Options) -> int:
-  """`tokens`; ConfigError if the tower has fewer patches."""
-  patches = model.vision.num_patches
-  require(options.tokens <= patches, f'reducer divprune: tokens is {options.tokens}, the tower has {patches} patches')
-  return options.tokens
 
 
 def distances(projected: jax.Array) -> jax.Array:
@@ -63,7 +42,7 @@ def spread(distance: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   return jax.vmap(of_row)(distance)
 
 
-def reduce(tower: TowerOutput, project, options: Options) -> Reduced:
+def reduce(tower: TowerOutput, project, options: KeptPatches) -> Reduced:
   """The chosen projected tokens, in their places' order."""
   projected = project(tower.features)
   kept = jnp.sort(spread(distances(projected), options.tokens)[0], axis=1)
@@ -72,9 +51,9 @@ def reduce(tower: TowerOutput, project, options: Options) -> Reduced:
 
 REDUCER = Reducer(
   reduce=reduce,
-  num_tokens=num_tokens,
+  num_tokens=patches_kept,
   projects_all=True,
-  options=Options,
+  options=KeptPatches,
   source='arXiv 2503.02175; github.com/vbdi/divprune 799e2d9',
   verified="the authors' code: distances, order of choice, scores, logits, generated tokens",
 )

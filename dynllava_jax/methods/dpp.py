@@ -4,35 +4,14 @@ CDPruner (arXiv 2506.10967) scales the likeness of projected tokens by how much 
 tower sees it, and takes greedily what raises the determinant most. Here all have as much to do with it; no text tower is needed.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-from dynllava_jax.config import ModelConfig
-from dynllava_jax.config.parsing import require
-from dynllava_jax.methods.base import Reduced, Reducer, TowerOutput
+from dynllava_jax.methods.base import KeptPatches, Reduced, Reducer, TowerOutput, patches_kept
 from dynllava_jax.ops.layout import gather_rows
 from dynllava_jax.ops.similarity import cosines
 
 SMALLEST = 1e-10  # of what is left of a token, where all that is left is rounding
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """`tokens`: image tokens kept."""
-
-  tokens: int
-
-  def __post_init__(self):
-    require(self.tokens > 0, f'tokens is {self.tokens}, expected a positive number')
-
-
-def num_tokens(model: ModelConfig, options: Options) -> int:
-  """`tokens`; ConfigError if the tower has fewer patches."""
-  patches = model.vision.num_patches
-  require(options.tokens <= patches, f'reducer dpp: tokens is {options.tokens}, the tower has {patches} patches')
-  return options.tokens
 
 
 def greedy(kernel: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -58,7 +37,7 @@ def greedy(kernel: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   return order.astype(jnp.int32), gain
 
 
-def reduce(tower: TowerOutput, project, options: Options) -> Reduced:
+def reduce(tower: TowerOutput, project, options: KeptPatches) -> Reduced:
   """The chosen projected tokens, in their places' order."""
   projected = project(tower.features)
   kept = jnp.sort(greedy(cosines(projected, projected), options.tokens)[0], axis=1)
@@ -67,9 +46,9 @@ def reduce(tower: TowerOutput, project, options: Options) -> Reduced:
 
 REDUCER = Reducer(
   reduce=reduce,
-  num_tokens=num_tokens,
+  num_tokens=patches_kept,
   projects_all=True,
-  options=Options,
+  options=KeptPatches,
   source='arXiv 2506.10967 without the question; github.com/Theia-4869/CDPruner 9541616',
   verified="the authors' order of choice for their kernels, which hold the question; no run without it was recorded",
 )

@@ -37,7 +37,7 @@ def schedule(vision: VisionConfig, options: Options) -> tuple[int, ...]:
   merges = options.merges * vision.layers_run if len(options.merges) == 1 else options.merges
   require(
     len(merges) == vision.layers_run,
-    f'reducer dymu: merges has {len(merges)} numbers, expected one, or one for each of the {vision.layers_run} blocks that are run',
+    f'merges has {len(merges)} numbers, expected one, or one for each of the {vision.layers_run} blocks that are run',
   )
   tokens, counts = vision.num_patches + 1, []
   for wanted in merges:

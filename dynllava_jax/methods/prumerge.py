@@ -55,13 +55,11 @@ def num_tokens(model: ModelConfig, options: Options) -> int:
   """Centres and the summary; ConfigError if there are fewer patches, or not one block above the features."""
   vision, wanted = model.vision, options.centres + getattr(options, 'strided', 0)
   above = vision.num_layers - vision.layers_run
-  require(
-    above == 1, f'reducer prumerge: looks at the block above the features, expected select_layer -2, got {vision.select_layer}'
-  )
-  require(wanted <= vision.num_patches, f'reducer prumerge: {wanted} centres, the tower has {vision.num_patches} patches')
+  require(above == 1, f'looks at the block above the features, expected select_layer -2, got {vision.select_layer}')
+  require(wanted <= vision.num_patches, f'{wanted} centres, the tower has {vision.num_patches} patches')
   require(
     options.neighbours < vision.num_patches,
-    f'reducer prumerge: neighbours is {options.neighbours}, a patch of the tower has {vision.num_patches - 1} others',
+    f'neighbours is {options.neighbours}, a patch of the tower has {vision.num_patches - 1} others',
   )
   return wanted + 1
 

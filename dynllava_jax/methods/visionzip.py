@@ -52,7 +52,7 @@ def num_tokens(model: ModelConfig, options: Options) -> int:
   patches, wanted = model.vision.num_patches, options.dominant - 1 + options.contextual
   require(
     wanted <= patches,
-    f'reducer visionzip: dominant - 1 + contextual is {wanted}, the tower has {patches} patches besides the class token',
+    f'dominant - 1 + contextual is {wanted}, the tower has {patches} patches besides the class token',
   )
   return options.dominant + options.contextual
 

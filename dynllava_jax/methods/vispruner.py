@@ -9,9 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dynllava_jax.config import ModelConfig, VisionConfig
+from dynllava_jax.config import VisionConfig
 from dynllava_jax.config.parsing import require
-from dynllava_jax.methods.base import Reduced, Reducer, TowerNeeds, TowerOutput
+from dynllava_jax.methods.base import KeptPatches, Reduced, Reducer, TowerNeeds, TowerOutput, patches_kept
 from dynllava_jax.ops.layout import gather_rows
 from dynllava_jax.ops.similarity import cosines
 
@@ -19,26 +19,18 @@ LEAVE = 8  # per round
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(KeptPatches):
   """`tokens`: image tokens kept, `int(tokens * important_ratio)` of them by attention; the authors' `visual_token_num`."""
 
-  tokens: int
   important_ratio: float = 0.5
 
   def __post_init__(self):
-    require(self.tokens > 0, f'tokens is {self.tokens}, expected a positive number')
+    super().__post_init__()
     require(0 <= self.important_ratio <= 1, f'important_ratio is {self.important_ratio}, expected a share from 0 to 1')
 
   @property
   def important(self) -> int:
     return int(self.tokens * self.important_ratio)
-
-
-def num_tokens(model: ModelConfig, options: Options) -> int:
-  """`tokens`; ConfigError if the tower has fewer patches."""
-  patches = model.vision.num_patches
-  require(options.tokens <= patches, f'reducer vispruner: tokens is {options.tokens}, the tower has {patches} patches')
-  return options.tokens
 
 
 def needs(vision: VisionConfig, options: Options) -> TowerNeeds:
@@ -104,7 +96,7 @@ def reduce(tower: TowerOutput, project, options: Options) -> Reduced:
 
 REDUCER = Reducer(
   reduce=reduce,
-  num_tokens=num_tokens,
+  num_tokens=patches_kept,
   needs=needs,
   options=Options,
   source='arXiv 2412.01818 v2; github.com/Theia-4869/VisPruner aefa01a',

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from dynllava_jax.config import ModelConfig, VisionConfig
 from dynllava_jax.config.parsing import require
-from dynllava_jax.methods.base import Reduced, Reducer, TowerNeeds, TowerOutput
+from dynllava_jax.methods.base import KeptPatches, Reduced, Reducer, TowerNeeds, TowerOutput, patches_kept
 from dynllava_jax.ops.layout import gather_rows
 from dynllava_jax.ops.selection import top_indices
 from dynllava_jax.ops.similarity import cosines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(KeptPatches):
   """How many patches are kept, and where one looks.
 
   Attributes:
@@ -27,12 +27,11 @@ class Options:
     shallow: block, counted from 0, whose attention chooses within windows; that of the features' block chooses from everywhere.
   """
 
-  tokens: int
   window: int = 6
   shallow: int = 5
 
   def __post_init__(self):
-    require(self.tokens > 0, f'tokens is {self.tokens}, expected a positive number')
+    super().__post_init__()
     require(self.window > 0, f'window is {self.window}, expected a positive number of patches')
 
 
@@ -43,12 +42,11 @@ def per_window(patches: int, options: Options) -> int:
 
 def num_tokens(model: ModelConfig, options: Options) -> int:
   """What windows and the global choice give; ConfigError if the grid has no whole number of windows, or fewer patches."""
-  patches = model.vision.num_patches
-  side = model.vision.image_size // model.vision.patch_size
-  require(options.tokens <= patches, f'reducer vscan: tokens is {options.tokens}, the tower has {patches} patches')
+  patches_kept(model, options)
+  patches, side = model.vision.num_patches, model.vision.image_size // model.vision.patch_size
   require(
     side % options.window == 0,
-    f'reducer vscan: window is {options.window}, of which the {side} x {side} patches of the tower hold no whole number',
+    f'window is {options.window}, of which the {side} x {side} patches of the tower hold no whole number',
   )
   if options.tokens == patches:
     return patches

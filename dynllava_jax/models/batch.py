@@ -73,6 +73,9 @@ class TrainOutput:
     text_mask: float32[B, S], 0 or 1, the sample for every position before any rule; None in a dense run.
     dense: bool[B], rows whose masks were not used; None in a dense run.
     policy: float32[B, S], the weight of every key from the dynamic stage on; None in a dense run.
+    places: int32[B, S'], places in the full sequence of the rows of `hidden`, which are S' then, -1 for padding, in a run that is
+      trained by gathers; None if all are there.
+    kept_image: per stage of such a run, int32[B, M], the image tokens that entered it.
     instruct_logits: float[B, S, 2] and instruct_mask: float32[B, S], the same of instructions; None where none are judged.
   """
 
@@ -86,6 +89,8 @@ class TrainOutput:
   instruct_logits: jax.Array | None = None
   instruct_mask: jax.Array | None = None
   policy: jax.Array | None = None
+  places: jax.Array | None = None
+  kept_image: tuple[jax.Array, ...] = ()
 
   @property
   def logits(self) -> jax.Array:

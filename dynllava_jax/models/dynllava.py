@@ -210,8 +210,9 @@ class DynLlava(nn.Module):
     tau: jax.Array | None,
     dense: jax.Array | None = None,
     instruct: InstructRule | None = None,
+    labels: jax.Array | None = None,
   ) -> TrainOutput:
-    """Full-length forward with keep masks in place of gathers (paper section 3.3).
+    """Forward of training: full-length, with keep masks in place of gathers (paper section 3.3), or cut where a method trains so.
 
     The image mask and the mask of the last answer weigh the keys from the dynamic stage on. Answers shorter
     than `min_answer_len` are kept whole.
@@ -225,15 +226,18 @@ class DynLlava(nn.Module):
       tau: temperature; None if dense.
       dense: bool[B], rows that keep everything whatever the predictors say; none if None.
       instruct: static; which of an instruction's tokens are judged, if any are; all but the last if None.
+      labels: int32[B, S]; only methods that cut in training look at them.
 
     Returns:
       `TrainOutput`.
     """
     x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
+    if methods.trained_by(self.stages) == 'gathers':
+      return self._train_cut(x, prompt, labels)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     policy, out = None, {}
     for i, stage in enumerate(self.stages):
-      if stage.selector == 'dynamic':
+      if methods.get(stage.selector).training:
         image_logits = self.image_predictor(layout.take_image_rows(x, prompt.image_start, self.num_image))
         text_logits = self.text_predictor(x)
         has_image = (prompt.image_start >= 0)[:, None]
@@ -256,6 +260,20 @@ class DynLlava(nn.Module):
       x, _ = self.llama.run_stage(i, x, positions, policy=policy)
     hidden, head = self.llama.output(x)
     return TrainOutput(hidden, head=head, **out)
+
+  def _train_cut(self, x: jax.Array, prompt: Prompt, labels: jax.Array) -> TrainOutput:
+    """Training of a sequence that is cut at each stage as in a prefill; answers are part of the prompt then."""
+    state, weights, kept = self._start(x, prompt, None), {}, []
+    for i, stage in enumerate(self.stages):
+      selector, options = methods.selector_of(stage)
+      weights[i] = selector.training_weight(labels, options) if selector.training_weight else None
+      state, _, _ = self._reduce(i, state, prompt, None, weights, answer_start=None)
+      kept.append(state.image_index)
+      x, _ = self.llama.run_stage(i, state.x, state.rotary)
+      state = dataclasses.replace(state, x=x)
+    hidden, head = self.llama.output(state.x)
+    real = jnp.arange(hidden.shape[1]) < state.length[:, None]
+    return TrainOutput(hidden, head=head, places=jnp.where(real, state.positions, -1), kept_image=tuple(kept))
 
   def gate(self, index: int) -> tuple[bool, float]:
     """Whether stage `index` holds only kept generated tokens, and its share of room for them."""

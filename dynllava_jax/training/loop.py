@@ -67,6 +67,7 @@ def train(cfg: TrainConfig, workdir: pathlib.Path, profile: range = range(0)) ->
 def _train(cfg: TrainConfig, workdir: pathlib.Path, profile: range, stop: StopRequest, stack: contextlib.ExitStack) -> None:
   # 1. Mesh, what is there of this run, and data.
   methods.check_run(cfg.model, cfg.stages, cfg.reducer)
+  methods.check_training(cfg.stages, bool(cfg.lora))
   methods.check_tail(cfg.model, cfg.reducer, there=False)  # a step holds nothing that is never trained
   if methods.unmerged_tokens(cfg.model, cfg.reducer):
     raise ConfigError(f'config.reducer: {cfg.reducer.name} cannot unmerge in training; set its unmerge to False')
@@ -88,7 +89,7 @@ def _train(cfg: TrainConfig, workdir: pathlib.Path, profile: range, stop: StopRe
   require_vocabulary(tokenizer, cfg.model.llama.vocab_size)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
   training = training_data(cfg.data, num_image, tokenizer, batch_size=cfg.batch_size, seed=cfg.seed)
-  layout = LayOut(cfg.data, cfg.model.vision, tokenizer, num_image)
+  layout = LayOut(cfg.data, cfg.model.vision, tokenizer, num_image, methods.text_room(cfg.stages, num_image))
   inputs = records.inputs(cfg, training.source, tokenizer)
   if started and first:
     records.check_same_inputs(cfg, started, inputs, workdir)

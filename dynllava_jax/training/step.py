@@ -191,9 +191,10 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
 
   The random numbers of a step follow from (cfg.seed, step) alone. Metrics are float32 scalars by name.
   """
+  methods.check_training(cfg.stages, bool(cfg.lora))
   model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat, cfg.reducer)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
-  dynamic, instruct = any(s.selector == 'dynamic' for s in cfg.stages), judges_instructions(cfg.stages)
+  dynamic, instruct = methods.trained_by(cfg.stages) == 'masks', judges_instructions(cfg.stages)
   places = state_shardings(cfg, optimizer, mesh)
 
   def step_fn(state: State, frozen: dict[str, Any], batch: Batch):
@@ -209,7 +210,7 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
       variables, prompt = as_variables(trained | frozen, cfg.lora, cfg.stages, dropout), as_prompt(batch)
       image = model.apply(variables, normalize(batch.pixels, cfg.model.vision), method='encode_images')
       judging = cfg.sparsity.min_answer_len, noise, tau, dense, instruct_rule(cfg.sparsity)
-      out = model.apply(variables, prompt, image, batch.answer_start, *judging, method='train_forward')
+      out = model.apply(variables, prompt, image, batch.answer_start, *judging, batch.labels, method='train_forward')
       losses = training_losses(out, prompt, batch.labels, batch.answer_start, cfg.sparsity, counts)
       return losses.total, losses
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from dynllava_jax import methods
 from dynllava_jax.config import TrainConfig
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.evals.costs import layer_flops, predictor_flops, vision_flops
@@ -52,7 +53,7 @@ def model_flops(cfg: TrainConfig, lengths: np.ndarray, images: int) -> float:
   head = 2 * model.llama.hidden_size * model.llama.vocab_size * positions
   total = (decoder + head) * (WITH_INPUT_GRADIENTS if 'llama' in cfg.held else WITH_ALL_GRADIENTS)
   total += images * vision_flops(model) * (FORWARD if 'vision' in cfg.held else WITH_ALL_GRADIENTS)
-  if any(s.selector == 'dynamic' for s in cfg.stages):
+  if methods.trained_by(cfg.stages) == 'masks':
     total += WITH_ALL_GRADIENTS * predictor_flops(model, images * model.vision.num_patches, positions)
   return total
 

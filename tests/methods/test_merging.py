@@ -19,7 +19,7 @@ from dynllava_jax.evals import costs
 from dynllava_jax.generate import Generator
 from dynllava_jax.methods import __main__ as program
 from dynllava_jax.methods import divprune, dymu, pool, prumerge, vispruner, vscan
-from dynllava_jax.methods.base import MergedTokens, TowerOutput
+from dynllava_jax.methods.base import KeptPatches, MergedTokens, TowerOutput
 from dynllava_jax.models import clip, reduction
 from dynllava_jax.models.clip import VisionTower
 from dynllava_jax.models.dynllava import Prompt
@@ -243,7 +243,7 @@ def test_unmerging_in_a_generator(tiny_params):
 
 
 BEHIND = {
-  'divprune': (divprune, divprune.Options(tokens=5)),
+  'divprune': (divprune, KeptPatches(tokens=5)),
   'pool': (pool, pool.Options()),
   'prumerge': (prumerge, prumerge.Options(centres=4, neighbours=5)),
   'vispruner': (vispruner, vispruner.Options(tokens=5)),

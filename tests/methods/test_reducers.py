@@ -22,7 +22,7 @@ from dynllava_jax.convert.records.reduction import Reduction
 from dynllava_jax.generate import Generator
 from dynllava_jax.methods import __main__ as program
 from dynllava_jax.methods import fastervlm, visionzip
-from dynllava_jax.methods.base import TowerNeeds, TowerOutput
+from dynllava_jax.methods.base import KeptPatches, TowerNeeds, TowerOutput
 from dynllava_jax.models import clip
 from dynllava_jax.models.clip import VisionTower
 from dynllava_jax.models.dynllava import DynLlava, Prompt
@@ -90,7 +90,7 @@ WRONG_ROWS = {
 def test_fastervlm_needs_the_right_row(wrong, towers):
   case = open_record(RECORDS / 'fastervlm', None).case
   tower = WRONG_ROWS[wrong](towers) if wrong else at_block(towers)
-  kept = np.asarray(fastervlm.reduce(tower, lambda x: x, fastervlm.Options(tokens=16)).index)
+  kept = np.asarray(fastervlm.reduce(tower, lambda x: x, KeptPatches(tokens=16)).index)
   equal = [(kept[i] == case[f's{i}/kept_image_index']).all() for i in range(2)]
   assert equal == ([False, False] if wrong else [True, True])
 

@@ -15,7 +15,7 @@ from dynllava_jax.convert.records.reducer_arrays import RECORDED, Asking
 from dynllava_jax.convert.records.reduction import Reduction
 from dynllava_jax.evals import costs
 from dynllava_jax.methods import divprune, dpp, pool, vispruner, vscan
-from dynllava_jax.methods.base import TowerOutput
+from dynllava_jax.methods.base import KeptPatches, TowerOutput
 
 ROWS = ('s0', 's1')
 
@@ -83,7 +83,7 @@ def test_dpp_chooses_as_recorded_for_kernels_with_a_question(wrong):
 def test_dpp_beyond_the_rank_and_among_orthogonal_tokens():
   draw = np.random.default_rng(0).normal(size=(2, 12, 3)).astype(np.float32)
   features = jnp.concatenate([draw, np.zeros((1, 12, 3)), np.eye(12, 3)[None]]).astype(jnp.float32)
-  reduced = dpp.reduce(TowerOutput(features), lambda x: x, dpp.Options(tokens=9))
+  reduced = dpp.reduce(TowerOutput(features), lambda x: x, KeptPatches(tokens=9))
   assert np.isfinite(reduced.tokens).all() and (np.diff(reduced.index, axis=1) > 0).all()
   order, _ = dpp.greedy(jnp.eye(12)[None], 5)
   assert order[0].tolist() == [0, 1, 2, 3, 4]

@@ -109,3 +109,13 @@ def test_chunks_of_positions_give_loss_and_gradients_of_all_logits(chunk, monkey
   found = jax.jit(jax.value_and_grad(lambda h, w: cross_entropy(h, labels, w), (0, 1)))(hidden, head)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
     np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_method_that_cuts_in_training_moves_the_decoder(tiny_params):
+  """The step knows no method: whatever its forward leaves out, labels go with their rows."""
+  cut = (Stage(), Stage(start=2, selector='pyramiddrop', image_keep_rate=0.5))
+  metrics = one_step(dataclasses.replace(CFG, stages=cut), tiny_params, optax.sgd(1.0))[1]
+  whole = one_step(dataclasses.replace(CFG, stages=(Stage(),)), tiny_params, optax.sgd(1.0))[1]
+  assert metrics['supervised_tokens'] == whole['supervised_tokens'] > 0
+  assert metrics['grad_norm/llama'] > 0 and 0 < abs(metrics['loss'] / whole['loss'] - 1) < 0.5

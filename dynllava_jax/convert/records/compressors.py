@@ -12,8 +12,8 @@ import numpy as np
 from dynllava_jax.config import Piece, Stage
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.base import EXACT, Quantity
-from dynllava_jax.convert.records.bases import Base, Record
-from dynllava_jax.convert.records.runs import Answer, Group, Runner, base_of, compare_run, decoded_groups, per_layer
+from dynllava_jax.convert.records.bases import Record
+from dynllava_jax.convert.records.runs import Answer, Group, Runner, compare_run, decoded_groups, per_layer, with_bases
 
 SCORE = KEY = 1e-5
 # Merge, per cent that stays for its score, per cent that stays as the prompt's end.
@@ -22,11 +22,7 @@ LOOK_M = re.compile(r'(\w+)_h(\d+(?:\.\d+)?)_r(\d+(?:\.\d+)?)$')
 
 def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iterator[Quantity]:
   """Every quantity of the record; `only` some of its configs, `BASE/CONFIG`."""
-  bases: dict[str, Base] = {}
-  for (name, _), groups in decoded_groups(record).items():
-    if only and groups[0].setting not in only:
-      continue
-    base = bases[name] = bases.get(name) or base_of(record, name)
+  for base, groups in with_bases(record, decoded_groups(record).values(), only):
     runner = Runner(base.info.model, base.params, (Stage(compressor=piece(record, groups[0])),))
     yield from compare_run(record, groups, runner, base, own, alone)
 

@@ -11,8 +11,8 @@ import numpy as np
 from dynllava_jax import methods
 from dynllava_jax.config import Piece, Stage
 from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare
-from dynllava_jax.convert.records.bases import Base, Record
-from dynllava_jax.convert.records.runs import Answer, Group, Runner, base_of, compare_run, compare_uncached, decoded_groups
+from dynllava_jax.convert.records.bases import Record
+from dynllava_jax.convert.records.runs import Answer, Group, Runner, compare_run, compare_uncached, decoded_groups, with_bases
 from dynllava_jax.methods import redundancylens
 
 SCORE = 1e-5
@@ -26,11 +26,7 @@ ARRAYS = {  # NAME_LAYER of the record: our name, tolerance
 
 def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iterator[Quantity]:
   """Every quantity of the record; `only` some of its configs, `BASE/CONFIG`."""
-  bases: dict[str, Base] = {}
-  for (name, _), groups in decoded_groups(record).items():
-    if only and groups[0].setting not in only:
-      continue
-    base = bases[name] = bases.get(name) or base_of(record, name)
+  for base, groups in with_bases(record, decoded_groups(record).values(), only):
     given = record.setting('configs', groups[0].setting)
     options = settings(record, groups[0])
     num_image, channels = methods.num_image_tokens(base.info.model), base.info.model.llama.mlp_dim

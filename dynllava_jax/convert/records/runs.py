@@ -6,7 +6,7 @@ prompts, right-padded, is run at once; every row must equal its record whatever 
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -205,8 +205,8 @@ class Group:
     return f'{self.base}/{self.config}'.strip('/')
 
 
-def decoded_groups(record: Record) -> dict[tuple[str, str], list[Group]]:
-  """The groups of a record that hold decoded tokens, by base and config, in the order of the record."""
+def decoded_groups(record: Record, needed: bool = True) -> dict[tuple[str, str], list[Group]]:
+  """The groups of a record that hold decoded tokens, by base and config, in its order; ConversionError if it has none but is to."""
   names = record.meta.get('base_models') or {'': None}
   found: dict[tuple[str, str], list[Group]] = {}
   for key in record.case:
@@ -214,7 +214,7 @@ def decoded_groups(record: Record) -> dict[tuple[str, str], list[Group]]:
     parts = key.removeprefix(base).strip('/').split('/')
     if len(parts) == 3 and parts[-1] == 'tokens':
       found.setdefault((base, parts[0]), []).append(Group(base, parts[0], parts[1]))
-  if not found:
+  if not found and needed:
     raise ConversionError(f'{record.folder}/case.npz: no group BASE/CONFIG/PROMPT/tokens; expected a record of {record.method}')
   return found
 
@@ -222,6 +222,16 @@ def decoded_groups(record: Record) -> dict[tuple[str, str], list[Group]]:
 def base_of(record: Record, name: str) -> Base:
   """The base model that the record calls `name`."""
   return record.base(record.setting('base_models', name) if name else record.setting('base_model'))
+
+
+def with_bases(record: Record, configs: Iterable[list[Group]], only: Sequence[str]) -> Iterator[tuple[Base, list[Group]]]:
+  """The groups of each config with their base, which is loaded once; `only` some configs, `BASE/CONFIG`, all if empty."""
+  bases: dict[str, Base] = {}
+  for groups in configs:
+    name = groups[0].base
+    if not only or groups[0].setting in only:
+      bases[name] = bases.get(name) or base_of(record, name)
+      yield bases[name], groups
 
 
 def asked(record: Record, base: Base, group: Group) -> Asked:

@@ -1,6 +1,7 @@
 """Recomputes what was recorded of methods that rank image tokens by attention inside the decoder: FastV, PyramidDrop and SparseVLM.
 
 Per cut: scores, the set, positions and the stream behind it; per decoded token: positions, cache lengths and logits of every layer.
+A group with labels is a training step (`cut_training.py`).
 """
 
 import re
@@ -15,6 +16,7 @@ from dynllava_jax.config import DENSE, Stage
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare
 from dynllava_jax.convert.records.bases import Base, Record
+from dynllava_jax.convert.records.cut_training import training_groups, verify_training
 from dynllava_jax.convert.records.runs import (
   Answer,
   Asked,
@@ -22,11 +24,11 @@ from dynllava_jax.convert.records.runs import (
   Own,
   Runner,
   asked,
-  base_of,
   compare_run,
   compare_uncached,
   decoded_groups,
   per_layer,
+  with_bases,
 )
 from dynllava_jax.methods import sparsevlm
 
@@ -36,11 +38,10 @@ FASTV = re.compile(r'k(\d+)_r(\d+(?:\.\d+)?)$')  # layers that see everything, p
 
 def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iterator[Quantity]:
   """Every quantity of a record of one of these methods; `only` some of its configs, `BASE/CONFIG`."""
-  bases: dict[str, Base] = {}
-  for (name, _), groups in decoded_groups(record).items():
-    if only and groups[0].setting not in only:
-      continue
-    base = bases[name] = bases.get(name) or base_of(record, name)
+  trained = [[group] for group in training_groups(record)]
+  for base, (group,) in with_bases(record, trained, only):
+    yield from verify_training(record, group, base, stages_of(record, group, base), alone)
+  for base, groups in with_bases(record, decoded_groups(record, needed=not trained).values(), only):
     stages = stages_of(record, groups[0], base)
     runner = Runner(base.info.model, base.params, stages)
     yield from compare_run(record, groups, runner, base, arrays_of(record, stages), alone)

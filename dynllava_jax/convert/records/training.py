@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynllava_jax.config import IGNORE
+from dynllava_jax.config import IGNORE, ModelConfig
 from dynllava_jax.convert.records.base import EXACT, GRADIENT, LOGITS, LOSS, Quantity, compare, prompt_from_ids
 from dynllava_jax.convert.records.dynamic_runs import DynamicRunner
 from dynllava_jax.convert.tables import llava_rules
@@ -67,7 +67,7 @@ def compare_training(runner: DynamicRunner, case: dict[str, np.ndarray], pixels:
   yield compare(AT + 'mask_loss_weight', sparsity.mask_loss_weight, array('mask_loss_weight'), 1e-6, relative=True)
   for group, pick in zip(GRADIENTS, (lambda r: r.total, lambda r: r.ce)):
     gradients = join_params(jax.jit(jax.grad(lambda p, pick=pick: pick(losses(p)[0])))(runner.params))
-    yield from compare_gradients(runner, case, group, gradients)
+    yield from compare_gradients(runner.info.model, case, group, gradients)
 
 
 def spread(noise: np.ndarray, spans: np.ndarray, size: int) -> np.ndarray:
@@ -101,9 +101,9 @@ def logits(case: dict[str, np.ndarray], out: TrainOutput, spans: np.ndarray) -> 
       yield compare(f'{AT}logits_tail[{i}]', out.logits[i, first:end], case[AT + 'logits_tail'][i, : end - first], LOGITS)
 
 
-def compare_gradients(runner: DynamicRunner, case: dict[str, np.ndarray], at: str, gradients) -> Iterator[Quantity]:
+def compare_gradients(model: ModelConfig, case: dict[str, np.ndarray], at: str, gradients) -> Iterator[Quantity]:
   """Gradients in checkpoint form next to the arrays `at`PARAMETER."""
-  rules = llava_rules(runner.info.model)
+  rules = llava_rules(model)
   for key in (k for k in case if k.startswith(at)):
     name, recorded = key.removeprefix(at), case[key]
     if name == ROW_NORMS:
