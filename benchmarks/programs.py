@@ -3,6 +3,7 @@
     git worktree add ../before COMMIT
     python benchmarks/programs.py                      # figures of this checkout
     python benchmarks/programs.py --against=../before  # and of the other one beside them
+    python benchmarks/programs.py --tiny               # what tests/models/test_programs.py compares with
     pip install libtpu==0.0.51; python benchmarks/programs.py --device=v5p --against=../before
 
 Compiles prefill, a later turn's chunk, a decoding step, uncached decoding and the gradient, dense and dynamic, of a 7B model that
@@ -20,6 +21,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = ROOT / 'tests' / 'golden' / 'programs.json'
 FIGURES = {'flops': 'FLOPs', 'bytes accessed': 'bytes accessed', 'temporaries': 'bytes of temporaries'}
 ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
@@ -94,6 +96,31 @@ def figures(cfg, stages, dtype, place=None, **sizes) -> dict[str, dict[str, floa
   return found
 
 
+def before_compiling(cfg, stages, dtype, **sizes) -> dict[str, dict[str, float]]:
+  """FLOPs and bytes of each program of a stage list as it goes to the compiler: other figures, but at hand in a moment."""
+  import jax
+
+  found = {}
+  for name, function, shapes in programs(cfg, stages, dtype, **sizes):
+    cost = jax.jit(function).lower(*shapes).cost_analysis()
+    found[name] = {k: cost[k] for k in ('flops', 'bytes accessed')}
+  return found
+
+
+def of_tiny() -> dict[str, dict[str, dict[str, float]]]:
+  """`before_compiling` of the tests' tiny model, dense and dynamic."""
+  import jax.numpy as jnp
+
+  from dynllava_jax import presets
+  from dynllava_jax.config import Stage
+
+  dynamic = Stage(start=2, selector='dynamic', image_keep_rate=0.25, text_keep_budget=0.5)
+  return {
+    name: before_compiling(presets.TINY, stages, jnp.float32, batch=2, text=8, new=4)
+    for name, stages in (('dense', (Stage(),)), ('dynamic', (Stage(), dynamic)))
+  }
+
+
 def of_checkout(device: str) -> dict[str, dict[str, dict[str, float]]]:
   """The figures of the package in the working directory, dense and dynamic."""
   import jax
@@ -128,6 +155,28 @@ def run_in(checkout: pathlib.Path, device: str) -> dict[str, dict[str, dict[str,
   return json.loads(done.stdout.splitlines()[-1])
 
 
+def ratio(now: float, before: float) -> float:
+  """Of two figures, 1 if both are 0."""
+  return 1.0 if now == before else now / before if before else float('inf')
+
+
+def told(found: dict[str, float], before: dict[str, float] | None, key: str) -> str:
+  """A figure in words, and beside another checkout's."""
+  compared = f' ({ratio(found[key], before[key]):.4f} of {before[key]:.4g})' if before else ''
+  return f'{FIGURES[key]} {found[key]:.4g}{compared}'
+
+
+def costlier(this: dict, other: dict, at_most: float) -> list[str]:
+  """The figures that are larger than the other's by more than the ratio `at_most`, each in words."""
+  return [
+    f'{kind} {name}: {told(found, other[kind][name], key)}'
+    for kind, named in this.items()
+    for name, found in named.items()
+    for key in found
+    if ratio(found[key], other[kind][name][key]) > at_most
+  ]
+
+
 def commit(checkout: pathlib.Path) -> str:
   """The commit of a checkout, short."""
   asked = ['git', '-C', str(checkout), 'rev-parse', '--short', 'HEAD']
@@ -140,36 +189,35 @@ def main() -> None:
   parser.add_argument('--device', default='cpu', choices=['cpu', 'v5e', 'v6e', 'v5p'])
   parser.add_argument('--against', type=pathlib.Path, help='another checkout of this project')
   parser.add_argument('--at_most', type=float, default=1.001, help='largest ratio to the other checkout that is no failure')
+  parser.add_argument(
+    '--tiny', action='store_true', help='write what the everyday test compares with, after a change that is meant'
+  )
   parser.add_argument('--worker', action='store_true', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.worker:
     print(json.dumps(of_checkout(args.device)))
     return
+  sys.path.insert(0, str(ROOT))
   import jax
 
   from dynllava_jax.checkpoint import write_atomically
 
+  if args.tiny:
+    stored = {'jax': jax.__version__, 'figures': of_tiny()}
+    write_atomically(TINY, (json.dumps(stored, indent=1) + '\n').encode())
+    return
+
   this = run_in(ROOT, args.device)
   other = run_in(args.against.resolve(), args.device) if args.against else None
-  larger = []
   for kind, named in this.items():
     for name, found in named.items():
-      parts = []
-      for key, words in FIGURES.items():
-        text = f'{found[key]:.4g} {words}'
-        if other:
-          before = other[kind][name][key]
-          ratio = found[key] / before if before else float(found[key] > 0) + 1
-          text += f' ({ratio:.4f} of {before:.4g})'
-          larger += [f'{kind} {name}: {words}'] if ratio > args.at_most else []
-        parts.append(text)
-      print(f'{kind:<8}{name:<9}' + ', '.join(parts))
+      print(f'{kind:<8}{name:<9}' + ', '.join(told(found, other and other[kind][name], key) for key in found))
   stored = {'jax': jax.__version__, 'commit': commit(ROOT), 'figures': this}
   if other:
     stored |= {'against': commit(args.against), 'figures against': other}
   results = ROOT / 'benchmarks' / 'results' / f'programs-{args.device}.json'
   write_atomically(results, (json.dumps(stored, indent=1) + '\n').encode())
-  if larger:
+  if other and (larger := costlier(this, other, args.at_most)):
     sys.exit('error: larger than allowed: ' + '; '.join(larger))
 
 

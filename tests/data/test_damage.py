@@ -12,7 +12,7 @@ import sys
 import llava_files
 import pytest
 from conftest import GOLDEN, ROOT
-from test_prepare import run, scan
+from preparing import run, scan
 
 from dynllava_jax.config import ConfigError
 from dynllava_jax.data import verify

@@ -11,7 +11,7 @@ import llava_files
 import pytest
 from conftest import ROOT
 from PIL import Image
-from test_prepare import SKIP, ids, run, scan
+from preparing import SKIP, ids, run, scan
 
 from dynllava_jax.config import ConfigError, DataConfig
 from dynllava_jax.data import check, records

@@ -1,65 +1,29 @@
 """Preparing and checking: every fault is reported, nothing is lost, nothing comes twice."""
 
-import collections
-import contextlib
 import dataclasses
 import io
 import json
 import os
 import pathlib
 import resource
-import signal
 import subprocess
 import sys
-import time
 
 import llava_files
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT
-from PIL import Image
+from conftest import ROOT
+from preparing import DATA, SKIP, ids, read_ids, run, scan
 from rich.console import Console
 
-from dynllava_jax.config import ConfigError, DataConfig
+from dynllava_jax.config import ConfigError
 from dynllava_jax.data import check, preparation, records
 from dynllava_jax.data.images import decode
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.store import Store
-from dynllava_jax.data.tokenizer import read_files
 from dynllava_jax.data.workers import parallel_map
 
-TOKENIZER = GOLDEN / 'text' / 'tok_nonlegacy'
-DATA = DataConfig(conversation='vicuna_v1', text_length=120, buckets=(60, 80), on_bad_sample='error')
-SKIP = dataclasses.replace(DATA, on_bad_sample='skip')
-
-
-def scan(root, json_files, **changes):
-  settings = dict(json=json_files, images=root, data=DATA, tokenizer=read_files(TOKENIZER), num_patches=4, processes=1)
-  return check.Scan(**settings | changes)
-
-
-def run(what, out, **changes):
-  settings = dict(only_check=False, image_bytes=True, shard_samples=30)
-  return preparation.prepare(what, [1.0] * len(what.json), out, **settings | changes)
-
-
-@pytest.fixture(scope='module')
-def root(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('llava')
-  llava_files.write_pictures(folder)
-  llava_files.write_json(folder / 'mix.json', [llava_files.sample(i, image=i % 5 != 0) for i in range(100)])
-  return folder
-
-
-@pytest.fixture(scope='module')
-def prepared(root):
-  out = root / 'prepared' / 'llava' / '1.0.0'
-  assert run(scan(root, {'mix': root / 'mix.json'}), out)
-  return out
-
-
-def ids(store):
-  return [store.record(i)[0].id for i in range(len(store))]
+pytest_plugins = ('preparing',)
 
 
 @pytest.fixture(scope='module')
@@ -104,64 +68,6 @@ def test_what_was_mended_is_looked_at_again(root, tmp_path):
   path = llava_files.write_json(tmp_path / 'one.json', [llava_files.sample(1) | {'image': 'pictures/late.jpg'}])
   assert run(scan(root, {'one': path}), tmp_path / 'out') is False
   (root / 'pictures' / 'late.jpg').write_bytes((root / 'pictures' / '1.jpg').read_bytes())
-  assert run(scan(root, {'one': path}), tmp_path / 'out')
-
-
-def killed(*_):
-  raise KeyboardInterrupt  # leaves what kill -9 leaves
-
-
-@pytest.mark.parametrize(
-  'phase, before', [('report', b'no picture'), ('write_shard', None), ('write_index', None), ('write_metadata', b'')]
-)
-def test_an_image_mended_after_a_kill_is_not_left_out(tmp_path, monkeypatch, phase, before):
-  llava_files.write_pictures(tmp_path)
-  late = tmp_path / 'pictures' / 'late.jpg'
-  if before is not None:
-    late.write_bytes(before)
-  samples = [llava_files.sample(i) | ({'image': 'pictures/late.jpg'} if i == 2 else {}) for i in range(5)]
-  what = scan(tmp_path, {'mix': llava_files.write_json(tmp_path / 'mix.json', samples)}, data=SKIP)
-  with monkeypatch.context() as patch:
-    patch.setattr(preparation, phase, killed)
-    with pytest.raises(KeyboardInterrupt):
-      run(what, tmp_path / 'out')
-  late.write_bytes((tmp_path / 'pictures' / '1.jpg').read_bytes())
-  looked_at = []
-  monkeypatch.setattr(check, 'examine', lambda entry, **how: looked_at.append(entry.id) or records.examine(entry, **how))
-  assert run(what, tmp_path / 'out')
-  assert ids(Store(str(tmp_path / 'out'))) == [s['id'] for s in samples]
-  assert looked_at == ['s2']
-
-
-def test_an_image_lost_after_the_check_is_noticed_by_the_next_start(tmp_path, monkeypatch):
-  llava_files.write_pictures(tmp_path)
-  path = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(i) for i in range(5)])
-  what = scan(tmp_path, {'mix': path}, data=SKIP)
-
-  def lose_one(*args):
-    (tmp_path / 'pictures' / '2.jpg').unlink()
-    return check.report(*args)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(preparation, 'report', lose_one)
-    with pytest.raises(DataError, match='sample s2: image .*2.jpg cannot be read .*; start again') as caught:
-      run(what, tmp_path / 'out')
-  assert caught.value.reason == 'missing_image'
-  assert run(what, tmp_path / 'out')
-  assert ids(Store(str(tmp_path / 'out'))) == ['s0', 's1', 's3', 's4']
-
-
-def test_findings_without_their_settings_are_not_believed(root, tmp_path, monkeypatch):
-  """As they stay when the removal of the scan's files is interrupted."""
-  path = llava_files.write_json(
-    tmp_path / 'one.json', [llava_files.sample(1) | {'conversations': llava_files.turns('<image>\nWhat?')}]
-  )
-  monkeypatch.setattr(preparation, 'report', killed)
-  with pytest.raises(KeyboardInterrupt):
-    run(scan(root, {'one': path}), tmp_path / 'out')
-  monkeypatch.undo()
-  (tmp_path / 'out' / preparation.UNFINISHED / preparation.SETTINGS_FILE).unlink()
-  llava_files.write_json(path, [llava_files.sample(1)])
   assert run(scan(root, {'one': path}), tmp_path / 'out')
 
 
@@ -231,38 +137,6 @@ def test_other_settings_are_refused(root, prepared):
     run(what, prepared)
 
 
-KILLED_AFTER_TWO_SHARDS = """
-import os, signal, sys
-sys.path.insert(0, 'tests'); sys.path.insert(0, 'tests/data')
-import pathlib, test_prepare as t
-from dynllava_jax.data import preparation
-whole, count = preparation.write_shard, [0]
-def write_shard(job):
-  count[0] += 1
-  if count[0] == 3:
-    job[0].with_name(job[0].name + '.1.tmp').write_bytes(b'half a shard')
-    os.kill(os.getpid(), signal.SIGKILL)
-  return whole(job)
-preparation.write_shard = write_shard
-root, out = map(pathlib.Path, sys.argv[1:])
-t.run(t.scan(root, {'mix': root / 'mix.json'}), out)
-"""
-
-
-def test_after_kill_9_it_goes_on_with_nothing_lost_and_nothing_twice(root, prepared, tmp_path):
-  out = tmp_path / 'out'
-  killed = subprocess.run([sys.executable, '-c', KILLED_AFTER_TWO_SHARDS, str(root), str(out)], cwd=ROOT, timeout=300)
-  assert killed.returncode == -signal.SIGKILL
-  with pytest.raises(ConfigError, match='no finished data set'):
-    Store(str(out))
-  done = {p: p.stat().st_mtime_ns for p in out.glob('*.array_record-*') if not p.name.endswith('.tmp')}
-  assert len(done) == 2
-  assert run(scan(root, {'mix': root / 'mix.json'}), out)
-  assert collections.Counter(ids(Store(str(out)))) == collections.Counter(ids(Store(str(prepared))))
-  assert all(path.stat().st_mtime_ns == when for path, when in done.items())
-  assert not list(out.glob('*.tmp')) and len(list(out.glob('*.array_record-*'))) == 4
-
-
 def test_a_full_disk_is_one_message(root, tmp_path):
   entries = [records.parse(llava_files.sample(i), 'mix', i) for i in range(100)]
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -273,35 +147,6 @@ def test_a_full_disk_is_one_message(root, tmp_path):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert not (tmp_path / 'shard').exists()
-
-
-def read_ids(path):
-  store = Store(path)
-  return os.getpid(), [store[i].id for i in range(len(store))]
-
-
-def test_shards_of_an_attempt_with_other_samples_are_written_again(root, prepared, tmp_path):
-  """Killed after two shards, `--check` in between, an image mended: finished shards must not be taken for the new ones."""
-  missing = [llava_files.sample(i) | ({'image': 'pictures/mended.jpg'} if i == 3 else {}) for i in range(100)]
-  path = llava_files.write_json(tmp_path / 'mix.json', missing)
-  what = scan(root, {'mix': path}, data=SKIP)
-  out = tmp_path / 'out'
-  with pytest.MonkeyPatch.context() as patch:
-    whole, count = preparation.write_shard, [0]
-
-    def stop_at_the_third(job):
-      count[0] += 1
-      if count[0] == 3:
-        raise KeyboardInterrupt
-      return whole(job)
-
-    patch.setattr(preparation, 'write_shard', stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-      run(what, out)
-  run(what, out, only_check=True)
-  (root / 'pictures' / 'mended.jpg').write_bytes((root / 'pictures' / '1.jpg').read_bytes())
-  assert run(what, out)
-  assert ids(Store(str(out))) == [s['id'] for s in missing]
 
 
 def test_nothing_usable_and_half_characters_are_one_message(root, tmp_path):
@@ -331,50 +176,6 @@ def test_command_line_checks_in_parallel_and_fails_by_exit_status(root, tmp_path
   command[-2] = f'--images={root / "nowhere"}'
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert done.returncode == 1 and done.stderr.startswith(f'error: --images: {root / "nowhere"} is no folder')
-
-
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
-def test_ctrl_c_is_one_line_and_ends_the_workers(tmp_path):
-  """In a terminal: all processes of the group get the signal, while one of them is in the middle of a sample."""
-  Image.new('RGB', (4000, 4000)).save(tmp_path / 'large.jpg')  # so many of them take a minute
-  large = [llava_files.sample(1) | {'image': 'large.jpg'}] * check.CHUNK
-  text = [llava_files.sample(i, image=False) for i in range(check.CHUNK)]
-  path = llava_files.write_json(tmp_path / 'mix.json', large + text + large)
-  command = [sys.executable, '-m', 'dynllava_jax.data.prepare', '--processes=2', f'--json={path}', f'--images={tmp_path}']
-  command += [f'--out={tmp_path / "out"}']
-  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
-  started = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=heed, **pipes)
-  try:
-    deadline = time.monotonic() + 300
-    second = tmp_path / 'out' / preparation.UNFINISHED / 'scan-000001.json'
-    while not second.exists() and time.monotonic() < deadline:  # then both workers are at large pictures
-      time.sleep(0.1)
-    assert second.exists()
-    os.killpg(started.pid, signal.SIGINT)
-    out, error = started.communicate(timeout=300)
-  finally:
-    started.kill()
-  assert started.returncode == 130 and error == '' and out.splitlines()[-1] == 'interrupted; the same command goes on'
-  deadline = time.monotonic() + 60
-  while (left := group(started.pid)) and time.monotonic() < deadline:  # multiprocessing's tracker ends a little later
-    time.sleep(0.1)
-  assert not left
-
-
-def group(leader):
-  """Processes of a group that are not merely waiting to be buried."""
-  out = []
-  for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
-    with contextlib.suppress(OSError):
-      state, _, number = path.read_text().rpartition(')')[2].split()[:3]
-      out += [path.parent.name] if int(number) == leader and state != 'Z' else []
-  return out
-
-
-def test_a_killed_worker_is_one_message():
-  with pytest.raises(ChildProcessError, match='a worker process was killed'), parallel_map(os._exit, [1, 1], 2) as results:
-    list(results)
 
 
 def test_a_sample_without_id_is_called_by_its_place():
