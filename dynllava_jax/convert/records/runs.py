@@ -249,13 +249,28 @@ def asked(record: Record, base: Base, group: Group) -> Asked:
   ids = ids.reshape(-1)
   if not (ids == IMAGE_ID).any():
     return Asked(ids, None)
-  number = image_of(record, own or group.at, group)
-  projected = base.case.get('vision/projected')
-  if projected is None or number >= len(projected):
-    raise ConversionError(
-      f'{record.folder}: prompt {group.prompt} needs image {number} of vision/projected in the case of its base'
-    )
-  return Asked(ids, projected[number])
+  return Asked(ids, image_tokens(record, base, group, own or group.at))
+
+
+def image_tokens(record: Record, base: Base, group: Group, own: str) -> np.ndarray:
+  """The image tokens float[P, D] of a prompt whose arrays are below `own`: recorded with its base, or made of recorded pixels.
+
+  Raises:
+    ConversionError: there is neither.
+  """
+  number, projected = image_of(record, own, group), base.case.get('vision/projected')
+  if f'{own}pixel_values' not in record.case and projected is not None and number < len(projected):
+    return projected[number]
+  places = ((record.case, f'{own}pixel_values', 0), (record.case, 'pixel_values', number), (base.case, 'pixel_values', number))
+  for case, name, at in places:
+    if name in case and at < len(images := case[name].reshape(-1, *case[name].shape[-3:])):
+      pixels = jnp.asarray(images[at].transpose(1, 2, 0)[None])
+      params = {name: base.params[name] for name in ('vision', 'projector')}
+      return np.asarray(DynLlava(base.info.model).apply({'params': params}, pixels, method='encode_images')[0])
+  raise ConversionError(
+    f'{record.folder}: prompt {group.prompt} needs image {number}: neither vision/projected in the case of its base nor '
+    'pixel_values, there or here, has it'
+  )
 
 
 def image_of(record: Record, own: str, group: Group) -> int:
