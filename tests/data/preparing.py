@@ -1,10 +1,8 @@
-"""Preparing a small data set, for the tests of several files; fixtures for those that name this as a plugin."""
+"""Preparing a small data set, for the tests of several files."""
 
 import dataclasses
 import os
 
-import llava_files
-import pytest
 from conftest import GOLDEN
 
 from dynllava_jax.config import DataConfig
@@ -25,21 +23,6 @@ def scan(root, json_files, **changes):
 def run(what, out, **changes):
   settings = dict(only_check=False, image_bytes=True, shard_samples=30)
   return preparation.prepare(what, [1.0] * len(what.json), out, **settings | changes)
-
-
-@pytest.fixture(scope='module')
-def root(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('llava')
-  llava_files.write_pictures(folder)
-  llava_files.write_json(folder / 'mix.json', [llava_files.sample(i, image=i % 5 != 0) for i in range(100)])
-  return folder
-
-
-@pytest.fixture(scope='module')
-def prepared(root):
-  out = root / 'prepared' / 'llava' / '1.0.0'
-  assert run(scan(root, {'mix': root / 'mix.json'}), out)
-  return out
 
 
 def ids(store):

@@ -21,7 +21,7 @@ from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.store import Store
 from dynllava_jax.data.workers import parallel_map
 
-pytest_plugins = ('preparing',)
+pytest_plugins = ('prepared_set',)
 
 
 def killed(*_):

@@ -23,7 +23,7 @@ from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.store import Store
 from dynllava_jax.data.workers import parallel_map
 
-pytest_plugins = ('preparing',)
+pytest_plugins = ('prepared_set',)
 
 
 @pytest.fixture(scope='module')
