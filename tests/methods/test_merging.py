@@ -294,7 +294,7 @@ def test_costs():
   [
     (Piece('prumerge', {'centres': 17}), 'reducer prumerge: 17 centres, the tower has 16 patches'),
     (Piece('prumerge', {'centres': 8}), 'prumerge: neighbours is 32, a patch of the tower has 15 others'),
-    (Piece('prumerge_plus', {'centres': 8, 'strided': 9, 'stride': 2}), 'reducer prumerge_plus: 17 centres, the tower has 16 patches'),
+    (Piece('prumerge_plus', {'centres': 8, 'strided': 9, 'stride': 2}), 'reducer prumerge_plus: 17 centres, the tower has 16'),
     (Piece('prumerge_plus', {'centres': 4, 'strided': 4, 'stride': 4, 'first': 4}), 'first is 4, expected a patch of the first 4'),
     (Piece('dymu', {'merges': (1, 2, 3, 4, 5, 6, 7)}), 'dymu: merges has 7 numbers, expected one, or one for each'),
     (Piece('dymu', {'merges': (-1,)}), r'merges is \(-1,\), expected numbers of tokens'),
