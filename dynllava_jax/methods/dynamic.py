@@ -31,6 +31,7 @@ def text_margin(hidden, text_predictor):
 SELECTOR = Selector(
   select=select,
   text_margin=text_margin,
+  training='masks',
   options=Options,
   source='arXiv 2412.00876',
   verified="the authors' code",

@@ -97,6 +97,15 @@ def test_what_cannot_be_trained_is_refused_in_one_line(stages, adapters, message
   assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+  ('stages', 'how'),
+  [((Stage(),), ''), ((Stage(), Stage(start=2, selector='dynamic', image_keep_rate=0.2)), 'masks'), (CUT, 'gathers')],
+)
+def test_what_can_be_trained_and_how(stages, how):
+  methods.check_training(stages, adapters=how != 'gathers')
+  assert methods.trained_by(stages) == how
+
+
 def test_text_may_fill_what_the_last_cut_leaves():
   assert methods.text_room(CUT, 16) == 8
   for stages in ((Stage(),), (Stage(), Stage(start=2, selector='dynamic', image_keep_rate=0.2))):
