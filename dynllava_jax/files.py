@@ -26,6 +26,7 @@ SAMPLED_FROM = 2**22  # bytes; smaller files are digested whole
 SAMPLES = 16  # places of a file that are at least sampled
 STRIDE = 2**24  # bytes from one sampled place to the next, at most
 TEMPORARY = '.tmp'  # how the name of a file ends that is being written
+OWN_TEMPORARY = re.compile(rf'\..+\.\d+{re.escape(TEMPORARY)}', re.S)  # with the number of the process before it
 LARGEST = 2**30  # bytes of a file that is read whole, and that no program here writes so large
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what tensorstore says of a file that it cannot write
 STORE_ERROR = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # how it begins, with absl's name of the kind
@@ -51,9 +52,10 @@ def write_atomically(path: Given, content: bytes) -> None:
 
 
 def sweep(folder: pathlib.Path) -> None:
-  """Removes what killed programs left half written in a folder that nobody else fills."""
+  """Removes what killed programs left half written in a folder that nobody else fills: files named as by `write_atomically`."""
   for left in folder.glob(f'.*{TEMPORARY}'):
-    left.unlink(missing_ok=True)
+    if OWN_TEMPORARY.fullmatch(left.name) and left.is_file():
+      left.unlink(missing_ok=True)
 
 
 def check_regular(path: pathlib.Path, at_most: int | None = None) -> None:

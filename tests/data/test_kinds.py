@@ -221,6 +221,23 @@ def test_answers_may_hold_anything(root):
   assert reason({'conversations': llava_files.turns('Which element?', 'Use <video>.')}, root) == ''
 
 
+@pytest.mark.parametrize('name', ['llava-train.array_record-00000-of-00001', '.unfinished/mine.txt', '.unfinished'])
+def test_what_a_preparation_did_not_write_is_not_removed(root, tmp_path, name):
+  """A shard without a note, a file among those of an interrupted run; other names are left alone."""
+  path = llava_files.write_json(tmp_path / 'mix.json', [TEXT])
+  for mine in (name, 'work.tmp', '.work.tmp', 'llava-train.array_record-notes'):
+    (tmp_path / 'out' / mine).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'out' / mine).write_text('mine')
+  with pytest.raises(ConfigError, match=f'{name}.*move it away'):
+    run(scan(root, {'mix': path}), tmp_path / 'out')
+  assert (tmp_path / 'out' / name).read_text() == 'mine'
+  (tmp_path / 'out' / name).unlink()
+  assert run(scan(root, {'mix': path}), tmp_path / 'out')
+  assert all(
+    (tmp_path / 'out' / mine).read_text() == 'mine' for mine in ('work.tmp', '.work.tmp', 'llava-train.array_record-notes')
+  )
+
+
 def test_unused_fields_are_counted(root, tmp_path, capsys):
   turns = llava_files.turns('Hello?', 'Hi.')
   turns[1] |= {'weight': 0}
