@@ -4,6 +4,7 @@ What is read or written once gains nothing from the cache: copying it there cost
 be compared would come from memory instead of the disk.
 """
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -30,6 +31,13 @@ OWN_TEMPORARY = re.compile(rf'\..+\.\d+{re.escape(TEMPORARY)}', re.S)  # with th
 LARGEST = 2**30  # bytes of a file that is read whole, and that no program here writes so large
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what tensorstore says of a file that it cannot write
 STORE_ERROR = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # how it begins, with absl's name of the kind
+ENCODINGS = (  # by byte order mark; of UTF-32 before UTF-16, whose mark it begins with
+  (codecs.BOM_UTF8, 'utf-8-sig'),
+  (codecs.BOM_UTF32_LE, 'utf-32'),
+  (codecs.BOM_UTF32_BE, 'utf-32'),
+  (codecs.BOM_UTF16_LE, 'utf-16'),
+  (codecs.BOM_UTF16_BE, 'utf-16'),
+)
 AT_MOST = 2**30  # bytes read at a time; macOS refuses 2**31
 
 
@@ -71,6 +79,17 @@ def read_regular(path: pathlib.Path, at_most: int = LARGEST) -> bytes:
   """The content of a file; OSError as `check_regular` says, and if it cannot be read."""
   check_regular(path, at_most)
   return path.read_bytes()
+
+
+def decoded(content: bytes) -> str:
+  """A text file's content: as its byte order mark says, UTF-16 where zeros beside the first two letters tell, else UTF-8.
+
+  Raises:
+    UnicodeDecodeError: it is no such text.
+  """
+  zeros = tuple(byte == 0 for byte in content[:4])
+  unmarked = {(False, True, False, True): 'utf-16-le', (True, False, True, False): 'utf-16-be'}.get(zeros, 'utf-8')
+  return content.decode(next((name for mark, name in ENCODINGS if content.startswith(mark)), unmarked))
 
 
 def below(root: pathlib.Path, name: str) -> pathlib.Path:

@@ -1,6 +1,5 @@
 """LLaVA's JSON as records, and what is looked at in every record before it may be trained on."""
 
-import codecs
 import dataclasses
 import json
 import os
@@ -18,12 +17,9 @@ from dynllava_jax.data.images import MAX_BYTES, decode
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import BOS, EOS, UNK, Tokenizer
 from dynllava_jax.display import printable
-from dynllava_jax.files import below, check_regular, read_regular
+from dynllava_jax.files import below, check_regular, decoded, read_regular
 from dynllava_jax.paths import Given, is_local
 
-# Longer ones first: UTF-32's mark begins as UTF-16's does.
-MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'), (codecs.BOM_UTF8, 'utf-8-sig'))
-MARKS += ((codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 BLANKS = ' \t\r\n\ufeff'  # of JSON, and the mark that is left where files were put together
 IN_MEMORY = 4  # bytes per byte of JSON, at least
 LONGEST_NAME = 200  # characters of an id in messages
@@ -61,7 +57,7 @@ class Finding:
 
 
 def read_json(path: pathlib.Path) -> list[Any]:
-  """Entries of a JSON array, or one per line of a `.jsonl` file, unchecked. UTF-8, or what a byte order mark says.
+  """Entries of a JSON array, or one per line of a `.jsonl` file that holds none, unchecked. See `files.decoded`.
 
   Raises:
     DataError: the file is no JSON, or no list, with the line; or so large that it would not fit into memory.
@@ -72,13 +68,13 @@ def read_json(path: pathlib.Path) -> list[Any]:
     if IN_MEMORY * size > memory:
       need = f'{IN_MEMORY * size / 1e9:,.0f} GB of memory to be read, this machine has {memory / 1e9:,.0f}'
       raise DataError(f'{path}: takes some {need}; split it')
-    content = path.read_bytes()
-    text = content.decode(next((code for mark, code in MARKS if content.startswith(mark)), 'utf-8'))
+    text = decoded(path.read_bytes())
   except OSError as e:
     raise DataError(f'{path}: cannot be read ({e.strerror}); expected a JSON or JSONL file') from None
   except UnicodeDecodeError as e:
     raise DataError(f'{path}: not UTF-8 text ({e.reason} at byte {e.start:,})') from None
-  by_line = path.suffix in ('.jsonl', '.ndjson')
+  lined = path.suffix in ('.jsonl', '.ndjson')
+  by_line = lined and not text.lstrip(BLANKS).startswith('[')  # a list is one, whatever it is called
   lines = enumerate(text.split('\n'), 1) if by_line else [(1, text)]
   out = []
   for number, line in lines:
@@ -88,7 +84,7 @@ def read_json(path: pathlib.Path) -> list[Any]:
     try:
       entry = json.loads(line)
     except json.JSONDecodeError as e:
-      hint = '; one object per line is read from a file called .jsonl' if e.msg == 'Extra data' and not by_line else ''
+      hint = '; one object per line is read from a file called .jsonl' if e.msg == 'Extra data' and not lined else ''
       raise DataError(f'{path}, line {number + e.lineno - 1}: no JSON ({e.msg}, column {e.colno}){hint}') from None
     except RecursionError:
       raise DataError(f'{path}, line {number}: nested too deeply for a list of samples') from None

@@ -4,7 +4,6 @@ What is no file of sensible size, such as a pipe or a device, is refused before 
 Python would read, are no JSON and no number that a score may come from.
 """
 
-import codecs
 import contextlib
 import json
 import math
@@ -14,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.files import read_regular
+from dynllava_jax.files import decoded, read_regular
 
 LONGEST = 200  # characters of a list of names in a message
 BLANKS = ' \t\r\n\ufeff'
@@ -23,17 +22,10 @@ ID: Kind = (str, int)
 WORDS = {str: 'a text', int: 'a whole number', ID: 'a text or a whole number', list: 'a list', dict: 'an object'}
 WORDS |= {(str, list): 'a text or a list of texts'}
 LARGEST = 4 * 2**30  # bytes; the largest benchmark file, a table with its pictures inside, has a twentieth of it
-MARKS = (  # of UTF-32 before UTF-16, whose mark it begins with
-  (codecs.BOM_UTF8, 'utf-8-sig'),
-  (codecs.BOM_UTF32_LE, 'utf-32'),
-  (codecs.BOM_UTF32_BE, 'utf-32'),
-  (codecs.BOM_UTF16_LE, 'utf-16'),
-  (codecs.BOM_UTF16_BE, 'utf-16'),
-)
 
 
 def read_text(path: pathlib.Path) -> str:
-  """A text file: UTF-8, or what its byte order mark says.
+  """A text file, see `files.decoded`.
 
   Raises:
     DataError: no such file, no regular one, larger than `LARGEST`, or no text.
@@ -45,9 +37,8 @@ def read_text(path: pathlib.Path) -> str:
   except OSError as e:
     why = 'is a folder, expected a file' if path.is_dir() else f'cannot be read ({e.strerror})'
     raise DataError(f'{path}: {why}; is it the right file?') from None
-  encoding = next((name for mark, name in MARKS if content.startswith(mark)), 'utf-8')
   try:
-    return content.decode(encoding)
+    return decoded(content)
   except UnicodeDecodeError as e:
     raise DataError(f'{path}: not UTF-8 text ({e}); get the file again, or save it as UTF-8') from None
 

@@ -50,9 +50,7 @@ def tally(benchmark: Benchmark, joined: Joined) -> Tallies:
   except ValueError as e:
     raise DataError(f'{benchmark.name}: {e}') from None
   except (KeyError, TypeError, AttributeError, OverflowError) as e:
-    raise DataError(
-      f'{benchmark.name}: an answer or label is not laid out as expected ({type(e).__name__}: {e}); docs/evaluation.md says how'
-    ) from e
+    raise DataError(f'{benchmark.name}: an answer or label is not laid out as expected; docs/evaluation.md says how') from e
   for one, (cluster, group) in zip(counted, groups.items()):
     if len(group) < joined.sizes.get(cluster, 1):
       for column in [c for c in one if c.rpartition('/')[2] in benchmark.of_whole_clusters]:
@@ -127,25 +125,30 @@ def readable(what: str) -> Iterator[None]:
   except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as e:
     if isinstance(e, ConfigError):
       raise
-    raise DataError(f'{what} are not laid out as expected ({type(e).__name__}: {e}); docs/evaluation.md names the files') from e
+    raise DataError(f'{what} are not laid out as expected; docs/evaluation.md names the files, get them again') from e
 
 
 def questions(benchmark: Benchmark, folder: Folder) -> list[Question]:
   """The benchmark's questions; DataError if they are missing, laid out in another way, or none."""
   with readable(f'{benchmark.name}: its questions'):
     found = benchmark.questions(folder)
+  path = folder.find(*benchmark.needed[0].paths) if benchmark.needed else None  # of its questions
+  source = f'{benchmark.name} ({path})' if path and path.is_file() else benchmark.name
   if not found:
-    raise DataError(f'{benchmark.name}: there is no question in its files; get them again')
+    raise DataError(f'{source}: there is no question in its files; get them again')
   for question in found:
     for text in question.text:
-      check_words(text, f'{benchmark.name}, question {question.id}')
+      check_words(text, f'{source}, question {question.id}')
   return found
 
 
 def labels(benchmark: Benchmark, folder: Folder, problems: Problems) -> Labels:
   """The benchmark's labels; DataError if they are missing or laid out in another way."""
   with readable(f'{benchmark.name}: its labels'):
-    return labels_of(benchmark.golds(folder, problems))
+    golds = benchmark.golds(folder, problems)
+  if not golds:
+    raise DataError(f'{benchmark.name}: there is no label in its files; get them again')
+  return labels_of(golds)
 
 
 def submission(benchmark: Benchmark, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:

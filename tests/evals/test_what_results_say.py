@@ -174,8 +174,9 @@ def test_meteor_goes_by_its_name_only_where_punkt_would_cut_alike(text, guess, m
     ({'perplexity': [True]}, 'metadata.perplexity is'),
     ({'perplexity': [0.5]}, 'expected at least 1'),
     ({'reference_kept': [9]}, 'expected at least 1, and 0 <= kept <= fed'),
-    ({'reference_evicted': 'x'}, 'not laid out as expected'),
-    ({'kept': '11', 'evicted': None}, 'not laid out as expected'),
+    ({'reference_evicted': 'x'}, "metadata.reference_evicted is 'x', expected a whole number from 0 to 6"),
+    ({'kept': '11', 'evicted': None}, 'metadata.evicted is None'),
+    ({'kept': '11', 'evicted': 3}, 'metadata.evicted is 3, expected a whole number from 0 to 2'),
   ],
 )
 def test_numbers_that_are_none_get_no_score(metadata, message):

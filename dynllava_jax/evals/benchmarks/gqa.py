@@ -41,7 +41,8 @@ class Gqa(Lines):
     for id_, row in read_objects(path).items():
       where = f'{path}, question {id_}'
       answer, question = fields(row, {'answer': str, 'question': str}, where)
-      kind = 'open' if (optional(row, 'types', dict, where) or {}).get('structural') == 'query' else 'binary'
+      types = optional(row, 'types', dict, where) or {}
+      kind = 'open' if optional(types, 'structural', str, f'{where}, types') == 'query' else 'binary'
       golds.append(Gold(str(id_), (kind, answer), canonical(question), unit=optional(row, 'imageId', ID, where)))
     return golds
 

@@ -81,11 +81,15 @@ class LongAnswers(Benchmark):
           'expected at least 1, and 0 <= kept <= fed'
         )
       counts |= {'with_perplexity': 1, 'perplexity': sum(values) / len(values), 'reference_fed': sum(fed)}
-      counts['reference_kept'] = sum(kept) - meta.get('reference_evicted', 0)
+      counts['reference_kept'] = sum(kept) - _evicted(row, 'reference_evicted', sum(kept))
     if 'kept' in meta:
       if not isinstance(meta['kept'], str) or set(meta['kept']) - set('01'):
         raise ValueError(f'answer {row["question_id"]}: metadata.kept is {meta["kept"]!r}, expected a 0 or 1 for each token fed')
-      counts |= {'with_kept': 1, 'fed': len(meta['kept']), 'kept': meta['kept'].count('1') - meta.get('evicted', 0)}
+      counts |= {
+        'with_kept': 1,
+        'fed': len(meta['kept']),
+        'kept': meta['kept'].count('1') - _evicted(row, 'evicted', meta['kept'].count('1')),
+      }
     return counts
 
   def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -111,6 +115,14 @@ class LongAnswers(Benchmark):
 
   def remarks(self) -> list[str]:
     return [*self.notes, *(f'METEOR: NLTK data missing: {m}' for m in meteor.missing_data())]
+
+
+def _evicted(row: Mapping[str, Any], name: str, most: float) -> int:
+  """`metadata.NAME` of an answer, tokens that left; 0 if it is not told. ValueError if it is no number of them."""
+  value = row['metadata'].get(name, 0)
+  if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+    raise ValueError(f'answer {row["question_id"]}: metadata.{name} is {value!r}, expected a whole number from 0 to {most:.0f}')
+  return value
 
 
 def _numbers(row: Mapping[str, Any], name: str, rounds: int) -> list[float]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import LETTER, LETTER_CN, Benchmark, Gold, Needed, Problems, Question, canonical, letter
+from dynllava_jax.evals.benchmarks.kinds import only_picture
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.reading import read_text
 
@@ -37,6 +38,7 @@ EMPTY = {
   '-nan',
 }
 NOT_SUBMITTED = ('hint', 'category', 'source', 'image', 'comment', 'l2-category')
+COLUMNS = ('index', 'question', *OPTIONS, 'answer', *NOT_SUBMITTED, 'split')
 PREDICTION_COLUMN = 6
 DOWNLOAD = 'https://download.openmmlab.com/mmclassification/datasets/mmbench/'
 
@@ -83,6 +85,9 @@ class MmBench(Benchmark):
     for i, row in enumerate(rows, 1):
       if any(row.get(k) is None for k in ('index', 'question', 'image', 'A')):
         raise DataError(f'{path}, row {i}: lacks index, question, image or A; the table may be cut off, get it again')
+      if None in row:
+        raise DataError(f'{path}, row {i}: has more cells than the header; get the table again')
+      only_picture({k: v for k, v in row.items() if k not in COLUMNS}, f'{path}, row {i}')
       if not row['index'].strip().isdecimal() or len(row['index']) > DIGITS:
         raise DataError(f'{path}, row {i}: index is {reprlib.repr(row["index"])}, expected a whole number; get the table again')
     return rows

@@ -13,7 +13,7 @@ from dynllava_jax.evals.reading import ID, fields, read_objects
 LABELS = 'TextVQA_0.5.1_val.json'
 OCR = 'Reference OCR token:'
 # As LLaVA's prompts name them; the heading alone, of a picture without text, names none.
-NAMED = re.compile(rf'{OCR}[ \t]*\S|OCR tokens: *(?!\.? *Question:)\S')
+NAMED = re.compile(rf'{OCR}[ \t,.;:]*[^\s,.;:]|OCR tokens:[ ,.;:]*(?!Question:)[^\s,.;:]')
 
 
 def question_of(prompt: str) -> str:

@@ -165,21 +165,21 @@ class VizwizVal(VqaAccuracy):
       name = only_picture(row, where)
       if name is None:
         raise DataError(f'{where}: image is {row.get("image")!r}, expected the name of a file; is it the right file?')
-      rows.append((name, question, answers, row))
+      rows.append((name, question, answers, row, where))
     return rows
 
   def questions(self, folder: Folder) -> list[Question]:
     images, result = image_folder(folder, self.images), []
-    for i, (image, question, _, row) in enumerate(self._rows(folder), 1):
+    for image, question, _, row, where in self._rows(folder):
       prompt = f'{question}\n{UNANSWERABLE}\n{WORD}'
-      result.append(Question(image, (prompt,), prompt, needed_picture(folder, images, row, f'{self.name}, question {i}')))
+      result.append(Question(image, (prompt,), prompt, needed_picture(folder, images, row, where)))
     return result
 
   def golds(self, folder: Folder, problems: Problems) -> list[Gold]:
     del problems
     return [
-      Gold(image, (_kinds(row, f'{self.name}, {image}'), _given(answers, f'{self.name}, {image}')), canonical(question))
-      for image, question, answers, row in self._rows(folder)
+      Gold(image, (_kinds(row, where), _given(answers, where)), canonical(question))
+      for image, question, answers, row, where in self._rows(folder)
     ]
 
 
