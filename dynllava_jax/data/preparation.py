@@ -10,7 +10,6 @@ import io
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 from dynllava_jax import paths
@@ -46,7 +45,7 @@ from dynllava_jax.data.integrity import (
 from dynllava_jax.data.order import check_epoch
 from dynllava_jax.data.records import Finding, Record
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.data.shards import UNFINISHED, is_as_noted, noted, write_shard
+from dynllava_jax.data.shards import UNFINISHED, check_shards, is_as_noted, noted, remove_unfinished, sweep_shards, write_shard
 from dynllava_jax.data.store import features
 from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.display import Terminal
@@ -77,12 +76,14 @@ def prepare(
   if not only_check and (out / INFO_FILE).exists():
     open_folder(out)
     console.print(f'{out}: prepared already')
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove_unfinished(out)
     return True
   entries, fields = read_sources(scan)
   check_epoch(sum(w * sum(e.source == name for e in entries) for name, w in zip(scan.json, weights)))
   if not (unfinished / SETTINGS_FILE).exists():  # a removal was interrupted; the rest may be another command's
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove_unfinished(out)
+  if not only_check:
+    check_shards(out)
   write(unfinished / SETTINGS_FILE, settings)
   findings = with_buckets(scan, examine_all(scan, entries, unfinished))
   content = report(scan, findings, fields)
@@ -102,7 +103,7 @@ def prepare(
   if accepted and not only_check:
     good = [(e, f) for e, f in zip(entries, findings) if not f.reason]
     if not good:
-      shutil.rmtree(unfinished)
+      remove_unfinished(out)
       raise DataError(f'{", ".join(map(str, scan.json.values()))}: no usable sample in it')
     try:
       write_store(scan, weights, out, settings, good, image_bytes, shard_samples)
@@ -111,7 +112,7 @@ def prepare(
       hint = 'it could be when the samples were checked; start again, and they are checked once more'
       raise DataError(f'{e}; {hint}', e.reason) from None
     console.print(f'{out}: {len(good):,} samples prepared')
-  shutil.rmtree(unfinished)  # also what the scan found: what is mended must be looked at again
+  remove_unfinished(out)  # also what the scan found: what is mended must be looked at again
   return accepted
 
 
@@ -149,7 +150,7 @@ def check_resumable(out: pathlib.Path, settings: dict) -> None:
       except ConfigError:
         if folder == out:
           raise
-        shutil.rmtree(folder)  # what a disk left of an interrupted run is not worth keeping
+        remove_unfinished(out)  # what a disk left of an interrupted run is not worth keeping
         continue
       # Folders of earlier versions do not tell the order of the sources, nor settings that came later.
       data = before['data'] if isinstance(before.get('data'), dict) else {}
@@ -187,15 +188,11 @@ def write_store(
   for name, start in zip(shard_names(len(starts)), starts):
     records = [record for record, _ in good[start : start + shard_samples]]
     jobs.append((out / name, records, root, scan.data.allow_outside))
-  for left in out.glob('*.tmp'):  # of writers that were killed
-    left.unlink()
   sweep(out)
   # Shards of another attempt stay only if they hold the same samples: images may have been mended or lost in between.
   plan = {'sha256': hashlib.sha256(json.dumps([settings, [dataclasses.astuple(r) for r, _ in good]]).encode()).hexdigest()}
   plan_file = out / UNFINISHED / PLAN_FILE
-  if not plan_file.exists() or plan_file.read_bytes() != as_json(plan).encode():
-    for shard in out.glob(f'{NAME}-{SPLIT}.array_record-*'):
-      shard.unlink()
+  sweep_shards(out, keep=plan_file.exists() and plan_file.read_bytes() == as_json(plan).encode())
   write(plan_file, plan)
   todo = [job for job in jobs if not is_as_noted(job[0])]
   done = len(good) - sum(len(job[1]) for job in todo)
