@@ -133,12 +133,12 @@ def questions(benchmark: Benchmark, folder: Folder) -> list[Question]:
   with readable(f'{benchmark.name}: its questions'):
     found = benchmark.questions(folder)
   path = folder.find(*benchmark.needed[0].paths) if benchmark.needed else None  # of its questions
-  source = f'{benchmark.name} ({path})' if path and path.is_file() else benchmark.name
+  named = f' ({path})' if path and path.is_file() else ''
   if not found:
-    raise DataError(f'{source}: there is no question in its files; get them again')
+    raise DataError(f'{benchmark.name}: there is no question in its files{named}; get them again')
   for question in found:
     for text in question.text:
-      check_words(text, f'{source}, question {question.id}')
+      check_words(text, f'{benchmark.name}{named}, question {question.id}')
   return found
 
 

@@ -272,6 +272,13 @@ def test_marks_inside_a_joined_file_are_passed_over(tmp_path):
   assert records.read_json(tmp_path / 'two.jsonl') == [TEXT, TEXT]
 
 
+@pytest.mark.parametrize('code', ['utf-8', 'utf-16-le', 'utf-16-be'])
+def test_a_list_is_one_whatever_it_is_called(tmp_path, code):
+  """Also in UTF-16 without a mark."""
+  (tmp_path / 'mix.jsonl').write_bytes(json.dumps([TEXT, TEXT], indent=1).encode(code))
+  assert records.read_json(tmp_path / 'mix.jsonl') == [TEXT, TEXT]
+
+
 def test_lines_called_json_are_told_the_way_on(tmp_path):
   (tmp_path / 'mix.json').write_text('{"id": 1}\n{"id": 2}\n')
   with pytest.raises(DataError, match='mix.json, line 2: .*one object per line is read from a file called .jsonl'):

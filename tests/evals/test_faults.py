@@ -194,7 +194,7 @@ def test_score_of_a_part_names_the_missing_categories(eval_data, tmp_path):
       '{"annotations": []}',
       'questions.json: lacks questions; has annotations',
     ),
-    ('mmvet', 'llava-mm-vet.jsonl', '\n', 'mmvet: there is no question in its files'),
+    ('mmvet', 'llava-mm-vet.jsonl', '\n', r'mmvet: there is no question in its files \(.*llava-mm-vet.jsonl\)'),
   ],
 )
 def test_malformed_question_files_are_named(name, file, content, message, tmp_path):

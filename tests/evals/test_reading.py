@@ -17,7 +17,7 @@ from dynllava_jax.evals.benchmarks import suite
 
 pytest_plugins = ('tiny_suite',)
 
-ENCODINGS = ('utf-8-sig', 'utf-16', 'utf-32')
+ENCODINGS = ('utf-8-sig', 'utf-16', 'utf-32', 'utf-16-le', 'utf-16-be')  # the last two without a mark
 
 
 def rewritten(path, change):
@@ -43,6 +43,30 @@ def test_byte_order_marks(encoding, eval_data, tmp_path):
     assert result['n'] == result['total'] and result['figures'] == scored(name, eval_data, answers)['figures']
   rewritten(answers_for('gqa', eval_data, tmp_path / 'b.jsonl'), lambda text: text.replace('\n{', '\r\n\ufeff{'))
   assert scored('gqa', eval_data, tmp_path / 'b.jsonl')['n'] == 3
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda t: t.splitlines()[0] + '\n', 'has no row below its header'),
+    (lambda t: t.replace('\tdev\n', '\tdev\tmore\n', 1), 'row 1: has more cells than the header'),
+    (lambda t: t.replace('\tsplit\n', '\tvideo\n'), 'row 1: has video, expected one image or none'),
+    (lambda t: '\x00' + t, 'get it again|get the table again'),
+  ],
+)
+def test_tables_that_are_none_are_named(change, message, eval_data, tmp_path):
+  shutil.copytree(eval_data / 'mmbench', tmp_path / 'mmbench')
+  rewritten(tmp_path / 'mmbench/mmbench_dev_20230712.tsv', change)
+  with pytest.raises(DataError, match=message) as error:
+    score.questions(suite.get('mmbench'), folder_of('mmbench', tmp_path))
+  assert 'mmbench_dev_20230712.tsv' in str(error.value)
+
+
+def test_label_files_without_a_label_are_none(eval_data, tmp_path):
+  answers = answers_for('gqa', eval_data, tmp_path / 'a.jsonl')
+  (tmp_path / 'none.json').write_text('{}')
+  with pytest.raises(DataError, match='gqa: there is no label in its files'):
+    scored('gqa', eval_data, answers, labels=str(tmp_path / 'none.json'))
 
 
 def test_pictures_with_line_breaks_in_the_table(eval_data, tmp_path):

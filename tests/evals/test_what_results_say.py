@@ -89,6 +89,10 @@ def without_ocr(rows):
   [
     (lambda rows: rows, 'VQA accuracy in %, OCR tokens in the prompt'),
     (heading_alone, 'VQA accuracy in %, no OCR tokens in the prompt'),
+    (
+      lambda rows: [r | {'prompt': r['prompt'].replace('A, B', ', ;')} for r in rows],
+      'VQA accuracy in %, no OCR tokens in the prompt',
+    ),
     (without_ocr, 'VQA accuracy in %, no OCR tokens in the prompt'),
     (lambda rows: rows[:1] + without_ocr(rows[1:]), 'VQA accuracy in %, OCR tokens in 1 of 3 prompts'),
   ],
