@@ -3,7 +3,7 @@
     git worktree add ../before COMMIT
     python benchmarks/programs.py                      # figures of this checkout
     python benchmarks/programs.py --against=../before  # and of the other one beside them
-    python benchmarks/programs.py --tiny               # what tests/models/test_programs.py compares with
+    python benchmarks/programs.py --tiny               # what tests/models/test_compiled_programs.py compares with
     pip install libtpu==0.0.51; python benchmarks/programs.py --device=v5p --against=../before
 
 Compiles prefill, a later turn's chunk, a decoding step, uncached decoding and the gradient, dense and dynamic, of a 7B model that
