@@ -46,7 +46,7 @@ def tiny_params():
 def bucket(request, tmp_path_factory):
   """The URL of an empty bucket in a store on this machine; command lines and this process find it."""
   pytest.importorskip({'gs': 'gcp_storage_emulator', 's3': 'moto'}[request.param])
-  cache = {paths.CACHE: str(tmp_path_factory.mktemp('cache')), 'NO_PROXY': '127.0.0.1'}
+  cache = {paths.CACHE: str(tmp_path_factory.mktemp('cache'))}
   with stores.running(request.param) as env, pytest.MonkeyPatch.context() as patch:
     for name, value in (env | cache).items():
       patch.setenv(name, value)
