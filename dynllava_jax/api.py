@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from dynllava_jax import arguments, checkpoint, hub, paths
@@ -150,6 +150,12 @@ class Model:
     self.generator = self._make_generator(max_new_tokens, 0)
     self._engines: dict[tuple[int, int], Engine] = {}
     self._chats: dict[tuple[int, int], Stepper] = {}
+
+  def on(self, mesh: Mesh) -> 'Model':
+    """The same model with a copy of the weights on other devices; nothing is read again. `load` must have been given a mesh too."""
+    params = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), self._params)
+    sizes = dict(max_new_tokens=self._max_new_tokens, batch_size=self._batch_size, text_lengths=self._text_lengths)
+    return Model(self.loaded, params, dtype=self._dtype, **sizes)
 
   def answer(self, image: Any, question: Any, **options: Any) -> Any:
     """The answer to a question about a picture, or those to a list of questions in their order.

@@ -125,11 +125,10 @@ def _run(out: pathlib.Path, stages) -> None:
     if store.rows:
       console.print(f'{len(store.rows)} answers are there already')
     if left:
-      engines = []
-      for mesh in meshes[: len(left)]:
-        model = api.load(command_line.path(CHECKPOINT), stages=stages, dtype=dtype, mesh=mesh, **sizes)
-        longest = max(layout.bucket[i] for i in left)
-        engines.append(Engine(model.generator, loaded.tokenizer, text_length=longest, slots=SLOTS.value, steps=STEPS.value))
+      first = api.load(command_line.path(CHECKPOINT), stages=stages, dtype=dtype, mesh=meshes[0], **sizes)
+      models = [first, *(first.on(mesh) for mesh in meshes[1 : len(left)])]
+      engine = dict(text_length=max(layout.bucket[i] for i in left), slots=SLOTS.value, steps=STEPS.value)
+      engines = [Engine(model.generator, loaded.tokenizer, **engine) for model in models]
       with progress(console, 'answers', len(left)) as advance:
         batch.Work(layout, left, options, store, advance).run(engines)
     store.finish()

@@ -10,21 +10,11 @@ import pathlib
 import re
 from typing import Any
 
-from dynllava_jax.config import TOKENIZER_FILES
+from dynllava_jax.config import MODEL_FILES, TOKENIZER_FILES
 
 PREFIX = 'hf:'
 NAME = re.compile(r'[\w.-]+/[\w.-]+')
-BESIDE = (
-  'config.json',
-  'generation_config.json',
-  'preprocessor_config.json',
-  'processor_config.json',
-  'chat_template.json',
-  'chat_template.jinja',
-  'adapter_config.json',
-  'special_tokens_map.json',
-  *TOKENIZER_FILES,
-)
+BESIDE = (*MODEL_FILES, 'adapter_config.json', *TOKENIZER_FILES)
 # Weights in their order: of the first form that is there, all files are taken.
 WEIGHTS = (
   re.compile(r'model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json'),

@@ -41,6 +41,7 @@ def main() -> None:
   new.mkdir(parents=True)
   checkpoint.write_info(new, checkpoint.read_info(args.src), checkpoint.read_tokenizer(args.src))
   ocp.save_checkpointables(new.absolute() / str(step), {'params': params})
+  (new / str(step) / 'commit_success.txt').unlink()  # Orbax's own, with the path of this machine; loading does not ask for it
   checkpoint.seal(new / str(step))
   commit = args.commit or subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
   digest = checkpoint.weights_digest(new)

@@ -42,6 +42,14 @@ def tiny_params():
   return sharding.unboxed(init_params(presets.TINY, jax.random.key(0)))
 
 
+@pytest.fixture(scope='session')
+def gating_params(tiny_params):
+  """The same with predictors of enough spread that about half of the generated tokens are dropped."""
+  scaled = jax.tree.map(lambda x: x, tiny_params)
+  scaled['text_predictor']['head']['linear_2']['kernel'] = scaled['text_predictor']['head']['linear_2']['kernel'] * 4
+  return scaled
+
+
 @pytest.fixture(scope='session', params=['gs', 's3'])
 def bucket(request, tmp_path_factory):
   """The URL of an empty bucket in a store on this machine; command lines and this process find it."""

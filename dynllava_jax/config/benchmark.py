@@ -34,6 +34,10 @@ class BenchConfig:
 
   def __post_init__(self):
     require(len(self.runs) > 0 and all(r.stages for r in self.runs.values()), 'runs: at least one is needed, each with stages')
+    for name, run in self.runs.items():
+      require(
+        not run.image_size, f'runs.{name}.image_size is {run.image_size}: pictures here have the size of the model; set it there'
+      )
     require(len(self.rows) > 0 and all(0 < n <= MOST_AT_ONCE for n in self.rows), f'rows are {self.rows}, expected batch sizes')
     require_positive(self, '', 'text', 'new', 'repeats')
     require(max(self.text, self.new, self.uncached_new) <= MOST_TOKENS, f'text, new and uncached_new: at most {MOST_TOKENS:,}')

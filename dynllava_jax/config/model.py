@@ -8,6 +8,15 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_ID = -200  # stands for the image in token ids, as in LLaVA
 IGNORE = -100  # label of positions that are not supervised
+# Files that describe a model and how it is used, beside the weights of a Hugging Face model.
+MODEL_FILES = (
+  'config.json',
+  'generation_config.json',
+  'preprocessor_config.json',
+  'processor_config.json',
+  'chat_template.json',
+  'chat_template.jinja',
+)
 # Files that make up a tokenizer beside a Hugging Face model, and beside a checkpoint.
 TOKENIZER_FILES = (
   'tokenizer.model',

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 from dynllava_jax import checkpoint, locks
-from dynllava_jax.config import TOKENIZER_FILES
+from dynllava_jax.config import MODEL_FILES, TOKENIZER_FILES
 from dynllava_jax.convert.inputs import ConversionError
 from dynllava_jax.convert.readers import INDEX, WEIGHTS, has_weights
 from dynllava_jax.files import STORE_ERROR, reason
@@ -15,17 +15,8 @@ from dynllava_jax.files import STORE_ERROR, reason
 REPORT_FILE = 'conversion.json'
 TOWER_FOLDER = 'clip'  # of an export in the authors' layouts
 STEP = 0  # of a conversion
-# Files that travel with the weights of a PyTorch checkpoint.
-CARRIED = (
-  'config.json',
-  'generation_config.json',
-  'preprocessor_config.json',
-  'processor_config.json',
-  'chat_template.json',
-  'chat_template.jinja',
-)
 # Everything that a conversion or an export puts into its directory, besides shards.
-KNOWN = {checkpoint.MODEL_FILE, checkpoint.ASSETS, REPORT_FILE, str(STEP), TOWER_FOLDER, *CARRIED, *TOKENIZER_FILES}
+KNOWN = {checkpoint.MODEL_FILE, checkpoint.ASSETS, REPORT_FILE, str(STEP), TOWER_FOLDER, *MODEL_FILES, *TOKENIZER_FILES}
 KNOWN |= {WEIGHTS[0], WEIGHTS[0] + INDEX}
 SHARDS = 'model-*-of-*.safetensors'
 SPARE_BYTES = 64 * 2**20  # room for metadata and descriptions

@@ -22,7 +22,6 @@ from dynllava_jax.convert.source import TOWER, VOCAB_KEYS
 from dynllava_jax.convert.step_reader import Out, StepReader
 
 PEFT = 'peft'
-LAYOUTS = ('llava-hf', 'llava', 'dynamic-llava', PEFT)
 PREDICTORS = ('image_predictor', 'text_predictor')
 
 

@@ -9,7 +9,15 @@ import jax
 import numpy as np
 
 from dynllava_jax.checkpoint import CheckpointInfo
-from dynllava_jax.config import TOKENIZER_FILES, ConfigError, ModelConfig, PredictorConfig, SparsityConfig, VisionConfig
+from dynllava_jax.config import (
+  MODEL_FILES,
+  TOKENIZER_FILES,
+  ConfigError,
+  ModelConfig,
+  PredictorConfig,
+  SparsityConfig,
+  VisionConfig,
+)
 from dynllava_jax.convert.beside import check_tokenizer
 from dynllava_jax.convert.configs import (
   LLAVA_TOWER,
@@ -20,7 +28,6 @@ from dynllava_jax.convert.configs import (
   text_config,
   vision_config,
 )
-from dynllava_jax.convert.destination import CARRIED
 from dynllava_jax.convert.export_configs import PACKER, TOWER_TRAINED, UNPADDED, has_vocabulary
 from dynllava_jax.convert.inputs import ConversionError, nested, read_json, read_small
 from dynllava_jax.convert.layouts import Layout, detect
@@ -257,7 +264,7 @@ def _carried(
   """(the files of the last tokenizer, where they lie, other files to carry along); later directories win."""
   tokenizer, whose, assets = {}, directories[0], {}
   for directory in directories:
-    assets |= _read_present(directory, CARRIED)
+    assets |= _read_present(directory, MODEL_FILES)
     own = _read_present(directory, TOKENIZER_FILES)
     if has_vocabulary(own) or not tokenizer:  # not files of two tokenizers
       tokenizer, whose = own, directory
@@ -269,6 +276,6 @@ def _carried(
 def _read_present(directory: pathlib.Path, names: tuple[str, ...]) -> dict[str, bytes]:
   there = [n for n in names if os.path.lexists(directory / n)]
   for name in there:
-    if name in CARRIED and name.endswith('.json'):
+    if name in MODEL_FILES and name.endswith('.json'):
       read_json(directory / name)  # it is carried as it is, but not if it is damaged
   return {n: read_small(directory / n) for n in there}

@@ -87,7 +87,7 @@ def unused(fields: Mapping[str, Any], known: tuple[str, ...]) -> list[str]:
 
 def _within(fields: Mapping[str, Any], inside: str, picture: Any, depth: int) -> Content | None:
   for name, value in fields.items():
-    if is_empty(value) or value is False or value == []:
+    if is_empty(value) or value is False:
       continue
     full = f'{inside}{name}'
     if _is_content(str(name), value, picture):
@@ -120,13 +120,11 @@ def _is_content(name: str, value: Any, picture: Any) -> bool:
     words.pop()
   if not words:
     return bool(ALONE.fullmatch(spoken))
-  medium = (
-    ALONE.fullmatch(' '.join(words)) or ALONE.fullmatch(spoken) or MEDIA.fullmatch(words[-1]) or words[-2:] == ['point', 'cloud']
-  )
-  if not medium and words[-2:] != ['point', 'clouds']:
+  named = ALONE.fullmatch(' '.join(words)) or ALONE.fullmatch(spoken)
+  if not named and not MEDIA.fullmatch(words[-1]) and words[-2:] not in (['point', 'cloud'], ['point', 'clouds']):
     return False
   if isinstance(value, (bool, int, float)):  # a number of them, or whether there are some
-    return len(words) == 1 and spoken == words[0]
+    return spoken == words[0]
   return not set(words[:-1]) & set(NOT_THE_THING)
 
 

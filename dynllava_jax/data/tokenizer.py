@@ -21,7 +21,7 @@ import re
 import reprlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -144,6 +144,15 @@ def _added(files: Mapping[str, bytes], pieces: Sequence[str]) -> dict[str, int]:
   return {token: i for _, token, i in named}
 
 
+def _check_named(config: Mapping[str, Any]) -> None:
+  """ConfigError if the class or a special token that the configuration names is no text; transformers would go on for a while."""
+  for name in ('tokenizer_class', *(f'{which}_token' for which in ('bos', 'eos', 'unk', 'pad', 'sep', 'cls', 'mask'))):
+    value = config.get(name)
+    text = value.get('content') if isinstance(value, dict) else value
+    if value is not None and (not isinstance(text, str) or not text):
+      raise ConfigError(f'{CONFIG_FILE}: {name} is {reprlib.repr(value)}, expected a text, or null')
+
+
 class SentencePieceTokenizer:
   """A `tokenizer.model`, cut as transformers 4.37's slow LLaMA tokenizer does. Padding is `<unk>`, as in LLaVA."""
 
@@ -212,6 +221,7 @@ class FastTokenizer:
 
   def __init__(self, files: Mapping[str, bytes]):
     """ConfigError if it cannot be read, is not fast, has no end token or an empty vocabulary."""
+    _check_named(_table(files, CONFIG_FILE))
     with tempfile.TemporaryDirectory() as folder, _readable(files):
       from transformers import AutoTokenizer  # here, because it takes seconds and most runs do not need it
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dynllava_jax import methods
 from dynllava_jax.config import ConfigError, ModelConfig
+from dynllava_jax.config.parsing import require
 
 Run = dict[str, Any]  # as in a config's `runs`
 
@@ -81,6 +82,7 @@ def pyramid(s: Setting, budget: int) -> Run:
 
   The authors' own, (8, 16, 24) with (1/2, 1/4, 1/8), has 270 of 576 tokens, and 144 before it cuts at all.
   """
+  require(s.layers - s.cut >= 3, f'pyramiddrop: {s.layers - s.cut} layers behind the first cut, and it cuts in front of three')
   third = (s.layers - s.cut) / 3
   starts = [s.cut, s.cut + int(third), s.cut + int(2 * third)]
   lengths = [b - a for a, b in zip(starts, [*starts[1:], s.layers])]

@@ -179,6 +179,15 @@ def test_other_tokenizers_label_answers(fast):
   assert (out.ids == IMAGE_ID).sum() == 1
 
 
+@pytest.mark.parametrize(
+  'odd', [{'unk_token': ''}, {'tokenizer_class': 5}, {'eos_token': {'content': None}}, {'pad_token': ['x']}], ids=str
+)
+def test_names_that_are_no_texts_are_refused(odd, fast):
+  changed = json.loads(fast[CONFIG_FILE]) | odd
+  with pytest.raises(ConfigError, match=f'tokenizer_config.json: {next(iter(odd))} is .*, expected a text'):
+    load_tokenizer(fast | {CONFIG_FILE: json.dumps(changed).encode()})
+
+
 def test_other_tokenizers_with_an_empty_vocabulary_are_refused(fast):
   content = json.loads(fast['tokenizer.json'])
   content['model'] |= {'vocab': {}, 'merges': []}

@@ -171,6 +171,7 @@ report.run(cfg, sys.argv[3], pathlib.Path(sys.argv[5]), pathlib.Path(sys.argv[4]
 """
 
 
+@pytest.mark.slow
 def test_two_hosts_give_the_answers_of_one(tiny_checkpoint, eval_data, small_machine, tmp_path):
   """Two processes with one device each; every batch is divided over them."""
   cfg = EvalConfig(runs={'own': EvalRun()}, benchmark='gqa', text_lengths=(192,), questions=0, batch_size=2, max_new_tokens=3)

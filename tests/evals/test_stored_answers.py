@@ -110,6 +110,7 @@ runpy.run_path('eval.py', run_name='__main__')
 """
 
 
+@pytest.mark.slow
 def test_command_killed_by_9_goes_on_when_started_again(tiny_checkpoint, eval_data, tmp_path):
   """The real command in a process of its own, killed while it works, then started as a user would."""
   answers = tmp_path / 'answers' / 'own.jsonl'

@@ -28,7 +28,8 @@ def test_an_interrupted_run_goes_on_and_two_devices_share_the_work(tiny_checkpoi
   ]
   sizes = dict(max_new_tokens=4, text_lengths=(64,), batch_size=2)
   meshes = batch.meshes(jax.devices()[:4], 2)[:2]
-  models = [dl.load(tiny_checkpoint, mesh=mesh, **sizes) for mesh in meshes]
+  first = dl.load(tiny_checkpoint, mesh=meshes[0], **sizes)
+  models = [first, first.on(meshes[1])]
   make = lambda m: Engine(m.generator, m.loaded.tokenizer, text_length=64, slots=2, steps=2)
   engines = [make(m) for m in models]
   layout = Layout(models[0].loaded, asked, (64,), 0)

@@ -6,8 +6,6 @@ import os
 import re
 import resource
 import shutil
-import signal
-import time
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +27,10 @@ from dynllava_jax.config import (
 )
 from dynllava_jax.data import fingerprint
 from dynllava_jax.files import reason
-from dynllava_jax.training import limits, loop, record, recovery, stopping, tracing
+from dynllava_jax.training import limits, loop, record, recovery, tracing
 from dynllava_jax.training.keeping import Keeping
 from dynllava_jax.training.metrics import read_metrics
 from dynllava_jax.training.saving import NOT_IN_A_PATH, Saver, check_contents, check_path
-from dynllava_jax.training.stopping import StopRequest
 
 MODEL = ModelConfig(
   vision=VisionConfig(image_size=28, hidden_size=16, mlp_dim=16, num_layers=2, num_heads=2),
@@ -377,44 +374,6 @@ def test_weights_that_are_none_are_named(value, words):
   params['projector']['bias'][2] = value
   with pytest.raises(FloatingPointError, match='base: projector/bias holds .*' + re.escape(words)):
     limits.check_weights(params, 'base')
-
-
-def test_ctrl_c_before_the_loop_counts_even_if_a_library_swallows_it():
-  stop = StopRequest()
-  try:
-    with pytest.raises(KeyboardInterrupt):
-      os.kill(os.getpid(), 2)
-    stop.in_loop()
-    assert stop.agreed(False)
-    with pytest.raises(KeyboardInterrupt):
-      os.kill(os.getpid(), 2)
-  finally:
-    stop.restore()
-
-
-def test_sigterm_asks_for_a_start_again_and_has_its_time(monkeypatch, capfd):
-  """Ctrl-C has no limit: a person waits."""
-  left = []
-  monkeypatch.setattr(stopping.os, '_exit', left.append)
-  for number, code, expected in ((signal.SIGTERM, stopping.AGAIN, [stopping.AGAIN]), (signal.SIGINT, stopping.BY_CTRL_C, [])):
-    stop, left[:] = StopRequest(grace_seconds=0.05), []
-    try:
-      stop.in_loop()
-      os.kill(os.getpid(), number)
-      assert stop.agreed(False) and stop.code == code and not left
-      time.sleep(0.2)
-      assert left == expected
-    finally:
-      stop.restore()
-  assert (
-    '0.05 s after SIGTERM (config.grace_seconds) the run is not saved; what was saved before is intact' in capfd.readouterr().err
-  )
-  stop, left[:] = StopRequest(grace_seconds=0.05), []
-  stop.in_loop()
-  os.kill(os.getpid(), signal.SIGTERM)
-  stop.restore()  # saved in time
-  time.sleep(0.2)
-  assert not left
 
 
 def test_a_dynamic_run_ends_at_the_steps_it_was_started_with(finished):
