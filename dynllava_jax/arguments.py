@@ -53,7 +53,7 @@ def check_generator(
   if not floating:
     raise ValueError(f'dtype: {dtype!r}, expected a floating-point type such as jnp.bfloat16')
   llama = params.get('llama') if isinstance(params, Mapping) else None
-  if not isinstance(llama, Mapping) or not ('layers' in llama or 'stage_0' in llama):
+  if not isinstance(llama, Mapping) or not llama.keys() & {'layers', 'stage_0', 'stage_0_0'}:
     raise ValueError('params: no parameters in checkpoint form, expected what checkpoint.load_params gives ("llama" with "layers")')
   if 'layers' in llama:
     found = {x.shape[0] for x in jax.tree.leaves(llama['layers'])} - {cfg.llama.num_layers}
@@ -64,13 +64,17 @@ def check_generator(
 def check_cut(llama: Mapping[str, Any], stages: tuple[Stage, ...], num_layers: int) -> None:
   """Raises ValueError if decoder parameters that were cut while they were loaded were cut for other stages."""
   starts = [s.start for s in stages]
-  expected = {f'stage_{i}': end - start for i, (start, end) in enumerate(zip(starts, [*starts[1:], num_layers]))}
+  expected = [end - start for start, end in zip(starts, [*starts[1:], num_layers])]
   layers_of = lambda stage: next((x.shape[0] for x in jax.tree.leaves(stage)), 0)
-  found = {k: layers_of(v) for k, v in llama.items() if k.startswith('stage_')}
-  if found != expected:
+  found: dict[int, int] = {}
+  for name, weights in llama.items():
+    if name.startswith('stage_'):  # stage_I, a stack of layers, or stage_I_J, a layer
+      index, _, layer = name.removeprefix('stage_').partition('_')
+      found[int(index)] = found.get(int(index), 0) + (1 if layer else layers_of(weights))
+  counts = [found[i] for i in sorted(found)]
+  if counts != expected:
     raise ValueError(
-      f'params: cut into {list(found.values())} layers, but stages wants {list(expected.values())}; give '
-      'checkpoint.load_params the same stages, or none'
+      f'params: cut into {counts} layers, but stages wants {expected}; give checkpoint.load_params the same stages, or none'
     )
 
 

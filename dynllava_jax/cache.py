@@ -1,6 +1,7 @@
 """The KV cache as data: one stack per stage, each with its own static capacity.
 
-Axes: L layers of the stage, B batch, C slots, K kv heads, H head dim.
+Axes: L layers of the stage, B batch, C slots, K kv heads, H head dim. How they lie in memory is the model's `Arrangement`;
+nothing but this file and `ops.attention.cached_attention` looks at that.
 
 Layers behind a selector that judges generated tokens are *gated*: a rejected token is visible to itself
 only. Each row has a write pointer p (`length`); the new K/V are written at slot p, and p advances only
@@ -17,6 +18,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from dynllava_jax.arrangement import STACKED, Arrangement
+
+Layers = jax.Array | tuple[jax.Array, ...]  # of a stage: one stack of all layers, or an array for each
+
 NEVER_EVICTED = jnp.inf  # margin of prompt tokens
 
 
@@ -26,7 +31,7 @@ class StageCache:
   """Keys and values of one stage.
 
   Attributes:
-    k, v: float[L, B, C, K, H]; keys are stored rotated.
+    k, v: float[L, B, C, K, H], or of each layer an array whose axes are as `arrangement` has them; keys are stored rotated.
     length: int32[B], the write pointer: slots < length are visible.
     margin: float32[B, C], keep margin of the generated token in each slot, +inf elsewhere.
     generated: int32[B], generated tokens held.
@@ -36,10 +41,11 @@ class StageCache:
     first: int32[L, B], where a layer's visible slots begin, if layers hold different numbers of a prompt's tokens; None for 0.
     gated: whether generated tokens are judged. Static.
     budget: generated tokens a row may hold. Static.
+    arrangement: how k and v lie. Static.
   """
 
-  k: jax.Array
-  v: jax.Array
+  k: Layers
+  v: Layers
   length: jax.Array
   margin: jax.Array
   generated: jax.Array
@@ -48,6 +54,12 @@ class StageCache:
   first: jax.Array | None
   gated: bool = dataclasses.field(metadata={'static': True})
   budget: int = dataclasses.field(metadata={'static': True})
+  arrangement: Arrangement = dataclasses.field(default=STACKED, metadata={'static': True})
+
+  @property
+  def slots(self) -> int:
+    """C."""
+    return self.margin.shape[1]
 
 
 @jax.tree_util.register_dataclass
@@ -91,9 +103,18 @@ def room_behind(gated: bool, text_keep_budget: float, spec: CacheSpec) -> int:
   return capacity(0, generated_budget(gated, text_keep_budget, spec), gated, spec)
 
 
+def with_room(k: jax.Array, v: jax.Array, room: int, arrangement: Arrangement) -> tuple[jax.Array, jax.Array]:
+  """A layer's keys and values float[B, S, K, H] of a prompt, as its cache has them, with `room` more slots."""
+
+  def lie(x: jax.Array, axes: str) -> jax.Array:
+    return jnp.pad(x.transpose(['bckh'.index(a) for a in axes]), [(0, room * (a == 'c')) for a in axes])
+
+  return lie(k, arrangement.keys), lie(v, arrangement.values)
+
+
 def from_prompt(
-  k: jax.Array,
-  v: jax.Array,
+  k: Layers,
+  v: Layers,
   length: jax.Array,
   *,
   gated: bool,
@@ -101,17 +122,11 @@ def from_prompt(
   spec: CacheSpec,
   shift: jax.Array | None = None,
   first: jax.Array | None = None,
-  with_room: bool = False,
+  arrangement: Arrangement = STACKED,
 ) -> StageCache:
-  """A cache that holds a prompt's keys and values float[L, B, S, K, H]; `length`, `shift` and `first` as in `StageCache`.
-
-  `with_room`: they are as long as the cache already, with `room_behind` slots behind those of the prompt.
-  """
+  """A cache that holds a prompt's keys and values, as `with_room` makes them with `room_behind`; the rest as in `StageCache`."""
   budget = generated_budget(gated, text_keep_budget, spec)
-  if not with_room:
-    more = [(0, 0), (0, 0), (0, room_behind(gated, text_keep_budget, spec)), (0, 0), (0, 0)]
-    k, v = jnp.pad(k, more), jnp.pad(v, more)
-  batch, slots = k.shape[1:3]
+  batch, slots = (k[0].shape[arrangement.keys.index(axis)] for axis in 'bc')
   return StageCache(
     k=k,
     v=v,
@@ -123,6 +138,7 @@ def from_prompt(
     first=first,
     gated=gated,
     budget=budget,
+    arrangement=arrangement,
   )
 
 
@@ -136,15 +152,18 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
     place = (slice(None),) * axis + (at,)
     return None if old is None else old.at[place].set(rows.astype(old.dtype), mode='drop', unique_indices=True)
 
+  def put_layers(old: Layers, rows: Layers, axes: str, more: int) -> Layers:
+    wide = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + [(0, more * (a == 'c')) for a in axes])
+    return tuple(put(a, wide(b)) for a, b in zip(old, rows, strict=True)) if isinstance(old, tuple) else put(old, wide(rows), 1)
+
   def put_stage(old: StageCache, rows: StageCache) -> StageCache:
-    more = old.k.shape[2] - rows.k.shape[2]
-    wide = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more), (0, 0), (0, 0)])
+    lies, more = old.arrangement, old.slots - rows.slots
     margin = jnp.pad(rows.margin, [(0, 0), (0, more)], constant_values=NEVER_EVICTED)
     names = ('length', 'generated', 'evicted', 'shift')
     return dataclasses.replace(
       old,
-      k=put(old.k, wide(rows.k), 1),
-      v=put(old.v, wide(rows.v), 1),
+      k=put_layers(old.k, rows.k, lies.keys, more),
+      v=put_layers(old.v, rows.v, lies.values, more),
       margin=put(old.margin, margin),
       first=put(old.first, rows.first, 1),
       **{name: put(getattr(old, name), getattr(rows, name)) for name in names},
@@ -154,35 +173,58 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
   return Cache(stages, put(cache.position, new.position))
 
 
+def stacked(cache: StageCache) -> StageCache:
+  """The same cache with k and v as float[L, B, C, K, H]: to look at, copied where layers lie apart."""
+
+  def stack(held: Layers, axes: str) -> jax.Array:
+    return jnp.stack([x.transpose([axes.index(a) for a in STACKED.keys]) for x in held])
+
+  if not cache.arrangement.apart:
+    return cache
+  k, v = stack(cache.k, cache.arrangement.keys), stack(cache.v, cache.arrangement.values)
+  return dataclasses.replace(cache, k=k, v=v, arrangement=STACKED)
+
+
 def rotary_positions(cache: StageCache, position: jax.Array) -> jax.Array:
   """Positions int32[B, T] in the conversation -> int32[B, T], as the stage numbers them."""
   return position if cache.shift is None else position - cache.shift[:, None]
 
 
-def append_chunk(cache: StageCache, k: jax.Array, v: jax.Array, count: jax.Array, keep: jax.Array | None = None) -> StageCache:
-  """Appends the first `count[b]` of T tokens k, v: float[L, B, T, K, H]; of these only what bool[B, T] `keep` says, if given.
+def read_for(cache: StageCache, hidden: jax.Array) -> StageCache:
+  """The same cache, whose write pointers cannot be known before `hidden` float[B, T, D] is there, for which it is read.
 
-  The caller guarantees that they fit (`CacheSpec.later_tokens`); what does not fit is not written.
+  Otherwise nothing says that a layer that lies apart is read before it is written, and XLA's CPU compiler copies it twice for
+  every token. It drops `optimization_barrier` before it looks for that; no pass of it simplifies this.
   """
-  steps = jnp.arange(k.shape[2])
-  beyond = cache.k.shape[2] + steps  # distinct, as the scatter promises unique indices
+  if not cache.arrangement.apart:
+    return cache
+  bits = jax.lax.bitcast_convert_type(hidden[:, 0, 0].astype(jnp.float32), jnp.uint32)
+  return dataclasses.replace(cache, length=jnp.minimum(cache.length, (bits >> 1 | 2**30).astype(jnp.int32)))
+
+
+def append_chunk(cache: StageCache, k: Layers, v: Layers, count: jax.Array, keep: jax.Array | None = None) -> StageCache:
+  """Appends the first `count[b]` of T tokens k, v: of each layer float[B, T, K, H].
+
+  Of these only what bool[B, T] `keep` says, if given. The caller guarantees that they fit (`CacheSpec.later_tokens`); what does
+  not fit is not written.
+  """
+  steps = jnp.arange(k[0].shape[1])
+  beyond = cache.slots + steps  # distinct, as the scatter promises unique indices
   written = steps < count[:, None]
   if keep is not None:
     written &= keep
   place = cache.length[:, None] + jnp.cumsum(written, axis=1, dtype=jnp.int32) - 1
   slot = jnp.where(written, place, beyond)
   length = cache.length + written.sum(-1, dtype=jnp.int32)
-  return dataclasses.replace(cache, k=_write(cache.k, k, slot), v=_write(cache.v, v, slot), length=length)
+  return dataclasses.replace(cache, **_written(cache, k, v, slot), length=length)
 
 
-def append_judged(
-  cache: StageCache, k: jax.Array, v: jax.Array, keep: jax.Array, margin: jax.Array, active: jax.Array
-) -> StageCache:
+def append_judged(cache: StageCache, k: Layers, v: Layers, keep: jax.Array, margin: jax.Array, active: jax.Array) -> StageCache:
   """Writes one generated token per row and applies the gate.
 
   Args:
     cache: the stage's cache.
-    k, v: float[L, B, 1, K, H].
+    k, v: of each layer float[B, 1, K, H].
     keep: bool[B]; margin: float32[B], the larger the more worth keeping.
     active: bool[B]; rows that have ended write nothing.
   """
@@ -192,14 +234,13 @@ def append_judged(
   weakest = jnp.argmin(cache.margin, axis=-1)
   weakest_margin = cache.margin[rows, weakest]
   replaces = full & (margin > weakest_margin)  # otherwise the new token itself is given up
-  nowhere = cache.k.shape[2]
+  nowhere = cache.slots
   slot = jnp.where(replaces, weakest, jnp.where(active, cache.length, nowhere)).astype(jnp.int32)
   stays = keep & (~full | replaces)
   grows = (keep & ~full).astype(jnp.int32)
   return dataclasses.replace(
     cache,
-    k=_write(cache.k, k, slot[:, None]),
-    v=_write(cache.v, v, slot[:, None]),
+    **_written(cache, k, v, slot[:, None]),
     margin=cache.margin.at[rows, jnp.where(stays, slot, nowhere)].set(margin, mode='drop'),
     length=cache.length + grows,
     generated=cache.generated + grows,
@@ -207,7 +248,15 @@ def append_judged(
   )
 
 
-def _write(buffer: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-  """buffer[:, b, slot[b, t]] = new[:, b, t]; slots beyond the end are dropped. One scatter for all layers."""
+def _written(cache: StageCache, k: Layers, v: Layers, slot: jax.Array) -> dict[str, Layers]:
+  """New keys and values, of each layer float[B, T, K, H], in the slots int32[B, T]; slots beyond the end are dropped."""
   rows = jnp.arange(slot.shape[0])[:, None]
-  return buffer.at[:, rows, slot].set(new.astype(buffer.dtype), mode='drop', unique_indices=True)
+
+  def write(held: Layers, new: Layers, axes: str) -> Layers:
+    place = tuple({'b': rows, 'c': slot}.get(axis, slice(None)) for axis in axes)
+    if not cache.arrangement.apart:  # one scatter for all layers
+      return held.at[:, *place].set(new.astype(held.dtype), mode='drop', unique_indices=True)
+    pairs = zip(held, new, strict=True)
+    return tuple(a.at[place].set(b.astype(a.dtype), mode='drop', unique_indices=True) for a, b in pairs)
+
+  return {'k': write(cache.k, k, cache.arrangement.keys), 'v': write(cache.v, v, cache.arrangement.values)}

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import paths, remote
+from dynllava_jax.arrangement import Arrangement, best, lay_apart, layer_names
 from dynllava_jax.config import (
   DENSE,
   TOKENIZER_FILES,
@@ -223,26 +224,39 @@ def load_params(
   Args:
     path: DIR or DIR/STEP.
     mesh: where to put them (see `sharding.shardings`); the first device if None.
-    stages: what `Generator` will run: the form that `models.params.cut_params` makes, without ever holding a layer twice,
-      and without what no run needs (the top of the vision tower).
+    stages: what `Generator` will run: the form that `models.params.cut_params` makes, arranged as is `arrangement.best` where
+      they are put, without ever holding a layer twice, and without what no run needs (the top of the vision tower).
     checked: `check_integrity` has just read the step.
 
   Raises:
     CheckpointError: missing, damaged, or its arrays are not those that its `model.json` describes.
   """
+  params = _load_merged(path, mesh, stages, checked)
+  if stages is not None and best(_devices(mesh)).apart:
+    params['llama'] = lay_apart(params['llama'])
+  return params
+
+
+def _devices(mesh: Mesh | None) -> list[jax.Device]:
+  return list(mesh.devices.flat) if mesh else jax.local_devices()[:1]
+
+
+def _load_merged(path: str | pathlib.Path, mesh: Mesh | None, stages: tuple[Stage, ...] | None, checked: bool) -> dict[str, Any]:
+  """As `load_params`; layers that lie apart are stacks of one layer each."""
   info = read_info(path)
   if info.lora is None:
     return _load(path, abstract_params(info.model, with_tail=info.unused_vision_layers), mesh, stages, checked)
-  params = load_base(path, mesh, stages) | load_adapted(path, mesh, stages=stages, checked=checked)
+  check_base(info, path)
+  params = _load_merged(info.base, mesh, stages, False) | load_adapted(path, mesh, stages=stages, checked=checked)
   adapters = params.pop(ADAPTERS)
   return params | {'llama': merged(params['llama'], adapters, info.lora.scale)}
 
 
-def load_base(path: str | pathlib.Path, mesh: Mesh | None = None, stages: tuple[Stage, ...] | None = None) -> dict[str, Any]:
+def load_base(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
   """The parameters that the adapters in a checkpoint belong to; CheckpointError if they are not there, or are others."""
   info = read_info(path)
   check_base(info, path)
-  return load_params(info.base, mesh, stages=stages)
+  return load_params(info.base, mesh)
 
 
 def check_base(info: CheckpointInfo, path: str | pathlib.Path) -> None:
@@ -297,7 +311,7 @@ def _load(
   places = _by_path(shardings(boxed, mesh)) if mesh else dict.fromkeys(wanted, place)
   parts = {}
   for name in wanted:
-    for target, start, stop in _cut(name, stages):
+    for target, start, stop in _cut(name, wanted[name].shape, stages, best(_devices(mesh))):
       parts[target] = Part(name.replace('/', '.'), start, stop, places[name])
   try:
     values = Step(step_dir).read(list(parts.values()))
@@ -306,7 +320,9 @@ def _load(
   return _as_tree(dict(zip(parts, values)))
 
 
-def _cut(name: str, stages: tuple[Stage, ...] | None) -> list[tuple[str, int, int | None]]:
+def _cut(
+  name: str, shape: tuple[int, ...], stages: tuple[Stage, ...] | None, arrangement: Arrangement
+) -> list[tuple[str, int, int | None]]:
   """Which parameters of a run are made of a stored one: (name, first row, row after the last) of each."""
   group, _, rest = name.partition('/')
   if stages is None:
@@ -316,6 +332,9 @@ def _cut(name: str, stages: tuple[Stage, ...] | None) -> list[tuple[str, int, in
   if group not in ('llama', ADAPTERS) or not rest.startswith('layers/'):
     return [(name, 0, None)]
   starts = [s.start for s in stages]
+  if arrangement.apart:
+    layers = enumerate(layer_names(starts, shape[0]))
+    return [(name.replace('/layers/', f'/{layer}/'), n, n + 1) for n, layer in layers]
   ends = [*starts[1:], None]
   return [(name.replace('/layers/', f'/stage_{i}/'), a, b) for i, (a, b) in enumerate(zip(starts, ends))]
 

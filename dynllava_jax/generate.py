@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax import arguments, buckets, compilation, methods
+from dynllava_jax.arrangement import STACKED, Arrangement, arrangement_of, best_for
 from dynllava_jax.cache import Cache, CacheSpec
 from dynllava_jax.config import LoraConfig, ModelConfig, Piece, Stage
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
@@ -97,6 +98,7 @@ class Generator:
     dtype: Any = jnp.float32,
     reducer: Piece | None = None,
     lora: LoraConfig | None = None,
+    arrangement: Arrangement | None = None,
   ):
     """Checks the arguments.
 
@@ -112,6 +114,7 @@ class Generator:
       dtype: of computation and cache.
       reducer: what makes fewer image tokens of the tower's patches.
       lora: of `params` that hold adapters beside the decoder, as a training run has them.
+      arrangement: how parameters in checkpoint form are laid out; what is fastest on their devices if None.
 
     Raises:
       ValueError: an argument that generation cannot work with; names it.
@@ -126,11 +129,11 @@ class Generator:
     methods.check_run(cfg, stages, reducer)
     methods.check_tail(cfg, reducer, 'vision_tail' in params)
     self._num_image = methods.num_image_tokens(cfg, reducer)
-    self.model = DynLlava(cfg, stages, dtype, reducer=reducer)
     if 'layers' in params['llama']:
-      params = cut_params(params, stages)
+      params = cut_params(params, stages, arrangement or (STACKED if lora else best_for(params)))
     else:
       arguments.check_cut(params['llama'], stages, cfg.llama.num_layers)
+    self.model = DynLlava(cfg, stages, dtype, reducer=reducer, arrangement=arrangement_of(params['llama']))
     self.params = params
     self.max_new_tokens = max_new_tokens
     self.eos_id, self.sampling, self._lora = eos_id, sampling, lora
@@ -186,7 +189,7 @@ class Generator:
     batch = arguments.check_turn(turn)
     arguments.check_chunk('chunk', chunk, ('count', count), batch, self.model.cfg)
     for stage in turn.cache.stages:
-      prompt_slots = stage.k.shape[2] - stage.budget - stage.gated
+      prompt_slots = stage.slots - stage.budget - stage.gated
       room = prompt_slots - int((stage.length - stage.generated).max())
       if chunk.shape[1] > room:
         raise ValueError(

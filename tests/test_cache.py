@@ -5,13 +5,28 @@ import numpy as np
 import pytest
 
 from dynllava_jax import cache as kv
+from dynllava_jax.arrangement import APART, STACKED
+
+ARRANGEMENT = STACKED  # each in turn
+
+
+@pytest.fixture(params=[STACKED, APART], ids=['stacked', 'apart'], autouse=True)
+def arrangement(request, monkeypatch):
+  monkeypatch.setitem(globals(), 'ARRANGEMENT', request.param)
 
 
 def prompt_cache(lengths, slots=4, **kw):
   """A gated one-layer cache whose keys are 1, 2, 3, ... and whose values are their negatives."""
-  k = jnp.broadcast_to(jnp.arange(1.0, slots + 1)[None, None, :, None, None], (1, len(lengths), slots, 1, 1))
+  k = jnp.broadcast_to(jnp.arange(1.0, slots + 1)[:, None, None], (len(lengths), slots, 1, 1))
   settings = dict(gated=True, text_keep_budget=0.5, spec=kv.CacheSpec(max_new_tokens=4, later_tokens=2)) | kw
-  return kv.from_prompt(k, -k, jnp.asarray(lengths), **settings)
+  held = kv.with_room(k, -k, kv.room_behind(**settings), ARRANGEMENT)
+  layers = ((x,) if ARRANGEMENT.apart else x[None] for x in held)
+  return kv.from_prompt(*layers, jnp.asarray(lengths), arrangement=ARRANGEMENT, **settings)
+
+
+def held(cache, name):
+  """float[B, C]"""
+  return np.asarray(getattr(cache, name)[0]).reshape(cache.margin.shape)
 
 
 def feed(cache, token, keep, margin, active=None):
@@ -22,14 +37,14 @@ def feed(cache, token, keep, margin, active=None):
 
 
 def visible(cache, row=0):
-  return list(np.asarray(cache.k[0, row, : cache.length[row], 0, 0]).astype(int))
+  return list(held(cache, 'k')[row, : cache.length[row]].astype(int))
 
 
 def test_capacity_is_prompt_plus_later_plus_budget_plus_one():
   cache = prompt_cache([4])
-  assert cache.budget == 2 and cache.k.shape[2] == 4 + 2 + 2 + 1
+  assert cache.budget == 2 and held(cache, 'k').shape[1] == 4 + 2 + 2 + 1
   ungated = prompt_cache([4], gated=False)
-  assert ungated.budget == 4 and ungated.k.shape[2] == 4 + 2 + 4
+  assert ungated.budget == 4 and held(ungated, 'k').shape[1] == 4 + 2 + 4
 
 
 def test_rejected_token_is_overwritten_by_the_next():
@@ -37,7 +52,7 @@ def test_rejected_token_is_overwritten_by_the_next():
   assert visible(cache) == [1, 2, 3]
   cache = feed(cache, 60, keep=True, margin=1.0)
   assert visible(cache) == [1, 2, 3, 60]
-  np.testing.assert_array_equal(cache.v[0, 0, :4, 0, 0], [-1, -2, -3, -60])
+  np.testing.assert_array_equal(held(cache, 'v')[0, :4], [-1, -2, -3, -60])
 
 
 def test_full_cache_gives_up_the_smallest_margin():
@@ -84,7 +99,7 @@ def test_ended_rows_are_left_alone():
   before = prompt_cache([3, 3])
   after = feed(before, 50, True, 1.0, active=[True, False])
   assert visible(after, 0) == [1, 2, 3, 50] and visible(after, 1) == [1, 2, 3]
-  np.testing.assert_array_equal(after.k[:, 1], before.k[:, 1])
+  np.testing.assert_array_equal(held(after, 'k')[1], held(before, 'k')[1])
 
 
 @pytest.mark.parametrize('share, tokens, budget', [(0.5, 5, 3), (1.0, 7, 7), (0.01, 4, 1)])

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # A module imports only from its own row and the rows above it.
 ORDER = [
-  ('config', 'presets', 'files', 'paths', 'locks', 'display', 'progress', 'remote', 'lease', 'workspace', 'hub'),
+  ('config', 'presets', 'files', 'paths', 'locks', 'display', 'progress', 'remote', 'lease', 'workspace', 'hub', 'arrangement'),
   ('sharding', 'ops'),
   ('cache',),
   ('methods',),

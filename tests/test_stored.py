@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dynllava_jax import checkpoint, presets, sharding, stored
+from dynllava_jax.arrangement import APART, STACKED
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import DENSE, MeshConfig, Stage
 from dynllava_jax.generate import Generator
@@ -36,7 +37,7 @@ def same(a, b):
 @pytest.mark.parametrize('piece', [1, stored.PIECE])
 def test_what_is_read_is_what_was_saved(folder, tiny_params, stages, piece, monkeypatch):
   monkeypatch.setattr(stored, 'PIECE', piece)
-  same(checkpoint.load_params(folder, stages=stages), tiny_params if stages is None else cut_params(tiny_params, stages))
+  same(checkpoint.load_params(folder, stages=stages), tiny_params if stages is None else cut_params(tiny_params, stages, APART))
 
 
 def test_every_device_gets_its_part(folder, tiny_params, one_layer_at_a_time):
@@ -74,7 +75,8 @@ def test_no_layer_is_read_or_held_twice(folder, tiny_params, one_layer_at_a_time
   assert sum(x.nbytes for x in jax.live_arrays()) - before <= 1.05 * size
 
 
-def test_parameters_cut_for_other_stages_are_refused(tiny_params):
-  cut = cut_params(tiny_params, STAGES)
+@pytest.mark.parametrize('lie', [STACKED, APART], ids=['stacked', 'apart'])
+def test_parameters_cut_for_other_stages_are_refused(tiny_params, lie):
+  cut = cut_params(tiny_params, STAGES, lie)
   with pytest.raises(ValueError, match=r'params: cut into \[1, 2, 1\] layers, but stages wants \[4\]'):
     Generator(presets.TINY, DENSE, cut, max_new_tokens=2, eos_id=None)

@@ -77,7 +77,8 @@ def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   finite = jax.jit(lambda tree: [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])(params)
   for (path, _), whole in zip(jax.tree_util.tree_leaves_with_path(params), jax.device_get(finite)):
     if not whole:
-      name = re.sub(r'/stage_\d+/', '/layers/', jax.tree_util.keystr(path, simple=True, separator='/'))
+      name = re.sub(r'/stage_\d+(_\d+)?/', '/layers/', jax.tree_util.keystr(path, simple=True, separator='/'))
+      name = name.replace('/qkv', '/q, k or v')
       raise CheckpointError(f'{loaded.path}: {name} holds numbers that are not finite; convert or train it again')
   return resize_tower(params, loaded.info.model.vision, loaded.model.vision)
 

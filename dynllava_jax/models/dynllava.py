@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
+from dynllava_jax.arrangement import STACKED, Arrangement
 from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, judges_instructions
 from dynllava_jax.models import reduction
 from dynllava_jax.models.batch import InstructRule, Prompt, StageTrace, TrainOutput, answer_mask, instruct_start_of
@@ -27,19 +28,20 @@ from dynllava_jax.ops.selection import gumbel_keep
 
 
 class DynLlava(nn.Module):
-  """The model for one reducer and stage list. `params` come from `cut_params(checkpoint, stages)`."""
+  """The model for one reducer and stage list. `params` come from `cut_params(checkpoint, stages, arrangement)`."""
 
   cfg: ModelConfig
   stages: tuple[Stage, ...] = DENSE
   dtype: Dtype = jnp.float32
   remat: str = 'none'
   reducer: Piece | None = None
+  arrangement: Arrangement = STACKED
 
   def setup(self):
     methods.check_run(self.cfg, self.stages, self.reducer)
     self.vision = VisionTower(self.cfg.vision, self.dtype, methods.tower_needs(self.cfg, self.reducer))
     self.projector = (TokenPacker if self.cfg.packer else Projector)(self.cfg, self.dtype)
-    self.llama = Llama(self.cfg.llama, self.stages, self.dtype, self.remat)
+    self.llama = Llama(self.cfg.llama, self.stages, self.dtype, self.remat, self.arrangement)
     if self.cfg.predictor is not None:
       self.image_predictor = ImagePredictor(self.cfg.predictor, self.dtype)
       self.text_predictor = TextPredictor(self.cfg.predictor, self.dtype)
@@ -126,7 +128,7 @@ class DynLlava(nn.Module):
       length, shift = state.places, state.shift
       if out.length is not None:  # compressed
         length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
-      settings = dict(gated=gated, text_keep_budget=budget, spec=spec, with_room=True)
+      settings = dict(gated=gated, text_keep_budget=budget, spec=spec, arrangement=self.arrangement)
       caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, **settings))
     return state.x, tuple(traces), kv.Cache(tuple(caches), prompt.length)
 
@@ -166,7 +168,7 @@ class DynLlava(nn.Module):
         keep = keep & ((margin > 0) | last)
       rotary = kv.rotary_positions(old, positions)
       x, out = self.llama.run_stage(i, x, rotary, cache=(old.k, old.v, old.first), cache_length=old.length)
-      chunk = old, out.k, out.v
+      chunk = kv.read_for(old, x), out.k, out.v
       new.append(kv.append_judged(*chunk, keep, margin, active) if judge else kv.append_chunk(*chunk, count, keep))
     return x, kv.Cache(tuple(new), cache.position + count), Judgement(keep, margin)
 

@@ -2,7 +2,8 @@
 
 Axes: B batch, T query, S key, N heads, K kv heads, H head dim, D width, F mlp, V vocabulary, L layers, C slots.
 A stage is one `nn.scan` over its layers. Parameters of stage i live under `stage_{i}`, stacked [L_i, ...];
-`cut_layers` and `join_layers` convert from and to the single stack that checkpoints hold.
+`cut_layers` and `join_layers` convert from and to the single stack that checkpoints hold. Where arrays lie apart (`arrangement`),
+its layers are unrolled, and those of layer j in it live under `stage_{i}_{j}`.
 """
 
 import dataclasses
@@ -11,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dynllava_jax import cache as kv
 from dynllava_jax import methods
+from dynllava_jax.arrangement import STACKED, Arrangement, parted_projections
 from dynllava_jax.config import LlamaConfig, Stage
 from dynllava_jax.methods import Depth, LayerKind, Observed, Rotation, Rows
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
@@ -71,16 +74,16 @@ class LayerOutput:
   """What a layer gives besides its stream; of a stage, stacked [L, ...].
 
   Attributes:
-    k, v: float[B, T, K, H] of these tokens, keys rotated; what a compressor left of them where the stage has one; and
-      `Context.room` slots of zeros.
+    k, v: float[B, T, K, H] of these tokens, keys rotated; what a compressor left of them where the stage has one. With
+      `Context.room` as a cache has them, with as many slots of zeros behind. Of a stage, as `cache.Layers`.
     length, first, shift: int32[B], as `Compressed` has them; None without a compressor.
     attention: float32[B, N, P], what the image rows receive from `Context.queries`, zeros but for the last layer; None if
       not asked.
     details: what records look at, by name.
   """
 
-  k: jax.Array
-  v: jax.Array
+  k: kv.Layers
+  v: kv.Layers
   length: jax.Array | None = None
   first: jax.Array | None = None
   shift: jax.Array | None = None
@@ -120,6 +123,7 @@ class Block(nn.Module):
   dtype: Dtype
   stage: Stage
   layers: range
+  arrangement: Arrangement = STACKED
 
   def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init=LINEAR_INIT) -> jax.Array:
     return self.param(name, partitioned(init, *axes), shape).astype(self.dtype)
@@ -131,29 +135,25 @@ class Block(nn.Module):
     Args:
       x: float[B, T, D].
       context: see `Context`.
-      cache: this layer's (k, v), float[B, C, K, H] each, and int32[B] `StageCache.first`; None without one.
+      cache: this layer's (k, v), as `arrangement` has them, and int32[B] `StageCache.first`; None without one.
       flags: this layer's, by name: those of the stage's `LayerKind`, `LAST` and `LAYER`; None if nothing needs any.
 
     Returns:
       (float[B, T, D], `LayerOutput`).
     """
     cfg, rows = self.cfg, context.rows
-    width, heads, kv_heads, head_dim = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    width, heads, head_dim = cfg.hidden_size, cfg.num_heads, cfg.head_dim
     kind, kind_options = methods.bound(self.stage.layers if rows else None, 'layers', default=LayerKind())
     details = {}
     with jax.named_scope('attention'):
       y = RMSNorm(cfg.rms_norm_eps, self.dtype, name='attention_norm')(x)
-      # Heads first: no transposed copy of every layer's weights while decoding on TPU.
-      kv_shape, kv_axes = (kv_heads, width, head_dim), ('kv_heads', 'embed', 'head_dim')
-      q = self._weight('q', (heads, width, head_dim), ('heads', 'embed', 'head_dim'), HEADS_INIT)
-      k, v = (self._weight(name, kv_shape, kv_axes, HEADS_INIT) for name in 'kv')
-      unrotated, k, v = (multiply(self, n, 'btd,ndh->btnh', y, w) for n, w in (('q', q), ('k', k), ('v', v)))
+      unrotated, k, v = self._projected(y)
       if context.unmerged is not None:
         unrotated, k, v = (layout.gather_rows(a, context.unmerged) for a in (unrotated, k, v))
       q, k = apply_rope(unrotated, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
       if cache is not None:
         old_k, old_v, first = cache
-        y = cached_attention(q, k, v, old_k, old_v, context.cache_length, first)
+        y = cached_attention(q, k, v, old_k, old_v, context.cache_length, first, self.arrangement)
       elif context.policy is not None:
         y = policy_attention(q, k, v, context.policy)
       elif kind.attend is not None:
@@ -163,7 +163,10 @@ class Block(nn.Module):
       if context.unmerged is not None:
         y = layout.mean_rows(y, context.unmerged, x.shape[1])
       out = self._weight('o', (heads, head_dim, width), ('heads', 'head_dim', 'embed'), HEADS_OUT_INIT)
-      y = multiply(self, 'o', 'btnh,nhd->btd', y, out)
+      if self.arrangement.apart:
+        y = y.reshape(*y.shape[:2], -1) @ out.reshape(-1, width)
+      else:
+        y = multiply(self, 'o', 'btnh,nhd->btd', y, out)
       if kind.attend is not None:
         details |= {'attention_output': y}
       x = x + y
@@ -197,9 +200,22 @@ class Block(nn.Module):
         left = compressor.compress(Observed(q, unrotated, k, v, rows, rotation, depth), options)
         output = LayerOutput(left.k, left.v, left.length, left.first, left.shift, attention, details | left.details)
     if context.room:
-      more = [(0, 0), (0, context.room), (0, 0), (0, 0)]
-      output = dataclasses.replace(output, k=jnp.pad(output.k, more), v=jnp.pad(output.v, more))
+      held_k, held_v = kv.with_room(output.k, output.v, context.room, self.arrangement)
+      output = dataclasses.replace(output, k=held_k, v=held_v)
     return batch_split(x), output
+
+  def _projected(self, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normed float[B, T, D] -> queries float[B, T, N, H], keys and values float[B, T, K, H], not rotated."""
+    width, heads, kv_heads, head_dim = y.shape[-1], self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
+    if self.arrangement.apart:
+      size = heads + 2 * kv_heads
+      qkv = (y @ self._weight('qkv', (width, size * head_dim), ('embed', None))).reshape(*y.shape[:2], size, head_dim)
+      return tuple(jnp.split(qkv, [heads, heads + kv_heads], 2))
+    # Heads first: no transposed copy of every layer's weights while decoding on TPU.
+    kv_shape, kv_axes = (kv_heads, width, head_dim), ('kv_heads', 'embed', 'head_dim')
+    q = self._weight('q', (heads, width, head_dim), ('heads', 'embed', 'head_dim'), HEADS_INIT)
+    k, v = (self._weight(name, kv_shape, kv_axes, HEADS_INIT) for name in 'kv')
+    return tuple(multiply(self, n, 'btd,ndh->btnh', y, w) for n, w in (('q', q), ('k', k), ('v', v)))
 
 
 def image_attention(q: jax.Array, k: jax.Array, queries: Queries, rows: Rows) -> jax.Array:
@@ -215,6 +231,7 @@ class Llama(nn.Module):
   stages: tuple[Stage, ...]
   dtype: Dtype
   remat: str = 'none'
+  arrangement: Arrangement = STACKED
 
   def setup(self):
     cfg = self.cfg
@@ -223,8 +240,11 @@ class Llama(nn.Module):
     )
     for i, stage in enumerate(self.stages):
       layers = self.layers_of(i)
-      block = scan_layers(Block, len(layers), (nn.broadcast, 0, 0), self.remat)
-      setattr(self, f'stage_{i}', block(cfg, self.dtype, stage, layers))
+      if self.arrangement.apart:
+        setattr(self, f'stage_{i}', [Block(cfg, self.dtype, stage, layers, self.arrangement) for _ in layers])
+      else:
+        block = scan_layers(Block, len(layers), (nn.broadcast, 0, 0), self.remat)
+        setattr(self, f'stage_{i}', block(cfg, self.dtype, stage, layers))
     self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
     if not cfg.tie_embeddings:
       self.head = self.param('head', partitioned(LINEAR_INIT, 'embed', 'vocab'), (cfg.hidden_size, cfg.vocab_size))
@@ -245,7 +265,7 @@ class Llama(nn.Module):
     positions: jax.Array,
     *,
     policy: jax.Array | None = None,
-    cache: tuple[jax.Array, jax.Array, jax.Array | None] | None = None,
+    cache: tuple[kv.Layers, kv.Layers, jax.Array | None] | None = None,
     cache_length: jax.Array | None = None,
     rows: Rows | None = None,
     queries: Queries | None = None,
@@ -259,13 +279,13 @@ class Llama(nn.Module):
       index: stage number.
       x: float[B, T, D]; positions: int32[B, T], rotary positions; int32[B, N] with `unmerged`.
       policy: float[B, T] keep weight per key, for training.
-      cache, cache_length: (k, v) float[L, B, C, K, H] each with `StageCache.first`, and int32[B] visible slots, for decoding.
+      cache, cache_length: `StageCache` k, v and first, and int32[B] visible slots, for decoding.
       unmerged: as in `Context`.
       rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
         they are plain.
 
     Returns:
-      (float[B, T, D], `LayerOutput` of all layers, stacked [L, ...]).
+      (float[B, T, D], `LayerOutput` of all layers).
     """
     stage, layers, flags = self.stages[index], self.layers_of(index), {}
     if rows is not None and stage.layers is not None:
@@ -280,12 +300,27 @@ class Llama(nn.Module):
     if rows is not None and stage.compressor is not None:
       flags[LAYER] = jnp.arange(layers.start, layers.stop)
       context = dataclasses.replace(context, positions=positions, next_position=next_position)
-    return getattr(self, f'stage_{index}')(x, context, cache, flags or None)
+    run = getattr(self, f'stage_{index}')
+    if not self.arrangement.apart:
+      return run(x, context, cache, flags or None)
+    outputs = []
+    for i, block in enumerate(run):
+      of_layer = None if cache is None else tuple(None if a is None else a[i] for a in cache)
+      x, output = block(x, context, of_layer, {name: marks[i] for name, marks in flags.items()} or None)
+      outputs.append(output)
+    small = [dataclasses.replace(o, k=None, v=None) for o in outputs]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *small)
+    return x, dataclasses.replace(stacked, k=tuple(o.k for o in outputs), v=tuple(o.v for o in outputs))
 
   def entering_attention(self, index: int, x: jax.Array, positions: jax.Array, rows: Rows, queries: Queries) -> jax.Array:
     """What the image rows of a stream that reaches stage `index` would receive in its first layer: float32[B, N, P]."""
     cfg = self.cfg
-    first = jax.tree.map(lambda w: w[0], nn.unbox(getattr(self, f'stage_{index}').variables['params']))
+    stage = getattr(self, f'stage_{index}')
+    if self.arrangement.apart:
+      first = nn.unbox(stage[0].variables['params'])
+      first |= dict(zip('qkv', parted_projections(first['qkv'], cfg.num_heads, cfg.num_kv_heads)))
+    else:
+      first = jax.tree.map(lambda w: w[0], nn.unbox(stage.variables['params']))
     y = rms_norm(x, first['attention_norm']['scale'], cfg.rms_norm_eps, self.dtype)
     angles = rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     project = lambda y, name, angles: apply_rope(jnp.einsum('btd,ndh->btnh', y, first[name].astype(self.dtype)), *angles)

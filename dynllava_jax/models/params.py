@@ -1,7 +1,8 @@
 """Parameters as trees: made at random, described without being made, cut into stages and joined again, counted.
 
 Checkpoint form holds one stack of all decoder layers (`llama/layers`, [num_layers, ...]); run form one stack per stage
-(`llama/stage_0`, ...). Everything here runs outside jit.
+(`llama/stage_0`, ...), or where layers lie apart (`arrangement`) one group per layer (`llama/stage_0_0`, ...). Everything here runs
+outside jit.
 """
 
 import itertools
@@ -14,6 +15,7 @@ import numpy as np
 
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
+from dynllava_jax.arrangement import STACKED, Arrangement, joined_projections, layer_names
 from dynllava_jax.config import ModelConfig, Stage
 from dynllava_jax.models.clip import VisionBlock
 from dynllava_jax.models.dynllava import DynLlava, Prompt
@@ -23,7 +25,7 @@ from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.sharding import unboxed
 
-STACKED = ('llama', ADAPTERS, SCALES)  # groups that hold decoder layers
+GROUPS = ('llama', ADAPTERS, SCALES)  # groups that hold decoder layers
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -90,9 +92,22 @@ def abstract_params(cfg: ModelConfig, with_tail: bool = False) -> dict[str, Any]
   return params
 
 
-def cut_params(params: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
-  """Checkpoint form to the form that `DynLlava(cfg, stages)` takes. Call it outside jit."""
-  return params | {name: cut_layers(params[name], stages) for name in STACKED if name in params}
+def cut_params(params: dict[str, Any], stages: tuple[Stage, ...], arrangement: Arrangement = STACKED) -> dict[str, Any]:
+  """Checkpoint form to the form that `DynLlava(cfg, stages, arrangement=arrangement)` takes. Call it outside jit.
+
+  Adapters are of training, which stacks: with `arrangement` apart merge them first.
+  """
+  if arrangement.apart:
+    layers, starts = params['llama']['layers'], [s.start for s in stages]
+    taken = lambda number: joined_projections(jax.tree.map(lambda x: x[number], layers))
+    rest = {k: v for k, v in params['llama'].items() if k != 'layers'}
+    return params | {'llama': rest | {name: taken(n) for n, name in enumerate(layer_names(starts, depth(layers)))}}
+  return params | {name: cut_layers(params[name], stages) for name in GROUPS if name in params}
+
+
+def depth(layers: dict[str, Any]) -> int:
+  """How many layers a stack of them has."""
+  return jax.tree.leaves(layers)[0].shape[0]
 
 
 def cut_layers(llama: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, Any]:
@@ -119,7 +134,7 @@ def join_layers(llama: dict[str, Any]) -> dict[str, Any]:
 
 def join_params(params: dict[str, Any]) -> dict[str, Any]:
   """The inverse of `cut_params`."""
-  return params | {name: join_layers(params[name]) for name in STACKED if name in params}
+  return params | {name: join_layers(params[name]) for name in GROUPS if name in params}
 
 
 def count_parameters(params: Any) -> int:

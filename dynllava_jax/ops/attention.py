@@ -9,6 +9,7 @@ Softmax is computed in float32 whatever the dtype of q, k and v.
 import jax
 import jax.numpy as jnp
 
+from dynllava_jax.arrangement import STACKED, Arrangement
 from dynllava_jax.ops import layout
 
 NEARLY_ONE = 1 - 1e-6
@@ -211,6 +212,7 @@ def cached_attention(
   cache_v: jax.Array,
   cache_length: jax.Array,
   cache_first: jax.Array | None = None,
+  arrangement: Arrangement = STACKED,
 ) -> jax.Array:
   """New tokens attend to the cache and, causally, to each other.
 
@@ -219,7 +221,7 @@ def cached_attention(
 
   Args:
     q: float[B, T, N, H]; k, v: float[B, T, K, H] of the T new tokens.
-    cache_k, cache_v: float[B, C, K, H].
+    cache_k, cache_v: float[B, C, K, H], their axes in the order of `arrangement`.
     cache_length: int32[B], the first `cache_length[b]` slots of row b are real,
     cache_first: int32[B], but for the first `cache_first[b]`; None for none of them.
 
@@ -227,9 +229,14 @@ def cached_attention(
     float[B, T, N, H].
   """
   batch, length, heads, head_dim = q.shape
-  slots = cache_k.shape[1]
+  slots = cache_k.shape[arrangement.keys.index('c')]
   grouped = q.reshape(batch, length, k.shape[2], -1, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
-  old = jnp.einsum('btkgh,bckh->bkgtc', grouped, cache_k, preferred_element_type=jnp.float32)
+  if arrangement.apart:  # `einsum` would give the cache as the first factor, and XLA's CPU compiler transpose it
+    by_head = grouped.transpose(0, 2, 3, 1, 4)
+    flat = by_head.reshape(batch, by_head.shape[1], -1, head_dim)
+    old = jnp.matmul(flat, cache_k, preferred_element_type=jnp.float32).reshape(*by_head.shape[:4], slots)
+  else:
+    old = jnp.einsum('btkgh,bckh->bkgtc', grouped, cache_k, preferred_element_type=jnp.float32)
   real = jnp.arange(slots) < cache_length[:, None]
   if cache_first is not None:
     real = real & (jnp.arange(slots) >= cache_first[:, None])
@@ -237,5 +244,10 @@ def cached_attention(
   new = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32)
   new = jnp.where(jnp.tril(jnp.ones((length, length), bool)), new, -jnp.inf)
   weights = jax.nn.softmax(jnp.concatenate([old, new], -1), -1).astype(v.dtype)
-  out = jnp.einsum('bkgtc,bckh->btkgh', weights[..., :slots], cache_v) + jnp.einsum('bkgts,bskh->btkgh', weights[..., slots:], v)
+  of_old, of_new = weights[..., :slots], weights[..., slots:]
+  if arrangement.apart:
+    out = jnp.matmul(of_old.reshape(*flat.shape[:3], slots), cache_v).reshape(by_head.shape).transpose(0, 3, 1, 2, 4)
+  else:
+    out = jnp.einsum('bkgtc,bckh->btkgh', of_old, cache_v)
+  out += jnp.einsum('bkgts,bskh->btkgh', of_new, v)
   return out.reshape(batch, length, heads, head_dim)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax import methods, sharding
+from dynllava_jax.arrangement import best
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import BenchConfig, EvalRun, ModelConfig
 from dynllava_jax.evals import costs
@@ -76,7 +77,9 @@ def timed(call: Callable[[], Any]) -> float:
 
 def random_params(model: ModelConfig, run: EvalRun, dtype: Any, seed: int) -> dict[str, Any]:
   """Parameters cut for a run: normal, of deviation 0.02, norms one."""
-  shapes = jax.eval_shape(lambda p: cut_params(p, run.stages), sharding.unboxed(abstract_params(model)))
+  shapes = jax.eval_shape(
+    lambda p: cut_params(p, run.stages, best(jax.local_devices()[:1])), sharding.unboxed(abstract_params(model))
+  )
   draw = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype), static_argnums=1)
   keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
   make = lambda path, x: jnp.ones(x.shape, dtype) if path[-1].key == 'scale' else draw(next(keys), x.shape)
@@ -173,7 +176,7 @@ class Batch:
         sizes = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
         self.memory[part] = sizes
     turn, _ = self._prefill()
-    self.kv_bytes = sum(s.k.nbytes + s.v.nbytes for s in turn.cache.stages)
+    self.kv_bytes = sum(x.nbytes for s in turn.cache.stages for x in jax.tree.leaves((s.k, s.v)))
     answers = self._decode(turn)
     self.kept = float(np.asarray(answers[0].kept)[:, :-1].mean())
     self._engine = None

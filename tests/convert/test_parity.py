@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import CASES, GOLDEN
 
-from dynllava_jax import checkpoint
+from dynllava_jax import arrangement, checkpoint
+from dynllava_jax.arrangement import APART, STACKED
 from dynllava_jax.convert import report
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.records.base import Quantity, compare, load_case
@@ -46,19 +47,30 @@ def converted(case, out):
   return source.info, checkpoint.load_params(out)
 
 
-@pytest.fixture(scope='module', params=[*CASES, pytest.param('independent_gqa', marks=pytest.mark.slow)])
+NAMES = {STACKED: 'stacked', APART: 'apart'}
+RUNS = [('public_a', APART), ('public_b', STACKED)]
+MORE = [('public_a', STACKED), ('public_b', APART), ('independent_gqa', STACKED), ('independent_gqa', APART)]
+
+
+@pytest.fixture(
+  scope='module',
+  params=[*RUNS, *(pytest.param(run, marks=pytest.mark.slow) for run in MORE)],
+  ids=lambda run: f'{run[0]}-{NAMES[run[1]]}',
+)
 def verified(request, tmp_path_factory) -> tuple[list[Quantity], bool, list[str]]:
   """What `convert_weights.py --verify` compares, whether it finds all well, and the lines it prints."""
+  case, lies = request.param
   found, printed = [], io.StringIO()
 
   def remembered(*arguments):
     found.extend(verify(*arguments))
     return found
 
-  source, out = Request(src=GOLDEN / request.param / 'checkpoint'), tmp_path_factory.mktemp('converted') / 'out'
+  source, out = Request(src=GOLDEN / case / 'checkpoint'), tmp_path_factory.mktemp('converted') / 'out'
   with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
     patch.setattr(report, 'verify', remembered)
-    well = report.run_conversion(source, out, 'keep', False, True, str(GOLDEN / request.param / 'case.npz'))
+    patch.setattr(arrangement, 'best', lambda devices: lies)
+    well = report.run_conversion(source, out, 'keep', False, True, str(GOLDEN / case / 'case.npz'))
   return found, well, printed.getvalue().splitlines()
 
 

@@ -180,7 +180,7 @@ def test_the_option_needs_the_predictor():
 
 def test_a_chunk_keeps_what_is_asked_for():
   """Kept tokens stand next to each other; what is rejected, or lies beyond a row's count, is nowhere."""
-  zeros = jnp.zeros((1, 2, 3, 1, 1))
+  zeros = jnp.zeros((1, 2, 10, 1, 1))
   spec = kv.CacheSpec(max_new_tokens=2, later_tokens=4)
   cache = kv.from_prompt(zeros, zeros, jnp.array([3, 2]), gated=True, text_keep_budget=1.0, spec=spec)
   chunk = jnp.arange(1.0, 9).reshape(1, 2, 4, 1, 1)

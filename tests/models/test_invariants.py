@@ -269,7 +269,7 @@ def test_bfloat16_runs_and_stays_close(params):
   for dtype in (jnp.float32, jnp.bfloat16):
     generator = Generator(CFG, DENSE, params, max_new_tokens=NEW, eos_id=None, dtype=dtype)
     turn, _ = generator.start(*batch())
-    assert turn.cache.stages[0].k.dtype == dtype and turn.logits.dtype == jnp.float32
+    assert turn.cache.stages[0].k[0].dtype == dtype and turn.logits.dtype == jnp.float32
     results[dtype] = np.asarray(turn.logits)
   assert np.abs(results[jnp.float32] - results[jnp.bfloat16]).max() < 0.25 * results[jnp.float32].std()
 
@@ -302,7 +302,7 @@ def test_several_turns_stay_within_the_cache(params):
   second, cache = generator.decode(turn, prompt.seed)
   stage = cache.stages[0]
   assert int(first.length[0]) == 6 and int(second.length[0]) == 2  # 5 + 1 fed tokens fill the budget of 6
-  assert int(stage.length[0]) == int(cache.position[0]) <= stage.k.shape[2] and int(stage.evicted[0]) == 0
+  assert int(stage.length[0]) == int(cache.position[0]) <= stage.slots and int(stage.evicted[0]) == 0
   with pytest.raises(ValueError, match='room for 0 more'):
     generator.append(Turn(cache, turn.logits), chunk, count)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_invariants import CFG, NEW, ROWS, TEXT, P, batch
 
+from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import DENSE, ConfigError, Piece, Stage
@@ -113,7 +114,7 @@ def test_the_first_logits_are_dense_and_ratio_0_is_the_dense_cache(tiny_params, 
     turn, _ = Generator(CFG, stages, tiny_params, max_new_tokens=NEW, eos_id=None).start(*batch())
     np.testing.assert_allclose(turn.logits, dense.logits, atol=1e-5)
     if ratio == 0:
-      (stage,), (whole,) = turn.cache.stages, dense.cache.stages
+      stage, whole = (kv.stacked(c.stages[0]) for c in (turn.cache, dense.cache))
       np.testing.assert_array_equal(stage.length, whole.length)
       for row, length in enumerate(np.asarray(whole.length)):
         np.testing.assert_array_equal(stage.k[:, row, :length], whole.k[:, row, :length])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax import methods
+from dynllava_jax.arrangement import best_for
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.models.dynllava import DynLlava, Prompt
@@ -20,13 +21,19 @@ class DynamicRunner:
   def __init__(self, info: CheckpointInfo, params: dict[str, Any]):
     """`params` in checkpoint form. Records are of float32; a gradient in bfloat16 would be rounded."""
     self.info = info
-    self.model = DynLlava(info.model, info.stages)
-    self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), info.stages)
+    arrangement = best_for(params)
+    self.model = DynLlava(info.model, info.stages, arrangement=arrangement)
+    self.whole = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    self.params = cut_params(self.whole, info.stages, arrangement)
     self.num_image = methods.num_image_tokens(info.model)
     self.sparse = next(i for i, s in enumerate(info.stages) if s.selector == 'dynamic')
     self.instruct = info.model.predictor.instruct
     self.prefilled = jax.jit(self._prefill, static_argnums=2)
     self.extended = jax.jit(self._extend, static_argnums=3)
+
+  def training(self) -> tuple[DynLlava, dict[str, Any]]:
+    """The model and its parameters as training has them."""
+    return DynLlava(self.info.model, self.info.stages), cut_params(self.whole, self.info.stages)
 
   def apply(self, *args, method):
     """A method of the model, with these parameters."""

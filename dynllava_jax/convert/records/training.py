@@ -39,16 +39,17 @@ def compare_training(runner: DynamicRunner, case: dict[str, np.ndarray], pixels:
     image_spans = jnp.stack([prompt.image_start, prompt.image_start + runner.num_image], 1)
     yield compare(AT + 'image_span', image_spans, array('image_span'), EXACT)
   noise = tuple(map(jnp.asarray, noise))
+  model, params = runner.training()
 
   def losses(params):
-    apply = lambda *args, method: runner.model.apply({'params': params}, *args, method=method)
+    apply = lambda *args, method: model.apply({'params': params}, *args, method=method)
     image = apply(pixels, method='encode_images')
     tau = jnp.asarray(array('tau'))
     judging = sparsity.min_answer_len, noise, tau, None, instruct_rule(sparsity)
     out = apply(prompt, image, starts, *judging, method='train_forward')
     return training_losses(out, prompt, jnp.asarray(labels), starts, sparsity), out
 
-  result, out = jax.jit(losses)(runner.params)
+  result, out = jax.jit(losses)(params)
   yield compare(AT + 'image_predictor_logits', out.image_logits, array('image_predictor_logits'), LOGITS)
   yield compare(AT + 'image_mask', out.image_mask, array('image_mask'), EXACT)
   places = jnp.arange(labels.shape[1])[None]
@@ -66,7 +67,7 @@ def compare_training(runner: DynamicRunner, case: dict[str, np.ndarray], pixels:
     yield compare(AT + name, ours, array(name), LOSS, relative=True)
   yield compare(AT + 'mask_loss_weight', sparsity.mask_loss_weight, array('mask_loss_weight'), 1e-6, relative=True)
   for group, pick in zip(GRADIENTS, (lambda r: r.total, lambda r: r.ce)):
-    gradients = join_params(jax.jit(jax.grad(lambda p, pick=pick: pick(losses(p)[0])))(runner.params))
+    gradients = join_params(jax.jit(jax.grad(lambda p, pick=pick: pick(losses(p)[0])))(params))
     yield from compare_gradients(runner.info.model, case, group, gradients)
 
 
