@@ -4,7 +4,7 @@
 `APART`: every layer's arrays are its own and layers are unrolled. XLA's CPU compiler copies a slice before it multiplies with it,
 and transposes what does not lie as its matrix product wants it: all weights and the whole cache, for every token.
 
-Checkpoints, training and records of methods know `STACKED` alone; `models.params.cut_params` makes either of a checkpoint.
+Checkpoints and training know `STACKED` alone; `models.params.cut_params` makes either of a checkpoint.
 """
 
 import dataclasses

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynllava_jax import cache as kv
 from dynllava_jax import methods
+from dynllava_jax.arrangement import best_for
 from dynllava_jax.cache import Cache, CacheSpec, StageCache
 from dynllava_jax.config import IMAGE_ID, ModelConfig, Piece, Stage
 from dynllava_jax.convert.readers import ConversionError
@@ -77,11 +79,12 @@ class Runner:
 
   def __init__(self, model: ModelConfig, params: dict[str, Any], stages: tuple[Stage, ...], reducer: Piece | None = None):
     """`params` in checkpoint form; computation is in float32, in which records are compared."""
-    self.model = DynLlava(dataclasses.replace(model, predictor=None), stages, reducer=reducer)
+    arrangement = best_for(params)
+    self.model = DynLlava(dataclasses.replace(model, predictor=None), stages, reducer=reducer, arrangement=arrangement)
     self.num_image = self.model.num_image
     used = {name: params[name] for name in ('vision', 'vision_tail', 'projector', 'llama') if name in params}
     methods.check_tail(model, reducer, 'vision_tail' in used)
-    self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), used), stages)
+    self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), used), stages, arrangement)
     self._prefill = jax.jit(self._prefill_impl, static_argnums=2)
     self._extend = jax.jit(self._extend_impl)
     self._recompute = jax.jit(self._recompute_impl, static_argnums=3)
@@ -117,7 +120,7 @@ class Runner:
     """Greedy decoding of `steps` tokens; rows do not stop. `text`: at least so many text positions."""
     prompt, image = self.lay_out(asked, text)
     prefill_logits, hidden, traces, cache = self._prefill(prompt, image, CacheSpec(max_new_tokens=steps), _groups(asked))
-    after_prefill = jax.device_get(cache)
+    after_prefill = [jax.device_get(kv.stacked(s)) for s in cache.stages]
     last = prefill_logits[jnp.arange(len(asked)), traces[-1].length - 1]
     ones = jnp.ones(len(asked), jnp.int32)
     tokens, logits, position, length = [], [last], [], [self._slots_in_use(cache)]
@@ -138,7 +141,7 @@ class Runner:
     for row in range(len(asked)):
       mine = tuple(_row_of_trace(t, row) for t in traces)
       real = int(traces[-1].length[row])
-      k, v = (tuple(_in_use(getattr(s, name), s, row) for s in after_prefill.stages) for name in ('k', 'v'))
+      k, v = (tuple(_in_use(getattr(s, name), s, row) for s in after_prefill) for name in ('k', 'v'))
       of_row = tokens[row], logits[row], position[row], length[row]
       answers.append(Answer(int(prompt.image_start[row]), prefill_logits[row, :real], hidden[row, :real], mine, k, v, *of_row))
     return answers
