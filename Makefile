@@ -4,17 +4,19 @@
 # make hello   asks the model that ships here three questions about a picture, dense and dynamic side by side; results in runs/hello/
 # make test    runs the tests; make test-slow the long ones that it leaves out, make test-faults kills and damages the programs
 # make lint    checks style and formatting; make format mends them
+# PYTHON=python3.12 uses that one, in an environment of its own (.venv-python3.12); 3.11 to 3.13 work.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv$(patsubst %,-%,$(filter-out python3,$(notdir $(PYTHON))))
+BIN := $(VENV)/bin
 RUN := runs/digits
 
 .PHONY: setup hello demo methods test test-slow test-faults lint format clean
 
-setup: .venv/installed
+setup: $(VENV)/installed
 
-.venv/installed: requirements.txt requirements-cloud.txt requirements-dev.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: requirements.txt requirements-cloud.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "error: Python 3.11, 3.12 or 3.13 is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@
@@ -54,4 +56,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv runs
+	rm -rf $(VENV) runs

@@ -23,6 +23,7 @@ def define_config() -> flags.FlagHolder:
   return config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py:base.')
 
 
+_SHIPPED_CONFIG = re.compile(r'^((?:--?config=)?)(configs/[^:]+)')  # the file's name, after `--config=` or `--config `
 _PATHS: list[str] = []  # names of the flags that are paths
 
 
@@ -117,7 +118,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
   def parser(argv):
     try:
-      return flags.FLAGS(argv)
+      return flags.FLAGS([_SHIPPED_CONFIG.sub(lambda m: m[1] + paths.shipped(m[2]), a) for a in argv])
     except flags.Error as e:
       sys.exit(f'error: {_one_line(e)}')
     except AttributeError as e:  # ml_collections' word for an unknown key

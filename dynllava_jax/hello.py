@@ -12,9 +12,9 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from dynllava_jax import command_line
+from dynllava_jax import command_line, paths
 
-CHECKPOINT = command_line.define_path('checkpoint', 'examples/digits', 'Checkpoint of the digits model.')
+CHECKPOINT = command_line.define_path('checkpoint', paths.shipped('examples/digits'), 'Checkpoint of the digits model.')
 OUT = command_line.define_path('out', 'runs/hello', 'Where the pictures go.')
 SEED = flags.DEFINE_integer('seed', 0, 'Which scene is drawn, of digits that the model has never seen.', lower_bound=0)
 

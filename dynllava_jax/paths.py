@@ -18,6 +18,7 @@ CACHE = 'DYNLLAVA_JAX_CACHE'  # environment variable: where files of object stor
 COMPILED = 'DYNLLAVA_JAX_COMPILATION_CACHE'  # environment variable: where compiled programs are kept, see `compilation`
 OFF = 'off'  # its value, or that of the flag, that keeps none
 STORES = {'gs': 'gcsfs', 's3': 's3fs'}  # scheme -> package that speaks it
+SHIPPED = ('configs/', 'examples/')  # what comes with the project besides the package
 LONGEST_NAME = 200  # bytes; file systems take 255, and temporary names add to a name
 LONGEST_PATH = 3800  # bytes; the system takes 4096, and programs add names below it
 _SCHEME = re.compile(r'([A-Za-z][A-Za-z0-9+.-]+):(/|$)')
@@ -59,6 +60,16 @@ def expanded(text: str, where: str) -> str:
     raise PathError(f'{where}: {text!a} holds the character {strange!a}, which no path here may; rename it')
   scheme = _SCHEME.match(text)
   return _checked_url(text, scheme[1], where) if scheme else _checked_local(text, where)
+
+
+def shipped(text: str) -> str:
+  """A path below configs/ or examples/: if the current folder has none, that of the checkout or the installation."""
+  if text.startswith(SHIPPED) and not os.path.exists(text):
+    package = pathlib.Path(__file__).parent
+    for root in (package, package.parent):
+      if (root / text).exists():
+        return str(root / text)
+  return text
 
 
 def is_url(text: str) -> bool:

@@ -1,9 +1,11 @@
 """What every benchmark of the suite provides, and the pieces that they share."""
 
 import dataclasses
+import functools
+import operator
 import pathlib
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from dynllava_jax.config import EvalConfig
@@ -17,6 +19,11 @@ LETTER_CN = '请直接回答选项字母。'
 YES_NO = 'Please answer yes or no.'
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 LLAVA_EVAL = 'eval.zip of LLaVA (https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md)'
+
+
+def added(values: Iterable[float]) -> float:
+  """The sum as the official scorers make it, one float after the other: `sum` compensates rounding from Python 3.12 on."""
+  return functools.reduce(operator.add, values, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.config.evaluation import MOST_MADE
 from dynllava_jax.data.conversation import IMAGE_TOKEN
-from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Problems, Question, add_counts, canonical, rates
+from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Problems, Question, add_counts, added, canonical, rates
 from dynllava_jax.evals.folders import Folder
 
 LONG_TASKS = ('read',)
@@ -74,5 +74,5 @@ class Digits(Benchmark):
       tasks = [k.removesuffix('/n') for k in sums if k.endswith('/n') and (k.removesuffix('/n') in LONG_TASKS) == wanted]
       count = sum(sums[f'{t}/n'] for t in tasks)
       if count:
-        result[length] = 100 * sum(sums[f'{t}/correct'] for t in tasks) / count
+        result[length] = 100 * added(sums[f'{t}/correct'] for t in tasks) / count
     return result

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks import meteor
-from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, canonical, image_folder
+from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, added, canonical, image_folder
 from dynllava_jax.evals.benchmarks.kinds import needed_picture
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.reading import ID, fields, read_list
@@ -67,7 +67,7 @@ class LongAnswers(Benchmark):
       raise ValueError(f'answer {row["question_id"]}: {len(texts)} rounds, expected {len(references)}')
     words = meteor.wordnet()
     scores = [meteor.score(r, t, words) for r, t in zip(references, texts)]
-    counts = {'n': 1, 'meteor': sum(scores) / len(scores)}
+    counts = {'n': 1, 'meteor': added(scores) / len(scores)}
     if not words:
       counts[WITHOUT + 'synonyms'] = 1
     if any(meteor.is_guess(text) for text in (*(r.strip().lower() for r in references), *map(str.strip, texts))):
@@ -80,7 +80,7 @@ class LongAnswers(Benchmark):
           f'answer {row["question_id"]}: perplexities are {values}, tokens fed {fed} and kept {kept}; '
           'expected at least 1, and 0 <= kept <= fed'
         )
-      counts |= {'with_perplexity': 1, 'perplexity': sum(values) / len(values), 'reference_fed': sum(fed)}
+      counts |= {'with_perplexity': 1, 'perplexity': added(values) / len(values), 'reference_fed': sum(fed)}
       counts['reference_kept'] = sum(kept) - _evicted(row, 'reference_evicted', sum(kept))
     if 'kept' in meta:
       if not isinstance(meta['kept'], str) or set(meta['kept']) - set('01'):

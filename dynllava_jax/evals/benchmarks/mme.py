@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, canonical
+from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, added, canonical
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.reading import read_text
 
@@ -123,7 +123,7 @@ class Mme(Lines):
       if sums.get(f'{c}/images')
     }
     groups = {'perception': PERCEPTION, 'cognition': COGNITION}
-    return {g: sum(scores[c] for c in names if c in scores) for g, names in groups.items() if scores.keys() & set(names)} | scores
+    return {g: added(scores[c] for c in names if c in scores) for g, names in groups.items() if scores.keys() & set(names)} | scores
 
   def submission(self, folder: Folder, rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, bytes]:
     labels = {_key(c, s, q): (c, s, q, a) for c, s, q, a in read_labels(find_labels(folder))}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, canonical
+from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, added, canonical
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.reading import ID, fields, read_lines
 
@@ -92,7 +92,7 @@ class Pope(Lines):
       if own:
         result |= {f'{category}/{k}': 100 * v for k, v in rates(own).items()}
     f1 = [v for k, v in result.items() if k.endswith('/f1_score')]
-    return {'f1': sum(f1) / len(f1)} | result
+    return {'f1': added(f1) / len(f1)} | result
 
 
 def _label_file(folder: Folder, file: str):

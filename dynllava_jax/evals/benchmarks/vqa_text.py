@@ -8,6 +8,8 @@ and only the first 32 periods do.
 import re
 from collections.abc import Callable, Sequence
 
+from dynllava_jax.evals.benchmarks.base import added
+
 ANNOTATORS = 10
 PERIODS_REMOVED = 32  # the original passes a regex flag of this value where a count belongs
 PERIOD = re.compile(r'\.(?!\d)')
@@ -61,7 +63,7 @@ def soft_scores(answers: Sequence[str], form: Callable[[str], str] = normalize) 
   scores = {}
   for answer in set(given):
     shares = [min(1, (given.count(answer) - (own == answer)) / 3) for own in given]
-    scores[answer] = sum(shares) / len(shares)
+    scores[answer] = added(shares) / len(shares)
   return scores
 
 
