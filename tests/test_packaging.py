@@ -66,7 +66,7 @@ def test_the_installed_package_runs_all_three_programs(tmp_path):
   away.mkdir()
   pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-build-isolation', '--target', str(site), str(ROOT)]
   subprocess.run(pip, check=True, cwd=away)
-  env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'PYTHONPATH': str(site), 'JAX_PLATFORMS': 'cpu'}
+  env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'PYTHONPATH': str(site), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
 
   def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, '-m', f'dynllava_jax.{module}', *arguments]
