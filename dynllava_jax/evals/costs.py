@@ -1,8 +1,8 @@
 """What a run costs, by arithmetic: FLOPs and KV-cache bytes of one sample.
 
 Two conventions of FLOPs, both stated wherever they are printed:
-* `decoder_flops`, `sample_flops`: every matrix product of this architecture, 2 FLOPs per multiply-add, true dimensions; what
-  methods without parameters compute to choose (attention rows, similarities) is not counted;
+* `decoder_flops`, `sample_flops`: every matrix product of this architecture, 2 FLOPs per multiply-add, true dimensions; of a whole
+  sample those too by which methods choose and merge (attention rows, similarities), as each method's `flops` says;
 * `paper_flops`: the paper's count, 32 C^2 per token and layer + 4 N^2 C, image tokens only (section 4.1).
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.config import ModelConfig, Piece, Stage, judges_instructions
+from dynllava_jax.methods.base import row_flops
 
 
 def layer_flops(model: ModelConfig, tokens: float, keys: float, no_mlp: float = 0) -> float:
@@ -48,6 +49,32 @@ def vision_flops(model: ModelConfig, reducer: Piece | None = None) -> float:
   return patches + blocks + projector
 
 
+def reducer_flops(model: ModelConfig, reducer: Piece | None) -> float:
+  """What a reducer adds to tower and projector for one image: attention rows of the class token, and its own products."""
+  kind, options = methods.bound(reducer, 'reducer')
+  if kind is None:
+    return 0.0
+  rows = len(methods.tower_needs(model, reducer).class_attention)
+  return 2 * rows * (model.vision.num_patches + 1) * model.vision.hidden_size + kind.flops(model, options)
+
+
+def ranking_flops(model: ModelConfig, stage: Stage, rows: int, reached: int, budget: int) -> float:
+  """What the selector of a stage costs: the attention that it ranks by, and its own products.
+
+  Args:
+    model, stage: what is run; rows: of the stream that reaches the stage, text and image.
+    reached: image tokens among them; budget: those that it keeps.
+  """
+  llama, (kind, options) = model.llama, methods.selector_of(stage)
+  asked = rows if kind.query_weight else 1
+  total = kind.flops(llama, rows, reached, budget, options)
+  if kind.attention:
+    total += row_flops(llama, asked, rows)
+  if kind.attention == 'entering':  # keys and queries once more, of what has not been cut yet
+    total += 2 * llama.hidden_size * llama.head_dim * (rows * llama.num_kv_heads + asked * llama.num_heads)
+  return total
+
+
 def predictor_flops(model: ModelConfig, image_tokens: int, text_tokens: float) -> float:
   """Vision predictor over `image_tokens` once, text predictor over `text_tokens`."""
   p, width = model.predictor, model.llama.hidden_size
@@ -78,12 +105,14 @@ def sample_flops(
   """
   num_image = methods.num_image_tokens(model, reducer) if image else 0
   unmerged = methods.unmerged_tokens(model, reducer) if image else 0
-  total = vision_flops(model, reducer) if image else 0.0
-  gated, budget_share = False, 1.0
+  total = vision_flops(model, reducer) + reducer_flops(model, reducer) if image else 0.0
+  gated, budget_share, reached = False, 1.0, num_image
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, num_image)):
     layers = end - stage.start
     kind, options = methods.bound(stage.layers, 'layers', methods.LayerKind())
+    compressor, settings = methods.bound(stage.compressor, 'compressor')
+    total += ranking_flops(model, stage, text_tokens + reached, reached, stage.kept_image_tokens(num_image)) if image else 0.0
     if methods.get(stage.selector).text_margin:
       gated, budget_share = True, stage.text_keep_budget
       judged = text_tokens + num_image if image and judges_instructions((stage,)) else 0  # computed of every row that arrives
@@ -93,6 +122,8 @@ def sample_flops(
     for layer in range(stage.start, end):
       keys, rows = kind.saves(model.llama, layer, image_tokens, options)
       total += layer_flops(model, prompt, places * (places + 1) / 2 - keys, rows)
+      total += compressor.flops(model.llama, text_tokens, image_tokens, settings) if compressor else 0.0
+    reached = image_tokens
     cached = sum(stage_slots(model, stage, end, text_tokens, image_tokens)) / layers + unmerged
     held = 0
     for keep in kept:

@@ -136,6 +136,7 @@ class Reducer(Origin):
     projects_all: whether the projector runs on all patches, or only on what is left of them.
     unmerges: options -> whether the decoder attends over all patches although it has fewer rows: queries, keys and values of a
       token stand at the places of all its patches, and what these attend to is averaged. The cache then holds all patches.
+    flops: (model, options) -> FLOPs of the matrix products by which it chooses and merges the patches of one image.
   """
 
   reduce: Callable[[TowerOutput, Callable[[jax.Array], jax.Array], Any], Reduced]
@@ -143,6 +144,7 @@ class Reducer(Origin):
   needs: Callable[[VisionConfig, Any], TowerNeeds] = lambda vision, options: TowerNeeds()
   projects_all: bool = False
   unmerges: Callable[[Any], bool] = lambda options: False
+  flops: Callable[[ModelConfig, Any], float] = lambda model, options: 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,6 +250,8 @@ class Selector(Origin):
     training: how a run with it is trained: 'masks' weigh keys in sequences of full length (`DynLlava.train_forward`), 'gathers' cut
       the sequence as a prefill does; '' for not at all.
     training_weight: (labels int32[B, S], options) -> float32[B, S], what `query_weight` is while training; None for the same.
+    flops: (LLaMA config, rows of the stream, image tokens that reach the stage, budget M, options) -> FLOPs of the matrix products
+      by which it chooses and merges, besides those that give it its attention row.
   """
 
   select: Callable[[SelectorInputs, int, Any], Chosen]
@@ -258,6 +262,12 @@ class Selector(Origin):
   num_more: Callable[[int, int, Any], int] = lambda reached, budget, options: 0
   training: str = ''
   training_weight: Callable[[jax.Array, Any], jax.Array] | None = None
+  flops: Callable[[LlamaConfig, int, int, int, Any], float] = lambda llama, rows, reached, budget, options: 0.0
+
+
+def row_flops(llama: LlamaConfig, rows: float, keys: float) -> float:
+  """FLOPs of the attention weights of `rows` queries over as many `keys` each, and of their sum over the queries."""
+  return 2 * llama.num_heads * (llama.head_dim + 1) * rows * keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -360,7 +370,9 @@ class Compressor(Origin):
     compress: (`Observed`, options) -> `Compressed`; a row depends on that row alone, and not on its padding.
     slots: (text slots, image tokens that reach the stage, layer, decoder layers, options) -> most slots that the layer fills; C is
       the most of a stage.
+    flops: (LLaMA config, text rows, image rows, options) -> FLOPs of the matrix products by which one layer scores and merges.
   """
 
   compress: Callable[[Observed, Any], Compressed]
   slots: Callable[[int, int, int, int, Any], int]
+  flops: Callable[[LlamaConfig, int, int, Any], float] = lambda llama, text, image, options: 0.0

@@ -53,6 +53,7 @@ REDUCER = Reducer(
   reduce=reduce,
   num_tokens=patches_kept,
   projects_all=True,
+  flops=lambda model, options: 2 * model.vision.num_patches**2 * model.llama.hidden_size,
   options=KeptPatches,
   source='arXiv 2503.02175; github.com/vbdi/divprune 799e2d9',
   verified="the authors' code: distances, order of choice, scores, logits, generated tokens",

@@ -7,6 +7,7 @@ tower sees it, and takes greedily what raises the determinant most. Here all hav
 import jax
 import jax.numpy as jnp
 
+from dynllava_jax.config import ModelConfig
 from dynllava_jax.methods.base import KeptPatches, Reduced, Reducer, TowerOutput, patches_kept
 from dynllava_jax.ops.layout import gather_rows
 from dynllava_jax.ops.similarity import cosines
@@ -37,6 +38,12 @@ def greedy(kernel: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   return order.astype(jnp.int32), gain
 
 
+def flops(model: ModelConfig, options: KeptPatches) -> float:
+  """The likeness of all, and what each chosen one explains of the others."""
+  patches = model.vision.num_patches
+  return 2 * patches**2 * model.llama.hidden_size + 2 * options.tokens**2 * patches
+
+
 def reduce(tower: TowerOutput, project, options: KeptPatches) -> Reduced:
   """The chosen projected tokens, in their places' order."""
   projected = project(tower.features)
@@ -48,6 +55,7 @@ REDUCER = Reducer(
   reduce=reduce,
   num_tokens=patches_kept,
   projects_all=True,
+  flops=flops,
   options=KeptPatches,
   source='arXiv 2506.10967 without the question; github.com/Theia-4869/CDPruner 9541616',
   verified="the authors' order of choice for their kernels, which hold the question; no run without it was recorded",

@@ -97,6 +97,16 @@ def above(best: jax.Array, threshold: float) -> jax.Array:
   return (best > threshold).sum(-1, dtype=jnp.int32)
 
 
+def flops(model: ModelConfig, options: Options) -> float:
+  """The likeness of the keys of every second token to those between, in each block."""
+  vision, total = model.vision, 0
+  tokens = vision.num_patches + 1
+  for merged in schedule(vision, options):
+    total += 2 * (tokens - tokens // 2) * (tokens // 2) * (vision.hidden_size // vision.num_heads)
+    tokens -= merged
+  return total
+
+
 def reduce(tower: TowerOutput, project, options: Options) -> Reduced:
   """Merged tokens as the last block leaves them; each stands for the patch that others went into."""
   tokens = tower.merged[-1][1]
@@ -108,6 +118,7 @@ REDUCER = Reducer(
   reduce=reduce,
   num_tokens=num_tokens,
   needs=needs,
+  flops=flops,
   unmerges=lambda options: options.unmerge,
   options=Options,
   source='arXiv 2504.17040; github.com/MikeWangWZHL/dymu c57d75a',

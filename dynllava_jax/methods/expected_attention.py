@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dynllava_jax.config import LlamaConfig
 from dynllava_jax.methods import kv_scores
 from dynllava_jax.methods.base import Rotation
 from dynllava_jax.methods.kv_scores import Part, at_least, first_ones, group_mean
@@ -79,8 +80,15 @@ def average_rotation(rotation: Rotation, count: int):
   return turn
 
 
+def flops(llama: LlamaConfig, text: int, image: int, options: Options) -> float:
+  """The mean query to each key, and the spread of all queries, its rotation apart, to each key."""
+  rows = (text + image) * llama.num_heads * llama.head_dim
+  return 2 * rows + (4 * rows * llama.head_dim if options.covariance else 0)
+
+
 COMPRESSOR = kv_scores.compressor(
   score,
+  flops=flops,
   options=Options,
   source='arXiv 2510.00636, NVIDIA/kvpress 0.5.5',
   verified='kvpress, over the prompt: scores, sets, keys, values, logits and tokens',

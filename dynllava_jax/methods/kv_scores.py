@@ -146,7 +146,7 @@ def compressor(score: Score, budget: Callable[[int, int, int, Any], int] = share
   Args:
     score: of the competing keys.
     budget: (how many compete, layer, decoder layers, options) -> how many of them stay.
-    origin: fields of `Origin`.
+    origin: other fields of `Compressor`.
   """
 
   @functools.lru_cache  # the cost of every sample asks

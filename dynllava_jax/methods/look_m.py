@@ -10,8 +10,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dynllava_jax.config import ConfigError
-from dynllava_jax.methods.base import Compressed, Compressor, Observed
+from dynllava_jax.config import ConfigError, LlamaConfig
+from dynllava_jax.methods.base import Compressed, Compressor, Observed, row_flops
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.attention import attention_received
 
@@ -112,9 +112,16 @@ def _similar_enough(best: jax.Array, evicted: jax.Array) -> jax.Array:
   return jnp.take_along_axis(jnp.broadcast_to(mean >= overall, best.shape), nth, -1)
 
 
+def flops(llama: LlamaConfig, text: int, image: int, options: Options) -> float:
+  """What each entry receives, the likeness of all to what stays, and the sums of merged keys and values."""
+  size, kept = text + image, slots(text, image, 0, 1, options)
+  return row_flops(llama, (size + 1) / 2, size) + 6 * size * kept * llama.num_kv_heads * llama.head_dim
+
+
 COMPRESSOR = Compressor(
   compress=compress,
   slots=slots,
+  flops=flops,
   options=Options,
   source='arXiv 2406.18139, SUSTechBruce/LOOK-M ecf0f51',
   verified="the authors' code in float64, pivot and weighted merges: scores, sets, pivots, keys, values, logits and tokens",

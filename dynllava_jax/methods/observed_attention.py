@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax.methods import kv_scores
+from dynllava_jax.methods.base import row_flops
 from dynllava_jax.methods.kv_scores import Options, Part, group_mean
 from dynllava_jax.ops.attention import attention_received
 
@@ -23,6 +24,7 @@ def score(part: Part, options: Options) -> tuple[jax.Array, dict[str, jax.Array]
 
 COMPRESSOR = kv_scores.compressor(
   score,
+  flops=lambda llama, text, image, options: row_flops(llama, (text + image + 1) / 2, text + image),
   options=Options,
   source='arXiv 2306.14048, NVIDIA/kvpress 0.5.5',
   verified='kvpress, over the prompt: scores, sets, keys, values, logits and tokens',

@@ -119,6 +119,12 @@ def condense(tower: TowerOutput, attention: jax.Array, centre: jax.Array, near: 
   return sums.at[:, :-1].add(gather_rows(features, centre)).astype(tower.features.dtype)
 
 
+def flops(model: ModelConfig, options: Options) -> float:
+  """The class token's row, the likeness of centres' keys to all, and the sums over neighbours and over what is no centre."""
+  patches, tokens = model.vision.num_patches, num_tokens(model, options)
+  return 4 * tokens * patches * model.vision.hidden_size
+
+
 def reduce(tower: TowerOutput, project, options: Options) -> Reduced:
   """Centres in the order of choice, which is not that of places, and the summary, which stands for no patch."""
   attention = class_attention(tower)
@@ -131,6 +137,7 @@ REDUCER = Reducer(
   reduce=reduce,
   num_tokens=num_tokens,
   needs=needs,
+  flops=flops,
   options=Options,
   source='arXiv 2403.15388; github.com/42Shawn/LLaVA-PruMerge 097c041, fixed ratio',
   verified="the authors' code: attention row, keys, centres, neighbours, features, image tokens, logits, generated tokens",

@@ -48,6 +48,7 @@ def budget(count: int, layer: int, layers: int, options: Options) -> int:
 COMPRESSOR = kv_scores.compressor(
   snapkv.score,
   budget,
+  flops=snapkv.flops,
   options=Options,
   source='arXiv 2406.02069, NVIDIA/kvpress 0.5.5',
   verified='kvpress, over the prompt: scores, sets, keys, values, logits and tokens',

@@ -10,8 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dynllava_jax.config import ConfigError
+from dynllava_jax.config import ConfigError, LlamaConfig
 from dynllava_jax.methods import kv_scores
+from dynllava_jax.methods.base import row_flops
 from dynllava_jax.methods.kv_scores import Part, at_least, group_mean, last_ones, looked_at
 
 
@@ -49,8 +50,14 @@ def score(part: Part, options: Options) -> tuple[jax.Array, dict[str, jax.Array]
   return last_ones(part, in_window, sums / options.kernel), {}
 
 
+def flops(llama: LlamaConfig, text: int, image: int, options: Options) -> float:
+  """The window's attention rows."""
+  return row_flops(llama, min(options.window, text + image), text + image)
+
+
 COMPRESSOR = kv_scores.compressor(
   score,
+  flops=flops,
   options=Options,
   source='arXiv 2404.14469, NVIDIA/kvpress 0.5.5',
   verified='kvpress over the prompt, an independent program over the image: scores, sets, keys, values, logits and tokens',

@@ -9,6 +9,7 @@ the mean, all of it rates; if the budget is all that is there, nothing is cut.
 import jax
 import jax.numpy as jnp
 
+from dynllava_jax.config import LlamaConfig
 from dynllava_jax.methods.base import Chosen, Rows, Selector, SelectorInputs
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.selection import top_indices
@@ -96,11 +97,19 @@ def select(inputs: SelectorInputs, budget: int, options) -> Chosen:
   )
 
 
+def flops(llama: LlamaConfig, rows: int, reached: int, budget: int, options) -> float:
+  """How well text matches the image, and the means of what comes back; distances are no products."""
+  del options
+  recycled, means = num_recycled(reached - budget)
+  return 2 * llama.hidden_size * (rows * reached + means * recycled)
+
+
 SELECTOR = Selector(
   select=select,
   attention='previous',
   query_weight=rater_weights,
   renumbers=lambda options: True,
+  flops=flops,
   num_more=lambda reached, budget, options: num_recycled(reached - budget)[1],
   source='arXiv 2410.04417, Gumpest/SparseVLMs 26a5f48, version 1_0',
   verified="the authors' code without its noise: raters, scores, sets, clusters, means, cache lengths, logits and tokens; not 2_0",

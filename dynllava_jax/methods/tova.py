@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax.methods import kv_scores
+from dynllava_jax.methods.base import row_flops
 from dynllava_jax.methods.kv_scores import Options, Part, last_ones, looked_at
 
 
@@ -21,6 +22,7 @@ def score(part: Part, options: Options) -> tuple[jax.Array, dict[str, jax.Array]
 
 COMPRESSOR = kv_scores.compressor(
   score,
+  flops=lambda llama, text, image, options: row_flops(llama, 1, text + image),
   options=Options,
   source='arXiv 2401.06104, NVIDIA/kvpress 0.5.5',
   verified='kvpress, over the prompt: scores, sets, keys, values, logits and tokens',

@@ -93,6 +93,13 @@ def condense(tower: TowerOutput, choice: Choice) -> jax.Array:
   return jnp.concatenate([tower.class_feature[:, None], kept, merged.astype(kept.dtype)], 1)
 
 
+def flops(model: ModelConfig, options: Options) -> float:
+  """The likeness of keys of merged patches to those of their targets, and the sums over what these absorb."""
+  vision = model.vision
+  merged = vision.num_patches - options.dominant + 1 - options.contextual
+  return 2 * merged * options.contextual * (vision.hidden_size // vision.num_heads + vision.hidden_size)
+
+
 def reduce(tower: TowerOutput, project, options: Options) -> Reduced:
   """Class token, dominant patches, contextual tokens, in this order; a contextual token stands for its target's patch."""
   choice = choose(tower, options)
@@ -104,6 +111,7 @@ REDUCER = Reducer(
   reduce=reduce,
   num_tokens=num_tokens,
   needs=needs,
+  flops=flops,
   options=Options,
   source='arXiv 2412.04467; github.com/dvlab-research/VisionZip 3151f6d',
   verified="the authors' code: attention rows, keys, choice, merging, image tokens, logits, generated tokens",

@@ -98,6 +98,7 @@ REDUCER = Reducer(
   reduce=reduce,
   num_tokens=patches_kept,
   needs=needs,
+  flops=lambda model, options: 2 * model.vision.num_patches**2 * model.vision.hidden_size,
   options=Options,
   source='arXiv 2412.01818 v2; github.com/Theia-4869/VisPruner aefa01a',
   verified="the authors' code: attention row, features, both choices, image tokens, logits, generated tokens",

@@ -78,6 +78,11 @@ def destinations(projected: jax.Array, kept: jax.Array) -> jax.Array:
   return likest.at[jnp.arange(kept.shape[0])[:, None], kept].set(jnp.arange(kept.shape[1], dtype=jnp.int32))
 
 
+def flops(model: ModelConfig, options: Options) -> float:
+  """The likeness of every patch to every kept one, and the sums over what these absorb."""
+  return 4 * model.vision.num_patches * num_tokens(model, options) * model.llama.hidden_size
+
+
 def reduce(tower: TowerOutput, project, options: Options) -> Reduced:
   """The mean of each kept token and those that it absorbs, likeness and mean being of projected tokens."""
   projected = project(tower.features)
@@ -95,6 +100,7 @@ REDUCER = Reducer(
   num_tokens=num_tokens,
   needs=needs,
   projects_all=True,
+  flops=flops,
   options=Options,
   source='arXiv 2505.22654; github.com/Tencent/SelfEvolvingAgent a82450e, VScan',
   verified="the authors' code: attention rows, choices, merging, image tokens, then with its cut scores, sets, logits and tokens",

@@ -1,4 +1,4 @@
-"""FLOPs of a prefill by the formula and by the compiler, and bytes of its cache; `NOT_COUNTED` says of which methods not.
+"""FLOPs of a prefill by the formula and by the compiler, and bytes of its cache, of every method.
 
 Not for layer kinds: of a `cond` the compiler counts the dearest branch. What hollow attention saves is tested in tests/ops.
 """
@@ -44,15 +44,6 @@ def every_method() -> dict[str, tuple[ModelConfig, EvalRun]]:
 
 
 EVERY = every_method()
-# On these sizes the formula counts too little: ours over the compiler's, measured. The others need more than this prefill gives.
-NOT_COUNTED = {
-  'expected_attention': '0.944',
-  'vscan': '0.941',
-  'pyramiddrop': '0.916',
-  'prumerge': 'parameters of the block above the features',
-  'prumerge_plus': 'the same',
-  'dymu': 'the groups that it unmerges by',
-}
 
 
 @pytest.mark.parametrize('name', RUNS)
@@ -61,7 +52,7 @@ def test_the_compiler_counts_what_the_formula_says(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [name for name, (_, run) in EVERY.items() if run.method not in NOT_COUNTED])
+@pytest.mark.parametrize('name', EVERY)
 def test_the_compiler_counts_what_the_formula_says_of_other_methods(name):
   model, run = EVERY[name]
   check_costs(model, run.stages, run.reducer)
@@ -78,11 +69,13 @@ def check_costs(config: ModelConfig, stages: tuple[Stage, ...], reducer: Piece |
   array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
   size = TEXT + methods.num_image_tokens(config, reducer)
   prompt = Prompt(array(1, size), array(1), array(1), array(1, dtype=jnp.uint32))
-  params = jax.eval_shape(lambda p: cut_params(p, stages), sharding.unboxed(abstract_params(config)))
+  tail = methods.tower_needs(config, reducer).next_block
+  params = jax.eval_shape(lambda p: cut_params(p, stages), sharding.unboxed(abstract_params(config, with_tail=tail)))
 
   def prefill(params, prompt, pixels):
     call = lambda method, *args: model.apply({'params': params}, *args, method=method)
-    hidden, _, cache = call('prefill', prompt, call('encode_images', pixels), spec)
+    image = call('reduce_images', pixels)
+    hidden, _, cache = call('prefill', prompt, image.tokens, spec, image.group)
     return call('logits', hidden[:, -1]), cache
 
   pixels = array(1, 112, 112, 3, dtype=jnp.float32)
@@ -103,5 +96,5 @@ def test_every_registered_reduction_costs_less_by_both_conventions():
     assert paper(stages, reducer) < 0.7 * paper(DENSE)
     assert costs.sample_flops(MODEL, stages, TEXT, [], spec, reducer=reducer) < whole
   stages, _ = RUNS['snapkv']
-  assert costs.sample_flops(MODEL, stages, TEXT, [], spec) == whole
+  assert whole < costs.sample_flops(MODEL, stages, TEXT, [], spec) < 1.001 * whole  # it looks at four rows
   assert sum(costs.cache_bytes(MODEL, stages, TEXT, spec, 4)) < 0.6 * sum(costs.cache_bytes(MODEL, TWO, TEXT, spec, 4))
