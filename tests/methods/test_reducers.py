@@ -182,7 +182,7 @@ def test_positions_are_those_of_the_short_sequence(base):
   text = np.delete(prompt.ids, start)
   run = Reduction(base, Piece('fastervlm', {'tokens': 64}))
   every, params = run([prompt, *neighbours(prompt)], [1])[0], run.decoder.params
-  model = DynLlava(dataclasses.replace(base.info.model, predictor=None), DENSE)
+  model = DynLlava(dataclasses.replace(base.info.model, predictor=None), DENSE, arrangement=run.decoder.model.arrangement)
 
   @jax.jit
   def prefill(image, positions):
