@@ -6,6 +6,7 @@ model = dl.load('runs/digits/dynamic/checkpoints')
 print(model.answer('scene.png', 'How many digits are there?'))
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,8 +49,8 @@ def load(
 
   Args:
     path: DIR or DIR/STEP, on this machine or in an object store; or hf:ORG/NAME[@REVISION], converted into the user's cache.
-    stages: how it is run: 'dense', 'dynamic', a method by name with or without a number of image tokens ('fastv', 'fastv_64'), or a
-      stage list as in configs; None is what the checkpoint was made for.
+    stages: how it is run: 'dense', 'dynamic' or a method by name, both with or without a number of image tokens ('dynamic_64',
+      'fastv'), or a stage list as in configs; None is what the checkpoint was made for.
     dtype: of the computation, 'float32' or 'bfloat16'; None is bfloat16 on accelerators.
     mesh: devices that the weights are spread over; the first device if None.
     max_new_tokens: room for answers.
@@ -110,17 +111,18 @@ def run_of(info: CheckpointInfo, stages: Stages) -> EvalRun:
   if stages == 'dense':
     return EvalRun(stages=DENSE)
   if stages == 'dynamic':
-    if not any(s.selector == 'dynamic' for s in info.stages):
-      raise ConfigError(
-        "stages: 'dynamic', but this checkpoint was not made dynamic; give a stage list, or train it with a config such as "
-        'configs/digits.py:dynamic'
-      )
-    return EvalRun(stages=info.stages)
+    return EvalRun(stages=dynamic_stages(info))
   name, _, number = stages.rpartition('_')
   if not number.isdecimal():
     name, number = stages, ''
+  if name == 'dynamic':
+    patches = info.model.num_image_tokens
+    if not 0 < int(number) <= patches:
+      raise ConfigError(f'stages: {stages!r} keeps {int(number)} image tokens, and the model has {patches}')
+    fewer = lambda s: dataclasses.replace(s, image_tokens=int(number), image_keep_rate=1.0) if s.selector == 'dynamic' else s
+    return EvalRun(stages=tuple(map(fewer, dynamic_stages(info))))
   if name not in budgets.RECIPES:
-    known = ', '.join(('dense', 'dynamic', *sorted(budgets.RECIPES)))
+    known = ', '.join(('dense', *sorted(('dynamic', *budgets.RECIPES))))
     raise ConfigError(f'stages: {stages!r} is unknown; expected a stage list, or one of {known}, these with _N for N image tokens')
   cut = next((s.start for s in info.stages if s.start), min(2, info.model.llama.num_layers - 1))
   setting = budgets.Setting(model=info.model, cut=cut, average=False)
@@ -128,6 +130,16 @@ def run_of(info: CheckpointInfo, stages: Stages) -> EvalRun:
   if not 0 < budget <= setting.patches:
     raise ConfigError(f'stages: {stages!r} keeps {budget} image tokens, and the model has {setting.patches}')
   return from_config_dict(EvalRun, ConfigDict(budgets.RECIPES[name](setting, budget)), 'stages')
+
+
+def dynamic_stages(info: CheckpointInfo) -> tuple[Stage, ...]:
+  """The stage list that a checkpoint's predictors were trained for; ConfigError if they were not."""
+  if not any(s.selector == 'dynamic' for s in info.stages):
+    raise ConfigError(
+      "stages: 'dynamic', but this checkpoint was not made dynamic; give a stage list, or train it with a config such as "
+      'configs/digits.py:dynamic'
+    )
+  return info.stages
 
 
 def _stage(value: Mapping[str, Any], index: int) -> Stage:

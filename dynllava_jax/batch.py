@@ -48,7 +48,7 @@ def main(_) -> None:
       raise ConfigError(f'--out={OUT.value}: expected a file NAME.jsonl on this machine')
     if out.is_dir():
       raise ConfigError(f'--out={OUT.value}: is a folder, expected a file NAME.jsonl')
-    stages = _stages()
+    stages = command_line.stages(STAGES)
     if MULTIHOST.value:
       command_line.join_hosts()
     try:
@@ -56,16 +56,6 @@ def main(_) -> None:
     except KeyboardInterrupt:
       print(f'stopped; finished answers are in {out}.parts, the same command goes on with the others')
       sys.exit(130)
-
-
-def _stages():
-  """The flag's value, a list if it is written as one."""
-  if not (STAGES.value or '').startswith('['):
-    return STAGES.value
-  try:
-    return json.loads(STAGES.value)
-  except ValueError as e:
-    raise ConfigError(f'--stages: not JSON ({e}); for example [{{"start": 0}}, {{"start": 2, "selector": "dynamic"}}]') from None
 
 
 def _run(out: pathlib.Path, stages) -> None:

@@ -1,6 +1,7 @@
 """What the three root scripts share: config flags whose mistakes are one readable line, not a traceback."""
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -62,6 +63,17 @@ def parse(cls: type, value: Any) -> Any:
   except OSError as e:  # ml_collections hands out a value that fails when it is used
     raise ConfigError(f'--config: {_one_line(e)}') from None
   return from_config_dict(cls, value)
+
+
+def stages(flag: flags.FlagHolder) -> Any:
+  """A flag that says how a checkpoint is run (see `api.load`): a name, or a list written as JSON. ConfigError if it is none."""
+  if not (flag.value or '').startswith('['):
+    return flag.value
+  try:
+    return json.loads(flag.value)
+  except ValueError as e:
+    example = '[{"start": 0}, {"start": 2, "selector": "dynamic"}]'
+    raise ConfigError(f'--{flag.name}: not JSON ({e}); for example {example}') from None
 
 
 def output_directory(flag: flags.FlagHolder) -> paths.Given:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dynllava_jax import checkpoint, methods
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
-from dynllava_jax.config import IMAGE_ID, ConfigError, EvalRun, ModelConfig, Piece, Stage
+from dynllava_jax.config import IGNORE, IMAGE_ID, ConfigError, EvalRun, ModelConfig, Piece, Stage
 from dynllava_jax.data import conversation, images
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,6 +21,7 @@ from dynllava_jax.evals.resize import resize_tower
 from dynllava_jax.files import read_regular
 from dynllava_jax.models.dynllava import Prompt
 
+IMAGE_MARK = f'{conversation.IMAGE_TOKEN}\n'  # in front of the words that come with the picture
 CHUNK = 16  # questions of later rounds are padded to a multiple of this
 GOLDEN_RATIO = 0x9E3779B9  # of 2^32: multiples lie far apart, so the rows of two seeds hardly meet
 
@@ -106,9 +107,9 @@ class Rows:
 
 
 def first_turn(question: Question) -> tuple[dict[str, str], ...]:
-  """The conversation up to the first question, the image in front of it."""
-  text = question.text[0]
-  return ({'from': 'human', 'value': text if question.image is None else f'{conversation.IMAGE_TOKEN}\n{text}'},)
+  """The conversation up to the first question, the image in front of it if it did not come before."""
+  here = question.image is not None and not any(IMAGE_MARK in turn['value'] for turn in question.before)
+  return (*question.before, {'from': 'human', 'value': (IMAGE_MARK if here else '') + question.text[0]})
 
 
 class Layout:
@@ -126,11 +127,12 @@ class Layout:
     self.ids: list[np.ndarray] = []
     self.text_tokens: list[int] = []
     self.bucket: list[int] = []
+    self._answered: list[int] = []  # ids up to the end of the answer before the question
     for question in questions:
       turns = first_turn(question)
-      text, _ = conversation.render(turns, style, str(question.id))
+      text, spans = conversation.render(turns, style, str(question.id))
       conversation.check_special(turns, loaded.tokenizer.special, str(question.id))
-      ids = conversation.encode(text, [], loaded.tokenizer).ids
+      ids, labels = dataclasses.astuple(conversation.encode(text, spans, loaded.tokenizer))
       images_named = int((ids == IMAGE_ID).sum())
       if images_named != (question.image is not None):
         raise DataError(f'question {question.id}: the text names {conversation.IMAGE_TOKEN} itself')
@@ -141,6 +143,7 @@ class Layout:
       self.later.append([later_round(q, loaded.tokenizer) for q in question.text[1:]])
       self.rendered.append(text)
       self.ids.append(ids)
+      self._answered.append(1 + int(np.flatnonzero(labels != IGNORE).max(initial=-1)))
       self.text_tokens.append(tokens)
       self.bucket.append(fitting[0])
 
@@ -180,7 +183,9 @@ class Layout:
       pixels = images.preprocess(image, vision, self.loaded.info.image_aspect)
     later = pad_rows(self.later[i], self.chunk_length(), pad) if self.later[i] else np.zeros((0, 0), np.int32)
     counts = np.asarray([len(ids) for ids in self.later[i]], np.int32)
-    instruct = start + self.loaded.num_image if len(where) else len(ids)  # there is one question, behind the image
+    answered = self._answered[i] + (self.loaded.num_image - 1 if self._answered[i] > start else 0)
+    # The last question is the instruction, from the image on if that came with it.
+    instruct = max(start + self.loaded.num_image, answered) if len(where) else len(ids)
     prompt = Prompt(tokens, np.int32(len(ids)), np.int32(start), row_seed(self.seed, i), np.int32(instruct))
     return Rows(prompt, pixels, later, counts)
 

@@ -38,6 +38,7 @@ class Question:
     extra: further fields of an answer row.
     reference: answer(s) that perplexity is computed for, one per round; empty for none.
     long: a long answer is expected; such questions share batches.
+    before: the conversation up to it, in LLaVA's form; one of its questions begins with `<image>` if the picture came with that.
   """
 
   id: str | int
@@ -47,6 +48,7 @@ class Question:
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   reference: tuple[str, ...] = ()
   long: bool = False
+  before: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""What a server answers with: one checkpoint, run in one or several ways, each a model of its own name and an engine of its own."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dynllava_jax import api, cache, methods, paths
+from dynllava_jax.config import ConfigError, Stage
+from dynllava_jax.evals import costs
+from dynllava_jax.evals.benchmarks.base import Question
+from dynllava_jax.evals.layout import Layout, Loaded, Rows, load_weights
+from dynllava_jax.generate import Generator
+from dynllava_jax.serving import batch
+from dynllava_jax.serving.engine import Engine, Ticket
+from dynllava_jax.serving.questions import SETTING
+from dynllava_jax.serving.request import Options, Request
+
+PROBE = 'a'  # a question of which only the length counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What engines have room for, see `Engine` and `api.load`."""
+
+  slots: int = 8
+  steps: int = 8
+  max_new_tokens: int = 256
+  text_lengths: tuple[int, ...] = api.TEXT_LENGTHS
+  queue: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Offer:
+  """One way to run the checkpoint. `name`: of the model, as clients ask for it."""
+
+  name: str
+  loaded: Loaded
+
+  def rows(self, question: Question, seed: int, sizes: Sizes) -> Rows:
+    """A question laid out, a batch of one; DataError if it cannot be asked."""
+    return Layout(self.loaded, [question], sizes.text_lengths, 0, SETTING).rows([0]).seeded(seed)
+
+  def held_by(self, ticket: Ticket) -> int:
+    """Slots of keys and values, over all layers, that a request takes up so far."""
+    prompt = ticket.request.rows.prompt
+    image = self.loaded.num_image if prompt.image_start[0] >= 0 else 0
+    kept = tuple(ticket.kept)
+    return self._slots(int(prompt.length[0]) - image, image, sum(kept) - ticket.evicted, len(kept))
+
+  def room(self, sizes: Sizes) -> int:
+    """Slots of keys and values, over all layers, that the longest request may take up."""
+    return self._slots(max(sizes.text_lengths), self.loaded.num_image, None, sizes.max_new_tokens)
+
+  def _slots(self, text: int, image: int, kept: int | None, generated: int) -> int:
+    """`kept`: of the generated tokens, behind a gate; None for as many as there is room for."""
+    model, stages, gated, share, total = self.loaded.model, self.loaded.stages, False, 1.0, 0
+    ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
+    for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, image)):
+      if methods.get(stage.selector).text_margin:
+        gated, share = True, stage.text_keep_budget
+      most = cache.generated_budget(gated, share, cache.CacheSpec(max_new_tokens=generated)) if kept is None else kept
+      answer = most if gated else generated
+      total += sum(n + answer for n in costs.stage_slots(model, stage, end, text, image_tokens))
+    return total
+
+
+def offers(path: str, name: str, stages: api.Stages, also: Sequence[str]) -> dict[str, Offer]:
+  """The model `name`, run as `stages` says, and `name:WAY` for each of `also`; CheckpointError or ConfigError as `api.load`."""
+  out = {}
+  for label, way in [(name, stages), *((f'{name}:{way}', way) for way in also)]:
+    if label in out:
+      raise ConfigError(f'--also: {way} is there twice')
+    out[label] = Offer(label, api.describe(path, way)[0])
+  return out
+
+
+def name_of(path: paths.Given) -> str:
+  """What a checkpoint is called by its folder: that above `checkpoints`, and above a step."""
+  parts = [p for p in path.parts if not p.isdecimal() and p != 'checkpoints']
+  return parts[-1] if parts else 'model'
+
+
+def meshes(tensor: int) -> list[Mesh]:
+  """This host's devices in groups of `tensor`; ConfigError if they do not divide."""
+  devices = jax.local_devices()
+  if len(devices) % tensor:
+    raise ConfigError(f'--tensor: {tensor} does not divide the {len(devices)} devices of this host')
+  return batch.meshes(devices, tensor)
+
+
+class Weights:
+  """Parameters on one mesh, read once for all ways to run them that cut the decoder alike."""
+
+  def __init__(self, mesh: Mesh):
+    self._mesh, self._held = mesh, {}
+
+  def of(self, loaded: Loaded):
+    """Those of a run."""
+    tail = loaded.reducer is not None
+    key = tuple(s.start for s in loaded.stages), tail, loaded.model.vision.image_size
+    if key not in self._held:
+      self._held[key] = load_weights(loaded, self._mesh)
+    return self._held[key]
+
+
+def engines(all_offers: Mapping[str, Offer], mesh: Mesh, dtype: str, sizes: Sizes) -> dict[str, Engine]:
+  """An engine for each, on one group of devices."""
+  weights, out = Weights(mesh), {}
+  for name, offer in all_offers.items():
+    loaded = alike(offer.loaded, [o.loaded for o in all_offers.values()])
+    generator = Generator(
+      loaded.model,
+      loaded.stages,
+      weights.of(loaded),
+      max_new_tokens=sizes.max_new_tokens,
+      eos_id=loaded.tokenizer.eos_id,
+      dtype=dtype,
+      reducer=loaded.reducer,
+    )
+    out[name] = Engine(
+      generator, loaded.tokenizer, text_length=max(sizes.text_lengths), slots=sizes.slots, steps=sizes.steps, limit=sizes.queue
+    )
+  return out
+
+
+def alike(loaded: Loaded, others: Sequence[Loaded]) -> Loaded:
+  """A dense run cut as the first of the others that is not: then both run on the same weights."""
+  if len(loaded.stages) > 1 or loaded.stages[0] != Stage() or loaded.reducer is not None:
+    return loaded
+  starts = next((o.stages for o in others if len(o.stages) > 1), loaded.stages)
+  return dataclasses.replace(loaded, stages=tuple(Stage(start=s.start) for s in starts))
+
+
+def warm(offer: Offer, engine: Engine, sizes: Sizes) -> None:
+  """Compiles every program that requests can need, before anybody asks."""
+  for length in sizes.text_lengths:
+    rows = offer.rows(Question('first', (PROBE,), PROBE, np.zeros((8, 8, 3), np.uint8)), 0, sizes)
+    text = rows.prompt.tokens.shape[1] - offer.loaded.num_image
+    if length < text:
+      continue
+    pad = ((0, 0), (0, length - text))
+    prompt = dataclasses.replace(rows.prompt, tokens=np.pad(rows.prompt.tokens, pad))
+    size = 1
+    while size <= min(sizes.slots, engine.prefill_rows):
+      alone = Request('warm', dataclasses.replace(rows, prompt=prompt), Options(max_tokens=1 + sizes.steps))
+      engine.run([engine.submit(alone) for _ in range(size)])
+      size *= 4
