@@ -14,7 +14,7 @@ RUN := runs/digits
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt requirements-cloud.txt requirements-dev.txt
+$(VENV)/installed: requirements.txt requirements-cloud.txt requirements-serve.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "error: Python 3.11, 3.12 or 3.13 is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -68,7 +68,7 @@ def load(
   dtype = dtype_of(dtype)
   loaded, _ = describe(path, stages)
   sizes = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, text_lengths=tuple(sorted(text_lengths)))
-  return Model(loaded, load_weights(loaded, mesh), dtype=dtype, **sizes)
+  return Model(loaded, load_weights(loaded, mesh), dtype=dtype, mesh=mesh, **sizes)
 
 
 def describe(path: str | os.PathLike, stages: Stages) -> tuple[Loaded, EvalRun]:
@@ -155,9 +155,17 @@ class Model:
   """
 
   def __init__(
-    self, loaded: Loaded, params: dict[str, Any], *, dtype: str, max_new_tokens: int, batch_size: int, text_lengths: tuple[int, ...]
+    self,
+    loaded: Loaded,
+    params: dict[str, Any],
+    *,
+    dtype: str,
+    mesh: Mesh | None,
+    max_new_tokens: int,
+    batch_size: int,
+    text_lengths: tuple[int, ...],
   ):
-    self.loaded, self._params, self._dtype = loaded, params, jnp.dtype(dtype)
+    self.loaded, self._params, self._dtype, self._mesh = loaded, params, jnp.dtype(dtype), mesh
     self._max_new_tokens, self._batch_size, self._text_lengths = max_new_tokens, batch_size, text_lengths
     self.generator = self._make_generator(max_new_tokens, 0)
     self._engines: dict[tuple[int, int], Engine] = {}
@@ -166,8 +174,23 @@ class Model:
   def on(self, mesh: Mesh) -> 'Model':
     """The same model with a copy of the weights on other devices; nothing is read again. `load` must have been given a mesh too."""
     params = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), self._params)
+    return self._with(self.loaded, params, mesh)
+
+  def run_as(self, stages: Stages) -> 'Model':
+    """The same checkpoint run in another way, see `load`; on the same weights where both ways cut the decoder alike.
+
+    Dense ones are cut as this one is. Raises as `load` does.
+    """
+    loaded, _ = describe(self.loaded.path, stages)
+    starts = [s.start for s in self.loaded.stages]
+    if loaded.stages == DENSE and loaded.reducer is None:
+      loaded = dataclasses.replace(loaded, stages=tuple(Stage(start=start) for start in starts))
+    shared = starts == [s.start for s in loaded.stages] and (loaded.reducer is None) == (self.loaded.reducer is None)
+    return self._with(loaded, self._params if shared else load_weights(loaded, self._mesh), self._mesh)
+
+  def _with(self, loaded: Loaded, params: dict[str, Any], mesh: Mesh | None) -> 'Model':
     sizes = dict(max_new_tokens=self._max_new_tokens, batch_size=self._batch_size, text_lengths=self._text_lengths)
-    return Model(self.loaded, params, dtype=self._dtype, **sizes)
+    return Model(loaded, params, dtype=self._dtype, mesh=mesh, **sizes)
 
   def answer(self, image: Any, question: Any, **options: Any) -> Any:
     """The answer to a question about a picture, or those to a list of questions in their order.
@@ -202,12 +225,23 @@ class Model:
     replies = self._run(requests)
     return replies if many else replies[0]
 
-  def chat(self, image: Any = None, *, max_new_tokens: int = 512, later_tokens: int = 512) -> Chat:
-    """Begins a conversation about a picture, or none; its cache has room for so many tokens of answers and of later questions."""
+  def chat(
+    self, image: Any = None, *, max_new_tokens: int = 512, later_tokens: int = 512, before: Sequence[Mapping[str, str]] = ()
+  ) -> Chat:
+    """Begins a conversation about a picture, or none.
+
+    Args:
+      image: as in `answer`.
+      max_new_tokens, later_tokens: room in its cache for answers, and for later questions.
+      before: what was said so far, as `Chat.turns` has it; the model reads it anew.
+
+    Raises:
+      DataError: no picture.
+    """
     sizes = max_new_tokens, later_tokens
     if sizes not in self._chats:
       self._chats[sizes] = Stepper(self._make_generator(*sizes))
-    return Chat(self._chats[sizes], self.loaded, image, self._text_lengths, steps=8)
+    return Chat(self._chats[sizes], self.loaded, image, self._text_lengths, steps=8, before=before)
 
   def _run(self, requests: Sequence[Request]) -> list[Reply]:
     """Answers requests through an engine that has room for the longest prompt, those of one bucket after each other."""

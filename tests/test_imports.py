@@ -21,6 +21,7 @@ ORDER = [
   ('training', 'evals', 'convert'),
   ('serving',),
   ('api',),
+  ('server',),
   ('hosts', 'command_line'),
 ]
 RANK = {name: i for i, row in enumerate(ORDER) for name in row}
@@ -34,8 +35,11 @@ PROGRAMS = {
     'evals/benchmarks/scienceqa_prompts.py',
     'batch.py',
     'bench.py',
+    'chat.py',
     'hello.py',
     'methods/__main__.py',
+    'serve.py',
+    'visualize.py',
   )
 }
 FILES = sorted((ROOT / 'dynllava_jax').rglob('*.py'))
@@ -79,7 +83,8 @@ def test_data_needs_nothing_of_the_model():
 
 
 @pytest.mark.parametrize(
-  'library, places', [('flax', {'models', 'sharding'}), ('torch', {'convert/readers'}), ('tensorflow', set())]
+  'library, places',
+  [('flax', {'models', 'sharding'}), ('torch', {'convert/readers'}), ('tensorflow', set()), ('fastapi', {'serve.py', 'server/'})],
 )
 def test_libraries_stay_in_their_places(library, places):
   users = {path for path in FILES if any(n.split('.')[0] == library for n in imported(path))}

@@ -28,6 +28,7 @@ def pinned(*names: str) -> dict[str, str]:
   [
     (['requirements.txt'], [Requirement(r) for r in PROJECT['dependencies']]),
     (['requirements-cloud.txt'], EXTRAS['cloud']),
+    (['requirements-serve.txt'], EXTRAS['serve']),
     (['requirements-dev.txt', 'requirements-torch.txt'], [r for r in EXTRAS['dev'] if r.name != PROJECT['name']]),
   ],
 )

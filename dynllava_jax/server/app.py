@@ -15,6 +15,7 @@ import anyio.to_thread
 import fastapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dynllava_jax import methods
 from dynllava_jax.data.samples import DataError
@@ -184,7 +185,7 @@ class Server:
             raise too_large
     except TimeoutError:
       raise RefusedError(408, f'the body did not come within {self.limits.receive:g} s') from None
-    except fastapi.requests.ClientDisconnect:
+    except ClientDisconnect:
       raise ConnectionError('the client has gone') from None
     return parse(bytes(content))
 

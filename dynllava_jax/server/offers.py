@@ -8,11 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dynllava_jax import api, cache, methods, paths
-from dynllava_jax.config import ConfigError, Stage
+from dynllava_jax.config import ConfigError
 from dynllava_jax.evals import costs
 from dynllava_jax.evals.benchmarks.base import Question
-from dynllava_jax.evals.layout import Layout, Loaded, Rows, load_weights
-from dynllava_jax.generate import Generator
+from dynllava_jax.evals.layout import Layout, Loaded, Rows
 from dynllava_jax.serving import batch
 from dynllava_jax.serving.engine import Engine, Ticket
 from dynllava_jax.serving.questions import SETTING
@@ -34,9 +33,10 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Offer:
-  """One way to run the checkpoint. `name`: of the model, as clients ask for it."""
+  """One way to run the checkpoint. `name`: of the model, as clients ask for it; `stages`: as in `api.load`."""
 
   name: str
+  stages: api.Stages
   loaded: Loaded
 
   def rows(self, question: Question, seed: int, sizes: Sizes) -> Rows:
@@ -73,7 +73,7 @@ def offers(path: str, name: str, stages: api.Stages, also: Sequence[str]) -> dic
   for label, way in [(name, stages), *((f'{name}:{way}', way) for way in also)]:
     if label in out:
       raise ConfigError(f'--also: {way} is there twice')
-    out[label] = Offer(label, api.describe(path, way)[0])
+    out[label] = Offer(label, way, api.describe(path, way)[0])
   return out
 
 
@@ -91,47 +91,14 @@ def meshes(tensor: int) -> list[Mesh]:
   return batch.meshes(devices, tensor)
 
 
-class Weights:
-  """Parameters on one mesh, read once for all ways to run them that cut the decoder alike."""
-
-  def __init__(self, mesh: Mesh):
-    self._mesh, self._held = mesh, {}
-
-  def of(self, loaded: Loaded):
-    """Those of a run."""
-    tail = loaded.reducer is not None
-    key = tuple(s.start for s in loaded.stages), tail, loaded.model.vision.image_size
-    if key not in self._held:
-      self._held[key] = load_weights(loaded, self._mesh)
-    return self._held[key]
-
-
-def engines(all_offers: Mapping[str, Offer], mesh: Mesh, dtype: str, sizes: Sizes) -> dict[str, Engine]:
-  """An engine for each, on one group of devices."""
-  weights, out = Weights(mesh), {}
-  for name, offer in all_offers.items():
-    loaded = alike(offer.loaded, [o.loaded for o in all_offers.values()])
-    generator = Generator(
-      loaded.model,
-      loaded.stages,
-      weights.of(loaded),
-      max_new_tokens=sizes.max_new_tokens,
-      eos_id=loaded.tokenizer.eos_id,
-      dtype=dtype,
-      reducer=loaded.reducer,
-    )
-    out[name] = Engine(
-      generator, loaded.tokenizer, text_length=max(sizes.text_lengths), slots=sizes.slots, steps=sizes.steps, limit=sizes.queue
-    )
-  return out
-
-
-def alike(loaded: Loaded, others: Sequence[Loaded]) -> Loaded:
-  """A dense run cut as the first of the others that is not: then both run on the same weights."""
-  if len(loaded.stages) > 1 or loaded.stages[0] != Stage() or loaded.reducer is not None:
-    return loaded
-  starts = next((o.stages for o in others if len(o.stages) > 1), loaded.stages)
-  return dataclasses.replace(loaded, stages=tuple(Stage(start=s.start) for s in starts))
+def engines(made: Mapping[str, Offer], mesh: Mesh, dtype: str, sizes: Sizes) -> dict[str, Engine]:
+  """An engine for each, on one group of devices; all that cut the decoder as the first one does share its weights."""
+  first, *others = made.values()
+  room = dict(max_new_tokens=sizes.max_new_tokens, batch_size=sizes.slots, text_lengths=sizes.text_lengths)
+  model = api.load(first.loaded.path, stages=first.stages, dtype=dtype, mesh=mesh, **room)
+  models = {first.name: model} | {offer.name: model.run_as(offer.stages) for offer in others}
+  options = dict(text_length=max(sizes.text_lengths), slots=sizes.slots, steps=sizes.steps, limit=sizes.queue)
+  return {name: Engine(model.generator, made[name].loaded.tokenizer, **options) for name, model in models.items()}
 
 
 def warm(offer: Offer, engine: Engine, sizes: Sizes) -> None:

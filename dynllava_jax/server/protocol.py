@@ -176,8 +176,9 @@ def parse(content: bytes) -> Body:
       e.errors(include_url=False, include_context=False, include_input=True), key=lambda e: e['type'] != 'extra_forbidden'
     )
     path = '.'.join(map(str, error['loc'])) or 'body'
-    what = 'is not known to this server' if error['type'] == 'extra_forbidden' else error['msg']
-    seen = '' if isinstance(error['input'], (dict, list, bytes)) else f', got {error["input"]!r:.60}'
+    unknown = error['type'] == 'extra_forbidden'
+    what = 'is not known to this server' if unknown else error['msg']
+    seen = '' if unknown or isinstance(error['input'], (dict, list, bytes)) else f', got {error["input"]!r:.60}'
     more = f' (and {e.error_count() - 1} more)' if e.error_count() > 1 else ''
     raise RefusedError(400, short(f'{path}: {what}{seen}{more}'), param=short(path)) from None
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from dynllava_jax.data import conversation
 from dynllava_jax.data.batches import encode_turns
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.kinds import check_words
-from dynllava_jax.evals.layout import CHUNK, Loaded, first_turn
+from dynllava_jax.evals.layout import CHUNK, IMAGE_MARK, Loaded, first_turn
 from dynllava_jax.generate import PAD
 from dynllava_jax.serving import questions
 from dynllava_jax.serving import request as req
@@ -25,8 +25,23 @@ from dynllava_jax.serving.text import Text
 class Chat:
   """A conversation. Made by `Model.chat`; `turns`: what was said so far, in LLaVA's form."""
 
-  def __init__(self, stepper: Stepper, loaded: Loaded, image: Any, text_lengths: tuple[int, ...], steps: int):
-    """`stepper`: of a generator whose `max_new_tokens` and `later_tokens` are for the whole conversation; `steps`: per dispatch."""
+  def __init__(
+    self,
+    stepper: Stepper,
+    loaded: Loaded,
+    image: Any,
+    text_lengths: tuple[int, ...],
+    steps: int,
+    before: Sequence[Mapping[str, str]] = (),
+  ):
+    """Computes nothing yet.
+
+    Args:
+      stepper: of a generator whose `max_new_tokens` and `later_tokens` are for the whole conversation.
+      loaded: the model; image: the picture, or None; text_lengths: text buckets.
+      steps: tokens per dispatch.
+      before: `turns` of an earlier conversation about this picture, which this one goes on with.
+    """
     self._stepper, self._loaded, self._text_lengths, self._steps = stepper, loaded, text_lengths, steps
     self._image = questions.picture('chat', image)
     self._running: Running | None = None
@@ -34,7 +49,7 @@ class Chat:
     spec = stepper.generator.spec
     self._new_left, self._later_left = spec.max_new_tokens, spec.later_tokens
     self._last = 0  # the last token that was generated, which was not fed
-    self.turns: list[dict[str, str]] = []
+    self.turns: list[dict[str, str]] = [dict(turn) for turn in before]
 
   def send(self, text: str, **options: Any) -> Reply:
     """Says something and waits for the whole answer.
@@ -55,11 +70,17 @@ class Chat:
         reply = end.value
     return reply
 
-  def stream(self, text: str, **options: Any) -> Iterator[str]:
-    """As `send`, piece by piece. A reader that stops listening ends the answer there."""
-    yield from self._say(text, Options(**options), steps=1)
+  def stream(self, text: str, **options: Any) -> Generator[str, None, Reply]:
+    """As `send`, piece by piece; the generator returns the reply. A reader that stops listening ends the answer there."""
+    return (yield from self._say(text, Options(**options), steps=1))
 
-  def _say(self, text: str, options: Options, steps: int = 0) -> Iterator[str]:
+  @property
+  def cache_bytes(self) -> int:
+    """Of the keys and values that the conversation holds, with all their room."""
+    stages = self._running.turn.cache.stages if self._running else ()
+    return sum(x.nbytes for x in jax.tree.leaves([(s.k, s.v) for s in stages]))
+
+  def _say(self, text: str, options: Options, steps: int = 0) -> Generator[str, None, Reply]:
     """Pieces of the answer; returns the reply. One token per dispatch where an answer may end that the model would go on with."""
     check_words(text, f'turn {len(self.turns) // 2 + 1}')
     if self._new_left < 1:
@@ -110,7 +131,10 @@ class Chat:
     return req.TIMED_OUT if options.timeout and time.monotonic() - asked > options.timeout else ''
 
   def _first(self, text: str, wanted: Any, seed: int) -> Running:
-    asked = dataclasses.replace(questions.question(1, None, text), image=self._image)
+    before = [dict(turn) for turn in self.turns]
+    if before and self._image is not None:
+      before[0]['value'] = IMAGE_MARK + before[0]['value']
+    asked = dataclasses.replace(questions.question(1, None, text), image=self._image, before=tuple(before))
     (rows,) = questions.lay_out(self._loaded, [asked], self._text_lengths, [seed])
     turn, kept_image = self._stepper.generator.start(rows.prompt, rows.pixels)
     if self._image is not None:

@@ -55,7 +55,7 @@ class Paced:
     return self.tickets[-1]
 
   def cancel(self, ticket):
-    if not ticket.finish:
+    if not ticket.finish and not ticket.wanted:
       ticket.wanted = req.CANCELLED
       self.cancelled.append(ticket)
 

@@ -183,8 +183,9 @@ def mutations(count, seed=0):
     if kind == 0:
       text = whole[: rng.randrange(len(whole))]
     elif kind == 1:
-      at = rng.randrange(len(whole) - 1)
-      text = whole[:at] + rng.choice('{}[]",:\\x00') + rng.choice('{}[]",:') + whole[at:]
+      marks = [at for at, c in enumerate(whole) if c in '{}[],']
+      at = rng.choice(marks)
+      text = whole[:at] + rng.choice('{}[]:,x') * 2 + whole[at:]
     elif kind == 2:
       tree = json.loads(whole)
       place, key = rng.choice([(tree, 'model'), (tree, 'messages'), (tree, 'messages'), (tree, 'nonsense'),
