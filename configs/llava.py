@@ -7,6 +7,7 @@
 pretrain: 558,128 captions, projector only, batch 256, learning rate 1e-3 (LLaVA's scripts/v1_5/pretrain.sh).
 finetune: 665,298 conversations, projector and language model, batch 128, 2e-5 (scripts/v1_5/finetune.sh).
 dynamic: the 624,610 of them with an image, language model 5e-6 and predictors 2e-4, batch 64 (the authors' training script).
+Of 13B: `finetune_13b`, `dynamic_13b` and so on.
 dynamic_tokenpacker: `dynamic` on a LLaVA with TokenPacker (arXiv 2407.02392), 57 of 144 image tokens, from a converted checkpoint.
 finetune_lora, dynamic_lora: the same with adapters of the decoder in place of its weights (docs/training.md).
 
@@ -22,7 +23,7 @@ from dynllava_jax import presets
 from dynllava_jax.config import to_dict
 
 COMMON = dict(
-  mesh=dict(data=1, fsdp=-1, tensor=1),
+  mesh=dict(data=1, fsdp=-1, tensor=1, slices=1),
   dtype='bfloat16',
   remat='block',
   accumulate=1,
@@ -115,9 +116,13 @@ def dynamic_tokenpacker() -> dict:
 
 
 def get_config(name: str = 'finetune') -> ConfigDict:
-  """`pretrain`, `finetune`, `dynamic`, `finetune_lora`, `dynamic_lora` or `dynamic_tokenpacker`."""
+  """`pretrain`, `finetune`, `dynamic`, `finetune_lora`, `dynamic_lora` or `dynamic_tokenpacker`; with `_13b` behind it, 13B."""
   made = (pretrain, finetune, dynamic, finetune_lora, dynamic_lora, dynamic_tokenpacker)
   configs = {make.__name__: make for make in made}
-  if name not in configs:
-    raise ValueError(f'configs/llava.py has no {name!r}; expected one of {", ".join(configs)}')
-  return ConfigDict(configs[name]())
+  size = '_13b' if name.endswith('_13b') else ''
+  if name.removesuffix(size) not in configs:
+    raise ValueError(f'configs/llava.py has no {name!r}; expected one of {", ".join(configs)}, and _13b behind it for 13B')
+  config = configs[name.removesuffix(size)]()
+  if size:
+    config['model']['llama'] = to_dict(presets.LLAVA_1_5_13B.llama)
+  return ConfigDict(config)

@@ -8,11 +8,12 @@ vocabulary.
 import collections
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dynllava_jax.config import ConfigError, MeshConfig
@@ -29,14 +30,13 @@ RULES = (
 )
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
-  """The mesh over all devices.
+def mesh_sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
+  """Devices along each axis.
 
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices, or `data` not over the slices.
   """
   sizes = {'data': cfg.data, 'fsdp': cfg.fsdp, 'tensor': cfg.tensor}
-  devices = jax.device_count()
   free = [k for k, v in sizes.items() if v == -1]
   fixed = math.prod(v for v in sizes.values() if v != -1)
   if len(free) > 1 or any(v < 1 for v in sizes.values() if v != -1) or devices % fixed or (not free and fixed != devices):
@@ -45,7 +45,27 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
     )
   if free:
     sizes[free[0]] = devices // fixed
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+  if sizes['data'] % cfg.slices:
+    raise ConfigError(f'config.mesh: data is {sizes["data"]}, expected a multiple of slices, {cfg.slices}: data goes over them')
+  return sizes
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh over all devices, or over those given; ConfigError as for `mesh_sizes`, or if there are other slices."""
+  devices = jax.devices() if devices is None else devices
+  sizes = mesh_sizes(cfg, len(devices))
+  types = (AxisType.Auto,) * len(sizes)
+  of_tpus = {d.slice_index for d in devices if d.platform == 'tpu' and hasattr(d, 'slice_index')}
+  if of_tpus and len(of_tpus) != cfg.slices:
+    raise ConfigError(f'config.mesh.slices: {cfg.slices}, but the devices are of {len(of_tpus)}; set it to {len(of_tpus)}')
+  if cfg.slices == 1:
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+  inner = (sizes['data'] // cfg.slices, sizes['fsdp'], sizes['tensor'])
+  try:  # without TPU slices, those are the processes
+    array = mesh_utils.create_hybrid_device_mesh(inner, (cfg.slices, 1, 1), devices, process_is_granule=not of_tpus)
+  except ValueError as e:
+    raise ConfigError(f'config.mesh.slices: {cfg.slices} is not how these devices are joined ({e})') from None
+  return Mesh(array, tuple(sizes), axis_types=types)
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:

@@ -125,8 +125,17 @@ def check_stages(stages: tuple[Stage, ...], model: ModelConfig, image_tokens: in
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Device mesh. -1 for one axis takes all devices that the others leave."""
+  """Device mesh. -1 for one axis takes all devices that the others leave.
+
+  Attributes:
+    data: copies of the weights, each with rows of its own; fsdp: parts of weights and of a copy's rows; tensor: parts of a layer.
+    slices: TPU slices, or other groups of devices, that only a slow network joins: `data` goes over them, nothing else does.
+  """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  slices: int = 1
+
+  def __post_init__(self):
+    require(self.slices >= 1, f'mesh.slices is {self.slices}, expected 1 or more')

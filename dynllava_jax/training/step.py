@@ -11,7 +11,16 @@ import optax
 from jax.sharding import Mesh
 
 from dynllava_jax import methods, sharding
-from dynllava_jax.config import IGNORE, OptimizerConfig, SparsityConfig, TrainConfig, judges_instructions
+from dynllava_jax.config import (
+  IGNORE,
+  LoraConfig,
+  ModelConfig,
+  OptimizerConfig,
+  SparsityConfig,
+  Stage,
+  TrainConfig,
+  judges_instructions,
+)
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.losses import count, instruct_rule, training_losses
 from dynllava_jax.models.dynllava import DynLlava, Prompt
@@ -137,12 +146,17 @@ def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
 
 def cut_abstract(cfg: TrainConfig) -> dict[str, Any]:
   """Shapes and axis names of the parameters that the run uses, cut for its stages."""
-  used = {k: v for k, v in abstract_params(cfg.model).items() if k not in unused(cfg)}
-  if cfg.lora:
-    used[ADAPTERS] = abstract_adapters(cfg.model.llama, cfg.lora)
-    if cfg.lora.base == 'int8':
-      used[SCALES] = abstract_scales(cfg.model.llama)
-  return jax.eval_shape(lambda p: cut_params(p, cfg.stages), used)
+  return dict(_cut_abstract(cfg.model, cfg.stages, cfg.lora, unused(cfg)))
+
+
+@functools.lru_cache(maxsize=1)
+def _cut_abstract(model: ModelConfig, stages: tuple[Stage, ...], lora: LoraConfig | None, left_out: tuple[str, ...]):
+  used = {k: v for k, v in abstract_params(model).items() if k not in left_out}
+  if lora:
+    used[ADAPTERS] = abstract_adapters(model.llama, lora)
+    if lora.base == 'int8':
+      used[SCALES] = abstract_scales(model.llama)
+  return jax.eval_shape(lambda p: cut_params(p, stages), used)
 
 
 def gumbel_noise(key: jax.Array, batch: int, image_tokens: int, positions: int, instruct: bool) -> tuple[jax.Array, ...]:
