@@ -20,6 +20,9 @@ from dynllava_jax import arguments, checkpoint, hub, paths
 from dynllava_jax.buckets import bucket
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import DENSE, ConfigError, EvalRun, Stage, from_config_dict
+from dynllava_jax.controller.ladder import Ladder
+from dynllava_jax.controller.rules import DECODE, Rules
+from dynllava_jax.controller.rungs import by_rules, rungs
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import budgets
 from dynllava_jax.evals.layout import Loaded, load_model, load_weights
@@ -27,6 +30,7 @@ from dynllava_jax.generate import Generator
 from dynllava_jax.serving import questions
 from dynllava_jax.serving.chat import Chat
 from dynllava_jax.serving.engine import Engine
+from dynllava_jax.serving.pools import Pools
 from dynllava_jax.serving.request import Options, Reply, Request
 from dynllava_jax.serving.stepping import Stepper
 
@@ -243,6 +247,35 @@ class Model:
       self._chats[sizes] = Stepper(self._make_generator(*sizes))
     return Chat(self._chats[sizes], self.loaded, image, self._text_lengths, steps=8, before=before)
 
+  def adaptive(
+    self,
+    room: int,
+    *,
+    lists: Mapping[str, tuple[Stage, ...]] | None = None,
+    rules: Rules | None = None,
+    phase: str = DECODE,
+    text_length: int | None = None,
+    **engine: Any,
+  ) -> Engine:
+    """An engine that answers as sparsely as its load asks for, densely when idle; see `controller.ladder`.
+
+    Args:
+      room: bytes for keys and values of all that is answered at once.
+      lists: stage lists by name, from dense to sparsest, cut where the model is cut; those of the rules if None.
+      rules: the controller's numbers; phase: what most of the work is, `PREFILL` or `DECODE`.
+      text_length: the largest text bucket; the largest of the model if None.
+      **engine: see `Engine`.
+
+    Raises:
+      ConfigError: a list that the model cannot be run with, or a room that holds nobody.
+    """
+    model, rules = self.loaded.model, rules or Rules()
+    lists = lists or by_rules(self.loaded.stages, model, rules, phase)
+    ladder = Ladder(rungs(model, lists, self._dtype.itemsize, self.loaded.reducer), rules)
+    generators = {r.name: self._make_generator(self._max_new_tokens, 0, r.stages) for r in ladder.rungs}
+    text_length = text_length or max(self._text_lengths)
+    return Engine(Pools.on(ladder, generators, room, text_length), self.loaded.tokenizer, text_length=text_length, **engine)
+
   def _run(self, requests: Sequence[Request]) -> list[Reply]:
     """Answers requests through an engine that has room for the longest prompt, those of one bucket after each other."""
     if not requests:
@@ -271,10 +304,10 @@ class Model:
       )
     return self._engines[text_length, slots]
 
-  def _make_generator(self, max_new_tokens: int, later_tokens: int) -> Generator:
+  def _make_generator(self, max_new_tokens: int, later_tokens: int, stages: tuple[Stage, ...] | None = None) -> Generator:
     return Generator(
       self.loaded.model,
-      self.loaded.stages,
+      stages or self.loaded.stages,
       self._params,
       max_new_tokens=max_new_tokens,
       eos_id=self.loaded.tokenizer.eos_id,

@@ -31,9 +31,9 @@ def main(_) -> None:
     from rich.table import Table
 
     import dynllava_jax as dl
+    from dynllava_jax import costs
     from dynllava_jax.data import digits
     from dynllava_jax.display import Terminal
-    from dynllava_jax.evals import costs
     from dynllava_jax.evals.benchmarks.base import Question
     from dynllava_jax.evals.figures import Pictured, tokens_figure
     from dynllava_jax.training.plot import save_figure

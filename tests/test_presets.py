@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from dynllava_jax import presets, sharding
+from dynllava_jax import costs, presets, sharding
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import DENSE, MeshConfig, Stage
-from dynllava_jax.evals import costs
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.params import abstract_params, count_parameters, cut_params
 

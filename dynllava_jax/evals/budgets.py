@@ -1,7 +1,7 @@
 """Every training-free method at a common budget of image tokens: which settings give it so many, as runs of an evaluation.
 
 A budget is a number of image tokens, the mean over the decoder's layers as tables of such methods count it. What is published
-for a budget is used where it is known; other models get the same shares. `evals/costs` counts what a run really has.
+for a budget is used where it is known; other models get the same shares. `costs.py` counts what a run really has.
 """
 
 import dataclasses

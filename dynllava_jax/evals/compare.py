@@ -13,10 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from dynllava_jax import costs
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import costs, published, score
+from dynllava_jax.evals import published, score
 from dynllava_jax.evals.answers import Labels, join
 from dynllava_jax.evals.benchmarks.base import Benchmark, Problems
 from dynllava_jax.evals.layout import Loaded

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 from dynllava_jax import methods
 from dynllava_jax.config import BenchConfig, to_dict
+from dynllava_jax.controller.hardware import Limits
 from dynllava_jax.evals.store import versions
-from dynllava_jax.serving.timing import PARTS, Batch, Contender, Limits, limits
+from dynllava_jax.serving.timing import PARTS, Batch, Contender, limits
 from dynllava_jax.training.plot import save_figure
 
 NO_GAIN = 1.05  # an ideal ratio below it is no gain that anybody would notice

@@ -2,70 +2,32 @@
 
 Prompts wait in line (`waiting`), are run some at a time, 1, 4, 16, ... of one text bucket, and take free slots; one program decodes
 all slots, some tokens per dispatch. A reply is that of `Generator` to the same prompt alone: rows do not see each other, and a row
-does not see what is behind its length.
+does not see what is behind its length. With a ladder (`pools`) who begins is answered as sparsely as the load asks for.
 """
 
+import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from dynllava_jax import arguments
+from dynllava_jax.controller.ladder import Decision, Need
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import Tokenizer
 from dynllava_jax.generate import Generator
 from dynllava_jax.serving import request as req
-from dynllava_jax.serving.request import Reply, Request, Timings
-from dynllava_jax.serving.stepping import Running, Stepper, wishes
-from dynllava_jax.serving.text import Text
+from dynllava_jax.serving.pools import Pool, Pools
+from dynllava_jax.serving.request import Options, Request
+from dynllava_jax.serving.stepping import wishes
+from dynllava_jax.serving.ticket import Ticket
 from dynllava_jax.serving.waiting import Waiting
 
 IDLE = 0.2  # seconds that a thread waits for another one's round before it looks again
-
-
-class Ticket:
-  """A request on its way through the engine."""
-
-  def __init__(self, request: Request, tokenizer: Tokenizer):
-    self.request = request
-    self.output = Text(tokenizer, request.options.stop)
-    self.finish = ''  # why it is over; '' while it is not
-    self.error: Exception | None = None
-    self.asked = time.monotonic()
-    self.begun = self.first = self.ended = 0.0
-    self.kept_image: Callable[[], np.ndarray] = lambda: np.zeros(0, np.int32)
-    self.log_probs: list[float] = []
-    self.kept: list[bool] = []
-    self.evicted = 0
-    self.wanted: str = ''  # why somebody wants it to be over
-
-  @property
-  def late(self) -> bool:
-    """Whether its time is over."""
-    timeout = self.request.options.timeout
-    return timeout is not None and time.monotonic() - self.asked > timeout
-
-  def reply(self) -> Reply:
-    """The reply so far; raises what went wrong."""
-    if self.error is not None:
-      raise self.error
-    now = self.ended or time.monotonic()
-    timings = Timings((self.begun or now) - self.asked, (self.first or now) - self.asked, now - self.asked)
-    kept_image = tuple(self.kept_image().tolist())
-    return Reply(
-      self.output.text,
-      tuple(self.output.tokens),
-      tuple(self.log_probs),
-      kept_image,
-      tuple(self.kept[:-1]),
-      self.evicted,
-      self.finish,
-      timings,
-    )
 
 
 class Engine:
@@ -73,7 +35,7 @@ class Engine:
 
   def __init__(
     self,
-    generator: Generator,
+    generator: Generator | Pools,
     tokenizer: Tokenizer,
     *,
     text_length: int,
@@ -85,10 +47,10 @@ class Engine:
     """Compiles nothing yet.
 
     Args:
-      generator: the model and how it is run; its `sampling` is not used.
+      generator: the model and how it is run, or `Pools.on` a ladder; their `sampling` is not used.
       tokenizer: of the model.
       text_length: the largest text bucket; the slots have room for it.
-      slots: requests that are answered at once.
+      slots: requests that are answered at once; pools have numbers of their own.
       steps: tokens per dispatch; more make the host's part smaller, and waits for a free slot longer.
       prefill_rows: most prompts that are run at once.
       limit: most requests that may wait.
@@ -96,18 +58,26 @@ class Engine:
     Raises:
       ValueError: a size that is none.
     """
-    sizes = dict(text_length=text_length, slots=slots, steps=steps, prefill_rows=prefill_rows, limit=limit)
+    sizes = dict(text_length=text_length, steps=steps, prefill_rows=prefill_rows, limit=limit)
     for name, value in sizes.items():
       arguments.integer(name, value, 1, arguments.MOST_TOKENS)
-    self.generator, self.tokenizer = generator, tokenizer
-    self.text_length, self.slots, self.steps, self.prefill_rows = text_length, slots, steps, prefill_rows
-    self._stepper = Stepper(generator)
+    self.tokenizer = tokenizer
+    self.text_length, self.steps, self.prefill_rows = text_length, steps, prefill_rows
+    self.pools = generator if isinstance(generator, Pools) else Pools([Pool(generator, slots)])
     self._waiting: Waiting[Ticket] = Waiting(limit)
-    self._tickets: list[Ticket | None] = [None] * slots
-    self._halted = np.zeros(slots, bool)
-    self._running: Running | None = None
+    self._empty()
     self._line = threading.Lock()  # around what waits
     self._turn = threading.Lock()  # held by who runs a round
+
+  @property
+  def generator(self) -> Generator:
+    """That of the pool in use."""
+    return self.pools.present.generator
+
+  @property
+  def slots(self) -> int:
+    """Of the pool in use."""
+    return self.pools.present.slots
 
   def submit(self, request: Request) -> Ticket:
     """Puts a request in line.
@@ -148,7 +118,28 @@ class Engine:
 
   def compilations(self) -> int:
     """Programs compiled so far."""
-    return self._stepper.compilations()
+    return sum(pool.stepper.compilations() for pool in self.pools.pools)
+
+  def warm(self, requests: Sequence[Request]) -> None:
+    """Compiles all programs, of all rungs, that prompts as long as these can need, before anybody asks. Nobody may be asking yet.
+
+    `requests`: one for each text bucket.
+    """
+    ladder, self.pools.ladder = self.pools.ladder, None
+    try:
+      for index in range(len(self.pools.pools)):
+        self.pools.change(index)
+        self._empty()
+        for request in requests:
+          size = 1
+          while size <= min(self.slots, self.prefill_rows):
+            alone = dataclasses.replace(request, options=Options(max_tokens=2))
+            self.run([self.submit(alone) for _ in range(size)])
+            size *= 4
+      self.pools.change(0)
+      self._empty()
+    finally:
+      self.pools.ladder = ladder
 
   def step(self) -> bool:
     """One round: who is over leaves, who waits joins, all slots get some tokens. Whether there was anything to do."""
@@ -158,8 +149,11 @@ class Engine:
       if not any(self._tickets):
         return False
       halted, self._halted = self._halted, np.zeros(self.slots, bool)
-      self._running, out = self._stepper.advance(self._running, halted, self.steps)
-      self._hand_out(jax.device_get(out))
+      pool, begun = self.pools.present, time.monotonic()
+      pool.running, out = pool.stepper.advance(pool.running, halted, self.steps)
+      out = jax.device_get(out)
+      self.pools.took((time.monotonic() - begun) / max(1, int(out.count.max())))
+      self._hand_out(out)
       return True
 
   def _round(self) -> None:
@@ -167,6 +161,11 @@ class Engine:
     if self._turn.acquire(timeout=IDLE):
       self._turn.release()
       self.step()
+
+  def _empty(self) -> None:
+    """Slots without anybody in them, for the pool in use."""
+    self._tickets: list[Ticket | None] = [None] * self.slots
+    self._halted = np.zeros(self.slots, bool)
 
   def _over(self, ticket: Ticket, finish: str) -> None:
     ticket.ended = time.monotonic()
@@ -190,22 +189,51 @@ class Engine:
 
   def _join(self) -> None:
     """Runs the prompts of who is next, as long as there are free slots."""
-    while group := self._next_group():
+    while (decision := self._rung()) is not None and (group := self._next_group()):
+      pool = self.pools.present
       free = [slot for slot, ticket in enumerate(self._tickets) if ticket is None][: len(group)]
       rows = jax.tree.map(lambda *xs: np.concatenate(xs), *(t.request.rows for t in group))
-      if self._running is None:
-        self._running = self._stepper.empty(*self._largest(group[0]), self.slots)
+      if pool.running is None:
+        pool.running = pool.stepper.empty(*self._largest(group[0]), pool.slots)
       for ticket in group:
-        ticket.begun = time.monotonic()
-      turn, (*_, kept_image) = self.generator.start(rows.prompt, rows.pixels)
-      room = [self.generator.max_new_tokens] * len(group)
+        ticket.begun, ticket.rung = time.monotonic(), pool.rung
+        if self.pools.ladder is not None:
+          self.pools.ladder.record(dataclasses.replace(decision, request=ticket.request.name))
+      turn, (*_, kept_image) = pool.generator.start(rows.prompt, rows.pixels)
+      room = [pool.generator.max_new_tokens] * len(group)
       wanted = wishes([t.request.options for t in group], room)
-      self._running = self._stepper.join(self._running, turn, rows.prompt, wanted, np.asarray(free, np.int32))
+      pool.running = pool.stepper.join(pool.running, turn, rows.prompt, wanted, np.asarray(free, np.int32))
       for row, (slot, ticket) in enumerate(zip(free, group)):
         self._tickets[slot] = ticket
         self._halted[slot] = False
         if rows.prompt.image_start[row] >= 0:
           ticket.kept_image = lambda kept=kept_image, row=row: np.asarray(kept)[row]
+
+  def _rung(self) -> Decision | bool | None:
+    """Lets the ladder say how who is next is answered; None if nobody can begin yet. True without a ladder.
+
+    Another rung than the one in use waits for the last one on it.
+    """
+    if self.pools.ladder is None:
+      return True
+    with self._line:
+      line = list(self._waiting.in_turn())
+    if not line or None not in self._tickets:
+      return None
+    waiting = collections.Counter(self._need(t) for t in line[1:])
+    held = self.slots - self._tickets.count(None)
+    decision = self.pools.choose(line[0].request.name, self._need(line[0]), held, waiting)
+    if self.pools.pools[decision.index] is not self.pools.present:
+      if held:
+        return None
+      self.pools.change(decision.index)
+      self._empty()
+    return decision
+
+  def _need(self, ticket: Ticket) -> Need:
+    most = self.generator.max_new_tokens
+    text = ticket.request.rows.prompt.tokens.shape[1] - self.generator.model.num_image
+    return Need(text, min(ticket.request.options.max_tokens or most, most))
 
   def _next_group(self) -> list[Ticket]:
     """Requests next in line that share a text bucket: 1, 4, 16, ... of them, as many as there is room for."""

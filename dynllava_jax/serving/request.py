@@ -84,6 +84,7 @@ class Reply:
     evicted: kept tokens that were given up because a bounded cache was full.
     finish: 'end', 'length', 'stop', 'cancelled' or 'timed out'.
     timings: seconds.
+    rung: that a ladder chose, '' without one.
   """
 
   text: str
@@ -94,6 +95,7 @@ class Reply:
   evicted: int
   finish: str
   timings: Timings
+  rung: str = ''
 
   @property
   def kept_generated(self) -> int:

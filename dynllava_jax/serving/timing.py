@@ -3,7 +3,6 @@
 Programs are compiled apart, and their times kept apart; what a call needs at most in memory is what the compiler says of it.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynllava_jax import methods, sharding
+from dynllava_jax import costs, methods, sharding
 from dynllava_jax.arrangement import best
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import BenchConfig, EvalRun, ModelConfig
-from dynllava_jax.evals import costs
+from dynllava_jax.controller.hardware import BANDWIDTH, Limits
 from dynllava_jax.evals.layout import Rows
 from dynllava_jax.generate import Generator
 from dynllava_jax.models.dynllava import Prompt
@@ -26,31 +25,6 @@ from dynllava_jax.serving.request import Request
 from dynllava_jax.training.throughput import peak_flops
 
 PARTS = ('prefill', 'decode', 'uncached', 'end to end', 'engine')
-# Bytes per second of a device's memory, by how `device_kind` begins; the makers' data sheets.
-BANDWIDTH = {
-  'TPU v4': 1228e9,
-  'TPU v5 lite': 819e9,
-  'TPU v5e': 819e9,
-  'TPU v5': 2765e9,
-  'TPU v6': 1640e9,
-  'NVIDIA A100': 1555e9,
-  'NVIDIA H100': 3350e9,
-  'NVIDIA H200': 4800e9,
-  'NVIDIA L4': 300e9,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """What the hardware can do: FLOP/s, bytes/s, and where these figures are from."""
-
-  flops: float
-  bandwidth: float
-  source: str
-
-  def seconds(self, flops: float, moved: float) -> float:
-    """The least time for so much arithmetic and so many bytes."""
-    return max(flops / self.flops, moved / self.bandwidth)
 
 
 def limits(dtype: Any) -> Limits:

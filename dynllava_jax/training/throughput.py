@@ -9,8 +9,8 @@ import numpy as np
 
 from dynllava_jax import methods
 from dynllava_jax.config import TrainConfig
+from dynllava_jax.costs import layer_flops, predictor_flops, vision_flops
 from dynllava_jax.data.batches import Batch
-from dynllava_jax.evals.costs import layer_flops, predictor_flops, vision_flops
 
 # bfloat16 matrix products without sparsity, FLOP/s per device, by how `device_kind` begins; the makers' data sheets.
 PEAK_FLOPS = {

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dynllava_jax import methods, presets
+from dynllava_jax import costs, methods, presets
 from dynllava_jax.config import ConfigError, EvalConfig, ModelConfig, from_config_dict
-from dynllava_jax.evals import budgets, costs, published
+from dynllava_jax.evals import budgets, published
 from dynllava_jax.evals.benchmarks import suite
 
 # Recycled tokens come on top of SparseVLM's published lists; a pool and a smaller picture have a whole number along each side.

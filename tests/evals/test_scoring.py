@@ -215,7 +215,7 @@ def test_configs_of_all_benchmarks_can_be_built():
 
 def test_layer_average_and_both_flops_of_the_7b_model():
   """The paper's 10.07 T and 2.49 T, the true 7.63 T and 1.88 T, and 143.8 tokens."""
-  from dynllava_jax.evals import costs
+  from dynllava_jax import costs
 
   dynamic = (Stage(), Stage(start=2, selector='uniform', image_keep_rate=0.2))
   for stages, paper, true, tokens in (((Stage(),), 10.07, 7.63, 576), (dynamic, 2.49, 1.88, 143.8)):
@@ -227,7 +227,7 @@ def test_layer_average_and_both_flops_of_the_7b_model():
 
 def test_flops_of_a_full_cache_grow_no_more():
   """Eight tokens kept in room for four are read like four kept and four dropped."""
-  from dynllava_jax.evals import costs
+  from dynllava_jax import costs
 
   flops = lambda kept, share: costs.sample_flops(
     DYNAMIC_LLAVA_7B, (Stage(), Stage(start=2, selector='dynamic', text_keep_budget=share)), 40, kept, CacheSpec(max_new_tokens=8)

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from tower_records import RECORDS, base, case, towers
 
-from dynllava_jax import methods, presets
+from dynllava_jax import costs, methods, presets
 from dynllava_jax.config import DENSE, IMAGE_ID, ConfigError, Piece, Stage
 from dynllava_jax.convert.records.bases import open_record
 from dynllava_jax.convert.records.runs import Asked, Runner
-from dynllava_jax.evals import costs
 from dynllava_jax.generate import Generator
 from dynllava_jax.methods import __main__ as program
 from dynllava_jax.methods import divprune, dymu, pool, prumerge, vispruner, vscan

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from plain_decoder import layer
 
-from dynllava_jax import presets
+from dynllava_jax import costs, presets
 from dynllava_jax.config import Stage
 from dynllava_jax.convert.records.runs import Asked, Runner
-from dynllava_jax.evals import costs
 from dynllava_jax.methods import Rows, sparsevlm
 
 CFG = presets.TINY.llama

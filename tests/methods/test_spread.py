@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from tower_records import RECORDS, base, case, towers
 
-from dynllava_jax import methods, presets
+from dynllava_jax import costs, methods, presets
 from dynllava_jax.config import DENSE, ConfigError, Piece, Stage
 from dynllava_jax.convert.records.bases import open_record, samples
 from dynllava_jax.convert.records.reducer_arrays import RECORDED, Asking
 from dynllava_jax.convert.records.reduction import Reduction
-from dynllava_jax.evals import costs
 from dynllava_jax.methods import divprune, dpp, pool, vispruner, vscan
 from dynllava_jax.methods.base import KeptPatches, TowerOutput
 

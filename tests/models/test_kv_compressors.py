@@ -7,10 +7,9 @@ import pytest
 from test_invariants import CFG, NEW, ROWS, TEXT, P, batch
 
 from dynllava_jax import cache as kv
-from dynllava_jax import methods
+from dynllava_jax import costs, methods
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import DENSE, ConfigError, Piece, Stage
-from dynllava_jax.evals import costs
 from dynllava_jax.generate import Generator
 from dynllava_jax.methods import pyramidkv
 from dynllava_jax.models.dynllava import DynLlava

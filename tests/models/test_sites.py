@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_invariants import CFG, NEW, ROWS, TEXT, P, batch
 
+from dynllava_jax import costs
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import DENSE, ConfigError, Piece, Stage
-from dynllava_jax.evals import costs
 from dynllava_jax.generate import Generator
 from dynllava_jax.models.dynllava import DynLlava
 from dynllava_jax.ops.images import normalize

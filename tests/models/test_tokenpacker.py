@@ -12,7 +12,7 @@ from conftest import GOLDEN
 from recorded import recorded, verified
 from safetensors.numpy import load_file, save_file
 
-from dynllava_jax import methods, presets, sharding
+from dynllava_jax import costs, methods, presets, sharding
 from dynllava_jax.checkpoint import read_info
 from dynllava_jax.config import (
   IGNORE,
@@ -32,7 +32,6 @@ from dynllava_jax.convert.records import tokenpacker as records
 from dynllava_jax.convert.records.base import LOGITS
 from dynllava_jax.convert.source import Request, open_source
 from dynllava_jax.data.batches import Batch
-from dynllava_jax.evals import costs
 from dynllava_jax.methods.base import TowerOutput
 from dynllava_jax.models import projector
 from dynllava_jax.models.clip import VisionTower

@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 
-from dynllava_jax import presets
+from dynllava_jax import costs, presets
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import DENSE, BenchConfig, ConfigError, EvalRun, Stage
-from dynllava_jax.evals import costs
 from dynllava_jax.serving import comparison, timing
 
 HALF = (Stage(), Stage(start=1, selector='uniform', image_keep_rate=0.5))

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dynllava_jax import methods, sharding
+from dynllava_jax import costs, methods, sharding
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import DENSE, EvalRun, LlamaConfig, ModelConfig, Piece, Stage, VisionConfig, from_config_dict
-from dynllava_jax.evals import budgets, costs
+from dynllava_jax.evals import budgets
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.params import abstract_params, cut_params
 
