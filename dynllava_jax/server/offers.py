@@ -7,9 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dynllava_jax import api, cache, methods, paths
+from dynllava_jax import api, cache, costs, methods, paths
 from dynllava_jax.config import ConfigError
-from dynllava_jax.evals import costs
 from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.layout import Layout, Loaded, Rows
 from dynllava_jax.serving import batch
