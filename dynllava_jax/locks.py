@@ -16,8 +16,13 @@ class BusyError(OSError):
 
 
 @contextlib.contextmanager
-def sole_use(directory: pathlib.Path, flag: str) -> Iterator[None]:
-  """Makes `directory` and keeps other processes out of it while the block runs. `flag`: what names another one, such as '--out'.
+def sole_use(directory: pathlib.Path, flag: str, shared: bool = False) -> Iterator[None]:
+  """Makes `directory` and keeps other processes out of it while the block runs.
+
+  Args:
+    directory: what is filled.
+    flag: what names another one, such as '--out'.
+    shared: let those in that say so, too.
 
   Raises:
     BusyError: another process has it. OSError: it cannot be made.
@@ -25,17 +30,17 @@ def sole_use(directory: pathlib.Path, flag: str) -> Iterator[None]:
   directory.mkdir(parents=True, exist_ok=True)
   handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
   try:
-    if not _locked(handle) or not _is_still(handle, directory):
+    if not _locked(handle, shared) or not _is_still(handle, directory):
       raise BusyError(f'{directory}: another process is writing there; wait until it has ended, or choose another {flag}')
     yield
   finally:
     os.close(handle)
 
 
-def _locked(handle: int) -> bool:
-  """Whether an open directory is this process's alone from now on."""
+def _locked(handle: int, shared: bool) -> bool:
+  """Whether an open directory is this process's alone from now on, or that of several who share it."""
   try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
   except BlockingIOError:
     return False
   except OSError:  # a file system without locks

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dynllava_jax import paths
-from dynllava_jax.config import DataConfig
+from dynllava_jax.config import ConfigError, DataConfig
 from dynllava_jax.data import conversation
 from dynllava_jax.data.index import CODES, Index, fit
+from dynllava_jax.data.parts import WHOLE, Part
 from dynllava_jax.data.records import Finding, Record, entry_name, examine, parse, read_json, unused_fields
 from dynllava_jax.data.samples import REASONS, DataError
 from dynllava_jax.data.tokenizer import load_tokenizer
@@ -76,24 +78,50 @@ def read_sources(scan: Scan) -> tuple[list[Record | Finding], dict[str, dict[str
   return out, fields
 
 
-def examine_all(scan: Scan, entries: Sequence[Record | Finding], folder: pathlib.Path) -> list[Finding]:
+def examine_all(
+  scan: Scan, entries: Sequence[Record | Finding], folder: pathlib.Path, part: Part = WHOLE, finish: bool = False
+) -> list[Finding] | None:
   """One finding per entry, in order. What is done is kept in `folder`, so that an interrupted scan goes on there.
 
   Images that could not be used are looked at again: they may have been mended since.
+
+  Args:
+    scan, entries, folder: what is examined, and where findings are kept.
+    part: examine its pieces alone.
+    finish: examine none that nobody has.
+
+  Returns:
+    None if pieces of other parts are not examined yet.
+
+  Raises:
+    ConfigError: there are such pieces, and `finish` was asked for.
   """
   folder.mkdir(parents=True, exist_ok=True)
   jobs = []
   for number, start in enumerate(range(0, len(entries), CHUNK)):
     jobs.append((scan, entries[start : start + CHUNK], folder / f'scan-{number:06d}.json'))
-  todo = [job for job in jobs if (known := _read_part(job[2], len(job[1]))) is None or any(f.reason in OF_FILES for f in known)]
-  done = len(entries) - sum(len(job[1]) for job in todo)
+  own = [job for number, job in enumerate(jobs) if part.has(number)]
+  todo = [job for job in own if (known := _read_part(job[2], len(job[1]))) is None or any(f.reason in OF_FILES for f in known)]
+  missing = sum(_read_part(job[2], len(job[1])) is None for job in todo)
+  if finish and missing:
+    raise ConfigError(
+      f'--finish: {missing:,} of {len(jobs):,} pieces are not checked: a part has not been run to its end; run it again, or leave '
+      '--finish out to check and write all that is missing here'
+    )
+  done = sum(len(job[1]) for job in own) - sum(len(job[1]) for job in todo)
+  watch, pictures = time.monotonic(), sum(isinstance(e, Record) and bool(e.image_path) for job in todo for e in job[1])
   with (
     parallel_map(_examine_chunk, todo, scan.processes) as sizes,
-    progress(Terminal(), 'checking samples', len(entries), done=done) as advance,
+    progress(Terminal(), 'checking samples', sum(len(job[1]) for job in own), done=done) as advance,
   ):
     for size in sizes:
       advance(size)
-  return [finding for job in jobs for finding in _read_part(job[2], len(job[1])) or ()]
+  if pictures and not finish:
+    rate = pictures / (time.monotonic() - watch)
+    used = min(scan.processes, len(todo))
+    Terminal().print(f'{pictures:,} images decoded: {rate:,.0f}/s, {rate / used:,.0f}/s for each of {used} processes')
+  found = [_read_part(job[2], len(job[1])) for job in jobs]
+  return None if None in found else [finding for findings in found for finding in findings]
 
 
 def forget(folder: pathlib.Path) -> None:

@@ -43,6 +43,7 @@ from dynllava_jax.data.integrity import (
   shard_names,
 )
 from dynllava_jax.data.order import check_epoch
+from dynllava_jax.data.parts import Part
 from dynllava_jax.data.records import Finding, Record
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.shards import UNFINISHED, check_shards, is_as_noted, noted, remove_unfinished, sweep_shards, write_shard
@@ -58,15 +59,29 @@ MAX_SHARDS = 99_999  # their names have five digits
 
 
 def prepare(
-  scan: Scan, weights: Sequence[float], out: pathlib.Path, *, only_check: bool, image_bytes: bool, shard_samples: int
+  scan: Scan,
+  weights: Sequence[float],
+  out: pathlib.Path,
+  *,
+  only_check: bool,
+  image_bytes: bool,
+  shard_samples: int,
+  part: Part | None = None,
+  finish: bool = False,
 ) -> bool:
   """Checks, reports and, unless told otherwise, writes the data set.
+
+  Args:
+    scan, weights, out: what is prepared, draws per epoch of each source, and where it goes.
+    only_check, image_bytes, shard_samples: flags of the command line.
+    part: do this part of the work alone, beside other machines that do the others.
+    finish: the parts have done all the checking; write what is missing, and make a data set of it.
 
   Returns:
     Whether the data may be used under the policy `scan.data.on_bad_sample`.
 
   Raises:
-    ConfigError: `out` holds something else.
+    ConfigError: `out` holds something else, or a part is missing.
     DataError: a JSON file that cannot be read.
   """
   console = Terminal()
@@ -80,12 +95,14 @@ def prepare(
     return True
   entries, fields = read_sources(scan)
   check_epoch(sum(w * sum(e.source == name for e in entries) for name, w in zip(scan.json, weights)))
+  if part:
+    return prepare_part(scan, out, settings, entries, part, image_bytes=image_bytes, shard_samples=shard_samples)
   if not (unfinished / SETTINGS_FILE).exists():  # a removal was interrupted; the rest may be another command's
     remove_unfinished(out)
   if not only_check:
     check_shards(out)
   write(unfinished / SETTINGS_FILE, settings)
-  findings = with_buckets(scan, examine_all(scan, entries, unfinished))
+  findings = with_buckets(scan, examine_all(scan, entries, unfinished, finish=finish))
   content = report(scan, findings, fields)
   write(out / REPORT_FILE, content)
   if scan.tokenizer:
@@ -101,7 +118,7 @@ def prepare(
     console.print(f'{bad:,} of {len(findings):,} samples cannot be used; all ids in {out / REPORT_FILE}')
   accepted = not bad or scan.data.on_bad_sample == 'skip'
   if accepted and not only_check:
-    good = [(e, f) for e, f in zip(entries, findings) if not f.reason]
+    good = usable(entries, findings)
     if not good:
       remove_unfinished(out)
       raise DataError(f'{", ".join(map(str, scan.json.values()))}: no usable sample in it')
@@ -114,6 +131,41 @@ def prepare(
     console.print(f'{out}: {len(good):,} samples prepared')
   remove_unfinished(out)  # also what the scan found: what is mended must be looked at again
   return accepted
+
+
+def prepare_part(
+  scan: Scan, out: pathlib.Path, settings: dict, entries: Sequence, part: Part, *, image_bytes: bool, shard_samples: int
+) -> bool:
+  """Checks a part's pieces; once those of all parts are checked, writes its shards. The arguments are those of `prepare`."""
+  say, unfinished = Terminal().print, out / UNFINISHED
+  if not (unfinished / SETTINGS_FILE).exists():
+    if any(unfinished.glob('scan-*')):
+      raise ConfigError(f'--out: {unfinished} was left by a removal that was interrupted; remove it, then start the parts')
+    write(unfinished / SETTINGS_FILE, settings)
+  check_shards(out)
+  findings = examine_all(scan, entries, unfinished, part)
+  if findings is None:
+    say(f'{out}: part {part} is checked; once the others are, the same command writes its shards, or --finish all that are missing')
+    return True
+  findings = with_buckets(scan, findings)
+  bad = sum(bool(f.reason) for f in findings)
+  if bad and scan.data.on_bad_sample == 'error':
+    say(f'{bad:,} of {len(findings):,} samples cannot be used; --finish reports them all, --on_bad_sample=skip leaves them out')
+    return False
+  jobs, plan = shard_jobs(scan, out, settings, usable(entries, findings), image_bytes, shard_samples)
+  plan_file = unfinished / PLAN_FILE
+  if plan_file.exists() and plan_file.read_bytes() != as_json(plan).encode():
+    raise ConfigError(f'--part: {out}: samples were mended or lost since shards were written; --finish writes them again')
+  write(plan_file, plan)
+  own = [job for number, job in enumerate(jobs) if part.has(number)]
+  write_shards(scan, own)
+  say(f'{out}: part {part} has written its {len(own):,} of {len(jobs):,} shards; once all have, --finish makes a data set of them')
+  return True
+
+
+def usable(entries: Sequence, findings: Sequence[Finding]) -> list[tuple[Record, Finding]]:
+  """The samples that the data set is made of."""
+  return [(e, f) for e, f in zip(entries, findings) if not f.reason]
 
 
 def describe(scan: Scan, weights: Sequence[float], image_bytes: bool, shard_samples: int) -> dict:
@@ -180,28 +232,12 @@ def write_store(
   shard_samples: int,
 ) -> None:
   """Shards that are not there yet, then the files that make them a data set."""
-  starts = range(0, len(good), shard_samples)
-  if len(starts) > MAX_SHARDS:
-    raise ConfigError(f'--shard_samples: {shard_samples} makes {len(starts):,} shards, at most {MAX_SHARDS:,} can be; raise it')
-  root = scan.images if image_bytes else None
-  jobs = []
-  for name, start in zip(shard_names(len(starts)), starts):
-    records = [record for record, _ in good[start : start + shard_samples]]
-    jobs.append((out / name, records, root, scan.data.allow_outside))
+  jobs, plan = shard_jobs(scan, out, settings, good, image_bytes, shard_samples)
   sweep(out)
-  # Shards of another attempt stay only if they hold the same samples: images may have been mended or lost in between.
-  plan = {'sha256': hashlib.sha256(json.dumps([settings, [dataclasses.astuple(r) for r, _ in good]]).encode()).hexdigest()}
   plan_file = out / UNFINISHED / PLAN_FILE
   sweep_shards(out, keep=plan_file.exists() and plan_file.read_bytes() == as_json(plan).encode())
   write(plan_file, plan)
-  todo = [job for job in jobs if not is_as_noted(job[0])]
-  done = len(good) - sum(len(job[1]) for job in todo)
-  with (
-    parallel_map(write_shard, todo, scan.processes) as sizes,
-    progress(Terminal(), 'writing samples', len(good), done=done) as advance,
-  ):
-    for size in sizes:
-      advance(size)
+  write_shards(scan, jobs)
   counts = [sum(r.source == name for r, _ in good) for name in scan.json]
   sources = [{'name': n, 'weight': w, 'samples': c} for n, w, c in zip(scan.json, weights, counts)]
   write(out / SOURCES_FILE, sources)
@@ -224,6 +260,38 @@ def write_store(
   write(out / SETTINGS_FILE, content)
   for name in (FEATURES_FILE, INFO_FILE):
     os.replace(unfinished / name, out / name)
+
+
+def shard_jobs(
+  scan: Scan, out: pathlib.Path, settings: dict, good: Sequence[tuple[Record, Finding]], image_bytes: bool, shard_samples: int
+) -> tuple[list[tuple], dict]:
+  """(what `write_shard` is to do, in order; what tells these shards from those of another attempt).
+
+  Shards stay only if they hold the same samples: images may have been mended or lost in between.
+  """
+  starts = range(0, len(good), shard_samples)
+  if len(starts) > MAX_SHARDS:
+    raise ConfigError(f'--shard_samples: {shard_samples} makes {len(starts):,} shards, at most {MAX_SHARDS:,} can be; raise it')
+  root = scan.images if image_bytes else None
+  jobs = []
+  for name, start in zip(shard_names(len(starts)), starts):
+    records = [record for record, _ in good[start : start + shard_samples]]
+    jobs.append((out / name, records, root, scan.data.allow_outside))
+  plan = {'sha256': hashlib.sha256(json.dumps([settings, [dataclasses.astuple(r) for r, _ in good]]).encode()).hexdigest()}
+  return jobs, plan
+
+
+def write_shards(scan: Scan, jobs: Sequence[tuple]) -> None:
+  """Those that are not there yet."""
+  todo = [job for job in jobs if not is_as_noted(job[0])]
+  total = sum(len(job[1]) for job in jobs)
+  done = total - sum(len(job[1]) for job in todo)
+  with (
+    parallel_map(write_shard, todo, scan.processes) as sizes,
+    progress(Terminal(), 'writing samples', total, done=done) as advance,
+  ):
+    for size in sizes:
+      advance(size)
 
 
 def write_metadata(out: pathlib.Path, shards: Sequence[pathlib.Path], lengths: Sequence[int]) -> None:

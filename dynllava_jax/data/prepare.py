@@ -3,8 +3,12 @@
     python -m dynllava_jax.data.prepare --json=llava_v1_5_mix665k.json --images=data --out=prepared/llava/1.0.0 \\
         --tokenizer=vicuna-7b-v1.5 --on_bad_sample=skip
     python -m dynllava_jax.data.prepare --json=... --images=... --out=check --check       # only look
+
+On several machines that see one --out, each `... --part=3/16`, twice: the first time it checks, and once all have, it writes its
+shards. Then one of them the same with --finish instead: shards and digests are those that one machine makes.
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -13,6 +17,7 @@ from absl import flags
 
 from dynllava_jax import command_line, locks, paths, remote
 from dynllava_jax.config import ConfigError, DataConfig
+from dynllava_jax.data import parts
 from dynllava_jax.workspace import workspace
 
 
@@ -32,6 +37,8 @@ def define_flags() -> None:
   flags.DEFINE_bool('truncate', False, 'Samples longer than the largest bucket will be cut in training: no problem.')
   flags.DEFINE_bool('allow_outside', False, 'Image paths may lead out of --images: by .., as absolute paths, through links.')
   flags.DEFINE_enum('on_bad_sample', 'error', ['error', 'skip'], 'Stop at bad samples, or leave them out.')
+  flags.DEFINE_string('part', None, 'Do this part of the work, such as 3/16, while other machines do the others.')
+  flags.DEFINE_bool('finish', False, 'All parts are done: make a data set of what they wrote, and write what is missing.')
   flags.DEFINE_integer('processes', os.cpu_count(), 'Worker processes.', lower_bound=1, upper_bound=1024)
   flags.DEFINE_integer('shard_samples', 5000, 'Samples per shard: 700 MB with the images of mix665k.', lower_bound=1)
 
@@ -53,10 +60,14 @@ def main(_) -> None:
     weights = given.weight or [1.0] * len(files)
     if len(weights) != len(files) or not all(math.isfinite(w) and w > 0 for w in weights):
       raise ConfigError(f'--weight: {weights}; expected one positive number per --json, {len(files)} of them')
+    part = parts.read(given.part) if given.part is not None else None
+    if (part or given.finish) and (given.check or (part and given.finish)):
+      raise ConfigError('--part, --finish, --check: one of them at a time; --finish comes when all parts are done')
     # These bring jax along; the flags are known to be right by now.
     from dynllava_jax.data.check import Scan
     from dynllava_jax.data.conversation import check_template, template
     from dynllava_jax.data.preparation import prepare
+    from dynllava_jax.data.shards import UNFINISHED
     from dynllava_jax.data.tokenizer import load_tokenizer, read_files
 
     data = DataConfig(
@@ -82,8 +93,12 @@ def main(_) -> None:
       except ConfigError as e:
         raise ConfigError(f'--tokenizer={given.tokenizer}: {e}') from None
     form = dict(only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
+    form |= dict(part=part, finish=given.finish)
     try:
-      with workspace(out, '--out') as folder, locks.sole_use(folder, '--out'):
+      with workspace(out, '--out', multihost=part is not None) as folder, contextlib.ExitStack() as stack:
+        stack.enter_context(locks.sole_use(folder, '--out', shared=part is not None))
+        if part:
+          stack.enter_context(locks.sole_use(folder / UNFINISHED / f'part-{part.number}-of-{part.count}', '--part'))
         good = prepare(scan, weights, folder, **form)
     except KeyboardInterrupt:
       print('interrupted; the same command goes on')

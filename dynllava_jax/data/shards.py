@@ -18,7 +18,7 @@ SHARD = re.compile(rf'{NAME}-{SPLIT}\.array_record-\d{{5}}-of-\d{{5}}')
 HALF_WRITTEN = re.compile(rf'{SHARD.pattern}\.\d+\.tmp')
 # What `UNFINISHED` holds: settings, plan, findings, notes of shards, links to them, and what TFDS writes or has begun to write.
 WRITTEN = re.compile(
-  rf'{re.escape(SETTINGS_FILE)}|shards\.json|scan-\d{{6}}\.json|{SHARD.pattern}(?:\.json)?'
+  rf'{re.escape(SETTINGS_FILE)}|shards\.json|scan-\d{{6}}\.json|part-\d+-of-\d+|{SHARD.pattern}(?:\.json)?'
   rf'|(?:{re.escape(FEATURES_FILE)}|{re.escape(INFO_FILE)}).*|.*incomplete.*'
 )
 UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on

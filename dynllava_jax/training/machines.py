@@ -11,7 +11,7 @@ import re
 from dynllava_jax.config import ConfigError
 
 GIB = 2**30
-NAME = re.compile(r'(\w[\w-]*):(\d+(?:x\d+)*)')
+NAME = re.compile(r'([a-z0-9][a-z0-9-]*):([0-9]{1,6}(?:x[0-9]{1,6})*)')
 GPU_SHARE = 'XLA_PYTHON_CLIENT_MEM_FRACTION'  # environment variable: of a GPU's memory, what jax takes
 
 

@@ -79,7 +79,8 @@ def test_a_module_tells_its_time_and_what_its_devices_send():
     ('v5e:16', 'expected the topology'),
     ('h100:2x4', 'expected a number'),
     ('cpu:0', 'expected 1 to'),
-    ('cpu:99999999', 'expected 1 to'),
+    ('cpu:99999', 'expected 1 to'),
+    ('cpu:٣', 'is no machine'),
     ('v5e:16x16;rm', 'is no machine'),
   ],
 )
