@@ -10,7 +10,6 @@ run takes, without collectives; of decoding that of a token. Nothing is run. `tr
 """
 
 # ruff: noqa: E402
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -60,11 +59,9 @@ def generate(model: ModelConfig, stages: tuple[Stage, ...], batch: int, text: in
   place = SingleDeviceSharding(ahead.devices(CHIP)[0])
   on_chip = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
   half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), sharding.unboxed(abstract_params(model)))
-  # Without parameters: shapes cannot be cut outside eval_shape, so the stage list comes after.
-  generator = Generator(model, DENSE, {'llama': {'layers': {}}}, max_new_tokens=new, eos_id=2, dtype=jnp.bfloat16)
-  generator.model = dataclasses.replace(generator.model, stages=stages)
   params = on_chip(jax.eval_shape(lambda p: cut_params(p, stages), half))
   b = ahead.abstract_batch(TrainConfig(model=model, batch_size=batch), text, place)
+  generator = Generator(model, stages, params, max_new_tokens=new, eos_id=2, dtype=jnp.bfloat16)
   prompt = Prompt(b.tokens, b.length, b.image_start, b.seed)
   if part == 'prefill':
     return ahead.compile_program(generator._prefill.lower(params, prompt, b.pixels), CHIP.chip.clock)

@@ -67,6 +67,10 @@ def load(
   """
   arguments.integer('max_new_tokens', max_new_tokens, 1, arguments.MOST_TOKENS)
   arguments.integer('batch_size', batch_size, 1, arguments.MOST_TOKENS)
+  if not isinstance(text_lengths, (list, tuple)) or not text_lengths:
+    raise ValueError(f'text_lengths: {text_lengths!r}, expected some lengths')
+  if mesh is not None and not isinstance(mesh, Mesh):
+    raise ValueError(f'mesh: {mesh!r}, expected a jax.sharding.Mesh, or None')
   for length in text_lengths:
     arguments.integer('text_lengths', length, 1, arguments.MOST_TOKENS)
   dtype = dtype_of(dtype)
@@ -109,6 +113,8 @@ def run_of(info: CheckpointInfo, stages: Stages) -> EvalRun:
   if stages is None:
     return EvalRun()
   if not isinstance(stages, str):
+    if not isinstance(stages, (list, tuple)):
+      raise ConfigError(f'stages: {stages!r}, expected a name, or a list of stages')
     if not stages:
       raise ConfigError('stages: an empty list, expected at least one stage')
     return EvalRun(stages=tuple(s if isinstance(s, Stage) else _stage(s, i) for i, s in enumerate(stages)))
@@ -147,7 +153,9 @@ def dynamic_stages(info: CheckpointInfo) -> tuple[Stage, ...]:
 
 
 def _stage(value: Mapping[str, Any], index: int) -> Stage:
-  return from_config_dict(Stage, ConfigDict(dict(value)), f'stages[{index}]')
+  if not isinstance(value, Mapping):
+    raise ConfigError(f'stages[{index}]: {value!r}, expected a Stage, or a group of its settings')
+  return from_config_dict(Stage, dict(value), f'stages[{index}]')
 
 
 class Model:

@@ -3,8 +3,10 @@
 Shapes and types are always checked; values where this process has all of them, which a host of several does not.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +15,12 @@ import numpy as np
 
 from dynllava_jax.cache import Cache
 from dynllava_jax.config import ModelConfig, Stage
+from dynllava_jax.config.run import judges_instructions
+from dynllava_jax.models.lora import ADAPTERS, SCALES
+from dynllava_jax.models.params import abstract_params
+from dynllava_jax.sharding import unboxed
 
+DTYPES = ('float32', 'bfloat16', 'float16')
 MOST_TOKENS = 2**24  # of a cache's room, before memory is asked for
 
 
@@ -47,11 +54,11 @@ def check_generator(
   if eos_id is not None:
     integer('eos_id', eos_id, 0, cfg.llama.vocab_size - 1)
   try:
-    floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    known = dtype is not None and jnp.dtype(dtype).name in DTYPES  # numpy takes None for float64
   except TypeError:
-    floating = False
-  if not floating:
-    raise ValueError(f'dtype: {dtype!r}, expected a floating-point type such as jnp.bfloat16')
+    known = False
+  if not known:
+    raise ValueError(f'dtype: {dtype!r}, expected one of {", ".join(DTYPES)}')
   llama = params.get('llama') if isinstance(params, Mapping) else None
   if not isinstance(llama, Mapping) or not llama.keys() & {'layers', 'stage_0', 'stage_0_0'}:
     raise ValueError('params: no parameters in checkpoint form, expected what checkpoint.load_params gives ("llama" with "layers")')
@@ -59,6 +66,71 @@ def check_generator(
     found = {x.shape[0] for x in jax.tree.leaves(llama['layers'])} - {cfg.llama.num_layers}
     if found:
       raise ValueError(f'params: {found.pop()} layers, but cfg.llama.num_layers is {cfg.llama.num_layers}')
+
+
+def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[str, Any], adapters: bool) -> None:
+  """Compares parameters, in checkpoint form or cut, with those that a model has.
+
+  Args:
+    cfg, stages: the model and how it is run; predictors may be missing where no stage asks them.
+    params: by group; int8 weights of the decoder have their scales beside them.
+    adapters: whether those of a training run may be there.
+
+  Raises:
+    ValueError: names the first that is missing, of another shape or type, or not the model's.
+  """
+  expected = _shapes(cfg, 'vision_tail' in params)
+  groups = list(dict.fromkeys(name.partition('/')[0] for name in expected))
+  more = (ADAPTERS, SCALES) if adapters else ()
+  if strange := next((group for group in params if group not in groups and group not in more), None):
+    raise ValueError(f'params: {strange} is no group of this model, expected {", ".join(groups)}; take it out, or give its cfg')
+  asked = set(groups) - set(_not_asked(stages))
+  found = {_as_stored(jax.tree_util.keystr(path, simple=True, separator='/')): leaf for path, leaf in _leaves(params)}
+  for name, leaf in found.items():
+    group = name.partition('/')[0]
+    if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
+      raise ValueError(f'params: {name} is {type(leaf).__name__}, expected an array')
+    whole = group == 'llama' and SCALES in params and leaf.dtype == jnp.int8
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) and not whole:
+      raise ValueError(f'params: {name} is {leaf.dtype}, expected floating-point numbers such as float32')
+    if group in more or '/stage_' in name:  # one layer by itself, as `arrangement` lays them
+      continue
+    if name not in expected:
+      raise ValueError(f'params: {name} is no parameter of this model; take it out, or give its cfg')
+    cut = int(name.startswith('llama/layers/') and 'layers' not in params['llama'])  # as many as the stage has, see `check_cut`
+    if tuple(leaf.shape[cut:]) != expected[name][cut:]:
+      raise ValueError(f'params: {name} has shape {_sizes(leaf.shape)}, expected {_sizes(expected[name])}; is it of this cfg?')
+  apart = any(name.startswith('llama/stage_') for name in found)
+  for name, shape in expected.items():
+    if name not in found and name.partition('/')[0] in asked and not (apart and name.startswith('llama/layers/')):
+      raise ValueError(f'params: {name} is missing, expected floating-point numbers of shape {_sizes(shape)}')
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(cfg: ModelConfig, with_tail: bool) -> dict[str, tuple[int, ...]]:
+  """Shapes of a model's parameters in checkpoint form, by name."""
+  leaves = jax.tree_util.tree_leaves_with_path(unboxed(abstract_params(cfg, with_tail)))
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape for path, leaf in leaves}
+
+
+def _leaves(params: Mapping[str, Any]) -> list[tuple]:
+  return jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: x is None)
+
+
+def _as_stored(name: str) -> str:
+  """The name in checkpoint form of a parameter of a stack of layers that a stage has."""
+  return re.sub(r'^llama/stage_\d+/', 'llama/layers/', name)
+
+
+def _not_asked(stages: tuple[Stage, ...]) -> tuple[str, ...]:
+  """Groups of predictors that no stage asks."""
+  if not any(s.selector == 'dynamic' for s in stages):
+    return ('image_predictor', 'text_predictor', 'instruct_predictor')
+  return () if judges_instructions(stages) else ('instruct_predictor',)
+
+
+def _sizes(shape: Sequence[int]) -> str:
+  return 'x'.join(map(str, shape)) or '()'
 
 
 def check_cut(llama: Mapping[str, Any], stages: tuple[Stage, ...], num_layers: int) -> None:

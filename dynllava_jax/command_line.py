@@ -1,11 +1,13 @@
 """What the three root scripts share: config flags whose mistakes are one readable line, not a traceback."""
 
+import ast
 import contextlib
 import json
 import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ from dynllava_jax import hosts, paths, remote
 from dynllava_jax.config import ConfigError, from_config_dict
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import printable
-from dynllava_jax.files import require_writable
+from dynllava_jax.files import read_regular, require_writable
 
 
 def define_config() -> flags.FlagHolder:
@@ -24,6 +26,7 @@ def define_config() -> flags.FlagHolder:
   return config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py:base.')
 
 
+LARGEST_CONFIG = 2**20  # bytes of a config file
 _SHIPPED_CONFIG = re.compile(r'^((?:--?config=)?)(configs/[^:]+)')  # the file's name, after `--config=` or `--config `
 _PATHS: list[str] = []  # names of the flags that are paths
 
@@ -62,6 +65,8 @@ def parse(cls: type, value: Any) -> Any:
     value.keys()
   except OSError as e:  # ml_collections hands out a value that fails when it is used
     raise ConfigError(f'--config: {_one_line(e)}') from None
+  except AttributeError:
+    raise ConfigError(f'--config: its get_config returns {type(value).__name__}, expected a ConfigDict') from None
   return from_config_dict(cls, value)
 
 
@@ -125,20 +130,30 @@ def join_hosts() -> None:
     raise ConfigError(f'--multihost: {_one_line(e)}; leave it out on a single host') from None
 
 
+def parsed(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+  """What absl makes of a command line; SystemExit with one line for a mistake in it, or in the config file that it names."""
+  try:
+    _check_config_file(argv)
+  except (ConfigError, OSError) as e:
+    sys.exit(f'error: {_one_line(e)}')
+  try:
+    return values([_SHIPPED_CONFIG.sub(lambda m: m[1] + paths.shipped(m[2]), a) for a in argv])
+  except flags.Error as e:
+    sys.exit(f'error: {_one_line(e)}')
+  except Exception as e:
+    if not isinstance(e, (OSError, ValueError)) and (where := _in_config_file(argv, e)):
+      sys.exit(f'error: --config: {where}: {type(e).__name__}: {_one_line(e)}')
+    if isinstance(e, AttributeError):  # ml_collections' word for an unknown key
+      sys.exit(_unknown_key(argv, e))
+    if isinstance(e, (KeyError, IndexError)):
+      sys.exit(f'error: an override names what the config does not have: {_one_line(e)}')
+    if isinstance(e, (OSError, ValueError, TypeError)):
+      sys.exit(f'error: --config: {_one_line(e)}')
+    raise
+
+
 def run(main: Callable[[list[str]], None]) -> None:
   """`app.run` whose flag errors are one line and exit status 1."""
-
-  def parser(argv):
-    try:
-      return flags.FLAGS([_SHIPPED_CONFIG.sub(lambda m: m[1] + paths.shipped(m[2]), a) for a in argv])
-    except flags.Error as e:
-      sys.exit(f'error: {_one_line(e)}')
-    except AttributeError as e:  # ml_collections' word for an unknown key
-      sys.exit(_unknown_key(argv, e))
-    except (KeyError, IndexError) as e:
-      sys.exit(f'error: an override names what the config does not have: {_one_line(e)}')
-    except (OSError, ValueError, TypeError) as e:
-      sys.exit(f'error: --config: {_one_line(e)}')
 
   def without_strays(argv):
     if len(argv) > 1:
@@ -159,7 +174,50 @@ def run(main: Callable[[list[str]], None]) -> None:
   # Orbax's errors come as exceptions, too; asyncio and the pools tell again of those that came to its tasks.
   retold = ('asyncio', 'concurrent.futures')
   logging.get_absl_handler().addFilter(lambda record: 'orbax' not in record.pathname and record.name not in retold)
-  app.run(without_strays, flags_parser=parser)
+  app.run(without_strays, flags_parser=parsed)
+
+
+def _config_file(argv: list[str]) -> str | None:
+  """The file that `--config` names, None without one."""
+  for i, text in enumerate(argv):
+    if found := re.fullmatch(r'--?config(=(.*))?', text, re.DOTALL):
+      given = found[2] if found[1] else next(iter(argv[i + 1 :]), '')
+      return paths.shipped(given).partition(':')[0]
+  return None
+
+
+def _check_config_file(argv: list[str]) -> None:
+  """ConfigError unless the file that `--config` names is one that ends and holds Python with `get_config`."""
+  if (file := _config_file(argv)) is None:
+    return
+  path = paths.given(file, '--config')
+  if not paths.is_local(path):
+    raise ConfigError(f'--config: {file}: config files are read on this machine; copy it, or give one of configs/')
+  try:
+    code = read_regular(path, LARGEST_CONFIG)
+  except (OSError, ValueError) as e:
+    raise ConfigError(f'--config: {path}: {getattr(e, "strerror", e)}; for example configs/digits.py:base') from None
+  try:
+    names = {name for node in ast.walk(ast.parse(code)) for name in _defined(node)}
+  except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+    line = f', line {e.lineno}' if getattr(e, 'lineno', None) else ''
+    raise ConfigError(f'--config: {path}{line}: no Python ({getattr(e, "msg", e)}); for example configs/digits.py:base') from None
+  if 'get_config' not in names:
+    raise ConfigError(f'--config: {path}: has no function get_config; for example configs/digits.py:base')
+
+
+def _defined(node: ast.AST) -> list[str]:
+  """The names that a statement gives something, of those that a config file defines `get_config` with."""
+  if isinstance(node, (ast.Import, ast.ImportFrom)):
+    return [a.asname or a.name for a in node.names]
+  return [node.name] if isinstance(node, ast.FunctionDef) else [node.id] if isinstance(node, ast.Name) else []
+
+
+def _in_config_file(argv: list[str], error: Exception) -> str:
+  """FILE, line N of the config file where an error comes from, '' if it does not come from there."""
+  file = _config_file(argv)
+  frames = [f for f in traceback.extract_tb(error.__traceback__) if file and os.path.abspath(f.filename) == os.path.abspath(file)]
+  return f'{file}, line {frames[-1].lineno}' if frames else ''
 
 
 def _one_line(error: Exception) -> str:

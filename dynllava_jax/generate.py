@@ -126,7 +126,12 @@ class Generator:
       raise ValueError(f'stages: {stages!r}, expected a tuple of Stage')
     if not isinstance(sampling, Sampling):
       raise ValueError(f'sampling: {sampling!r}, expected a Sampling')
+    if reducer is not None and not isinstance(reducer, Piece):
+      raise ValueError(f"reducer: {reducer!r}, expected a Piece such as Piece('fastervlm'), or None")
+    if lora is not None and not isinstance(lora, LoraConfig):
+      raise ValueError(f'lora: {lora!r}, expected a LoraConfig, or None')
     methods.check_run(cfg, stages, reducer)
+    arguments.check_params(cfg, stages, params, lora is not None)
     methods.check_tail(cfg, reducer, 'vision_tail' in params)
     self._num_image = methods.num_image_tokens(cfg, reducer)
     if 'layers' in params['llama']:

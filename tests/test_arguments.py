@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dynllava_jax import presets
-from dynllava_jax.config import DENSE, Stage
+from dynllava_jax.config import DENSE, ConfigError, Stage
 from dynllava_jax.generate import Generator, Sampling
 from dynllava_jax.models.dynllava import Prompt
+from dynllava_jax.models.params import cut_params
 
 CFG = presets.TINY
 P, R, V = CFG.vision.num_patches, CFG.vision.image_size, CFG.llama.vocab_size
@@ -50,6 +51,12 @@ def test_sizes_of_a_generator(tiny_params, name, value):
     ('dtype', {'dtype': jnp.int32}),
     ('dtype', {'dtype': 'float33'}),
     ('dtype', {'dtype': None.__class__}),
+    ('dtype', {'dtype': None}),
+    ('dtype', {'dtype': jnp.float8_e4m3fn}),
+    ('dtype', {'dtype': 'float64'}),
+    ('reducer', {'reducer': 'fastervlm'}),
+    ('reducer', {'reducer': {'name': 'fastervlm'}}),
+    ('lora', {'lora': True}),
     ('sampling', {'sampling': 0.7}),
     ('stages', {'stages': ()}),
     ('stages', {'stages': [Stage(start=0)]}),
@@ -67,6 +74,74 @@ def test_other_arguments_of_a_generator(tiny_params, name, changes):
   given = dict(cfg=CFG, stages=DENSE, params=tiny_params) | GOOD | changes
   with pytest.raises(ValueError, match=f'^{name}: '):
     Generator(given.pop('cfg'), given.pop('stages'), given.pop('params'), **given)
+
+
+def changed(params, name, value):
+  """Parameters with another value in the place of one; None takes it out."""
+  group, _, rest = name.partition('/')
+  inner = value if not rest else changed(params.get(group, {}), rest, value)
+  return {k: v for k, v in params.items() if k != group} | ({} if inner is None else {group: inner})
+
+
+@pytest.mark.parametrize(
+  'name, value, message',
+  [
+    ('projector', None, 'projector/.* is missing, expected floating-point numbers of shape'),
+    ('llama/norm', None, 'llama/norm/.* is missing'),
+    ('llama/layers/q', None, 'llama/layers/q is missing'),
+    ('llama/layers/q', np.zeros((4, 3, 4, 5), np.float32), 'llama/layers/q has shape 4x3x4x5, expected'),
+    ('llama/head', np.zeros(3, np.int8), 'llama/head is int8, expected floating-point numbers'),
+    ('projector/linear_0/kernel', 'none', 'projector/linear_0/kernel is str, expected an array'),
+    ('projector/more', np.zeros(3, np.float32), 'projector/more is no parameter of this model'),
+    ('optimizer', {'a': np.zeros(3, np.float32)}, 'optimizer is no group of this model, expected .*llama'),
+    ('adapters', {'layers': {}}, 'adapters is no group of this model'),
+    ('scales', {'layers': {}}, 'scales is no group of this model'),
+  ],
+)
+def test_parameters_are_those_of_the_config(tiny_params, name, value, message):
+  with pytest.raises(ValueError, match=f'^params: {message}'):
+    Generator(CFG, DENSE, changed(tiny_params, name, value), **GOOD)
+
+
+@pytest.mark.parametrize('kind', [np.int8, np.int32, np.bool_, np.complex64])
+def test_parameters_are_numbers_with_a_point(tiny_params, kind):
+  with pytest.raises(ValueError, match=f'^params: .* is {np.dtype(kind)}, expected floating-point numbers'):
+    Generator(CFG, DENSE, jax.tree.map(lambda x: np.zeros(x.shape, kind), tiny_params), **GOOD)
+
+
+def test_predictors_are_needed_where_a_stage_asks_them(tiny_params):
+  without = {k: v for k, v in tiny_params.items() if not k.endswith('_predictor')}
+  Generator(CFG, DENSE, without, **GOOD)
+  with pytest.raises(ValueError, match='^params: image_predictor/.* is missing'):
+    Generator(CFG, (Stage(), Stage(start=1, selector='dynamic', image_keep_rate=0.5)), without, **GOOD)
+
+
+def test_cut_parameters_are_compared_too(tiny_params):
+  stages = (Stage(), Stage(start=1, selector='fastv', image_keep_rate=0.5))
+  cut = cut_params(tiny_params, stages)
+  Generator(CFG, stages, cut, **GOOD)
+  with pytest.raises(ValueError, match='^params: llama/layers/q has shape'):
+    Generator(CFG, stages, changed(cut, 'llama/stage_1/q', cut['llama']['stage_1']['q'][..., :1]), **GOOD)
+  with pytest.raises(ValueError, match='^params: llama/embedding is missing'):
+    Generator(CFG, stages, changed(cut, 'llama/embedding', None), **GOOD)
+
+
+@pytest.mark.parametrize(
+  'field, value',
+  [
+    *[('start', v) for v in ('1', None, 1.0, True)],
+    *[('selector', v) for v in (None, 3, ['fastv'])],
+    *[(name, v) for name in ('image_keep_rate', 'text_keep_budget', 'image_tokens') for v in ('half', None, [1], True)],
+    ('image_tokens', 2.5),
+    *[(name, v) for name in ('layers', 'compressor') for v in ({'x': 3}, 'snapkv', 3)],
+    *[('options', v) for v in (3, 'x', [1], [('a', 1, 2)], {3: 1})],
+  ],
+  ids=str,
+)
+def test_a_stage_is_checked_where_it_is_made(field, value):
+  with pytest.raises(ConfigError, match=field) as caught:
+    Stage(**{field: value})
+  assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 from conftest import GOLDEN, ROOT
+from ml_collections import config_flags
+
+from dynllava_jax import command_line
 
 DIGITS = '--config=configs/digits.py'
 
@@ -81,3 +85,46 @@ def test_convert_reports_what_it_did(tmp_path):
   assert mapped['model.norm.weight']['target'] == 'llama/norm/scale' and mapped['model.norm.weight']['shape'] == [80]
   again = run('convert_weights.py', f'--src={source / "checkpoint"}', f'--dst={tmp_path / "out"}')
   assert again.returncode == 1 and 'exists and is not empty' in again.stderr
+
+
+@pytest.mark.parametrize(
+  'content, message',
+  [
+    (None, 'No such file or directory; for example configs/digits.py:base'),
+    (b'\0\1', 'no Python (source code string cannot contain null bytes)'),
+    (b'def get_config(:', ', line 1: no Python (invalid syntax)'),
+    ('\ufeffx = "\ud7ff'.encode(), 'no Python'),
+    (b'{"model": 3}', 'has no function get_config'),
+    (b'', 'has no function get_config'),
+    (b' ' * (2**20 + 1), 'at most 1,048,576 are read'),
+    (b'def get_config(x=0):\n  return unknown', ', line 2: NameError: '),
+    (b'import none_such\ndef get_config(): pass', ', line 1: ModuleNotFoundError: '),
+    (b'def get_config(x=0):\n  return {}["model"]', ", line 2: KeyError: 'model'"),
+  ],
+)
+def test_what_is_no_config_file_is_one_line(content, message, tmp_path, capsys):
+  path = tmp_path / 'mine.py'
+  if content is not None:
+    path.write_bytes(content)
+  assert message in refusal(f'--config={path}:base', capsys)
+
+
+def refusal(argument, capsys):
+  """What the command line says to a config, in this process."""
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', None, '', flag_values=values)
+  with pytest.raises(SystemExit) as caught:
+    command_line.parsed(['train.py', argument], values)
+  assert not capsys.readouterr().err
+  return caught.value.code
+
+
+@pytest.mark.parametrize('path', ['/dev/zero', '/dev/null', '/', '/proc/self/mem', 'x/' * 2000, '', 'gs://bucket/config.py'])
+def test_a_config_file_is_a_file_that_ends(path, capsys):
+  message = refusal(f'--config={path}', capsys)
+  assert message.startswith('error: --config') and len(message) < 300
+
+
+def test_a_pipe_in_the_place_of_a_config_is_not_waited_for(tmp_path, capsys):
+  os.mkfifo(tmp_path / 'pipe')
+  assert 'it is no regular file' in refusal(f'--config={tmp_path / "pipe"}', capsys)

@@ -122,6 +122,8 @@ def _plain(value: Any) -> Any:
 def as_options(value: Any) -> Options:
   """Settings of a method, a group (`keys()` and items) or pairs already, as sorted pairs; lists become tuples."""
   pairs = [(k, value[k]) for k in value.keys()] if hasattr(value, 'keys') else value
+  named = lambda p: isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str)
+  require(isinstance(pairs, (tuple, list)) and all(map(named, pairs)), f'options are {value!r}, expected settings by their names')
   return tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in pairs))
 
 

@@ -20,6 +20,7 @@ class Piece:
   options: Options = ()
 
   def __post_init__(self):
+    require(isinstance(self.name, str) and self.name != '', f'a piece is called {self.name!r}, expected the name of a method')
     object.__setattr__(self, 'options', as_options(self.options))
 
   @classmethod
@@ -62,6 +63,16 @@ class Stage:
   layers: Piece | None = None
 
   def __post_init__(self):
+    require(isinstance(self.start, int) and not isinstance(self.start, bool), f'stage: start is {self.start!r}, expected a layer')
+    at = f'stage at layer {self.start}'
+    require(isinstance(self.selector, str), f'{at}: selector is {self.selector!r}, expected the name of a method')
+    for name in ('image_keep_rate', 'text_keep_budget', 'image_tokens'):
+      value = getattr(self, name)
+      require(isinstance(value, (int, float)) and not isinstance(value, bool), f'{at}: {name} is {value!r}, expected a number')
+    require(isinstance(self.image_tokens, int), f'{at}: image_tokens is {self.image_tokens}, expected a whole number')
+    for name in ('compressor', 'layers'):
+      piece = getattr(self, name)
+      require(piece is None or isinstance(piece, Piece), f"{at}: {name} is {piece!r}, expected a Piece such as Piece('snapkv')")
     object.__setattr__(self, 'options', as_options(self.options))
     require(
       0 < self.image_keep_rate <= 1,

@@ -18,7 +18,6 @@ from dynllava_jax.convert.layouts import ADAPTER_CONFIG
 
 # Each of these, if it is set, makes of an adapter something other than a product that is added to a weight.
 NOT_PLAIN = (
-  'use_dora',
   'lora_bias',
   'layer_replication',
   'target_parameters',
@@ -36,6 +35,7 @@ HONOURED = (
   'r',
   'lora_alpha',
   'use_rslora',
+  'use_dora',
   'rank_pattern',
   'alpha_pattern',
   'target_modules',
@@ -88,9 +88,10 @@ class Adapter:
       )
     strange = [n for n in NOT_PLAIN if config.get(n)] + ['peft_type'] * (config.get('peft_type', 'LORA') != 'LORA')
     if strange:
-      self._refuse(f'only plain LoRA adapters can be merged, this one sets {", ".join(strange)}')
+      self._refuse(f'only LoRA and DoRA adapters can be merged, this one sets {", ".join(strange)}')
     self._choice('bias', 'none', ('none', 'all', 'lora_only'))
-    self._choice('use_rslora', False, (True, False, None))
+    for name in ('use_rslora', 'use_dora'):
+      self._choice(name, False, (True, False, None))
     for name in ('r', 'lora_alpha'):
       if name not in config:
         self._refuse(f"key '{name}' is missing")
@@ -116,6 +117,11 @@ class Adapter:
         re.compile(pattern)
       except (re.error, RecursionError, OverflowError) as e:
         self._refuse(f'{pattern!r} is not a regular expression ({e})')
+
+  @property
+  def scales_rows(self) -> bool:
+    """Whether the rows of a weight with its pair are brought to lengths of their own (DoRA, arXiv 2402.09353)."""
+    return bool(self.config.get('use_dora'))
 
   @property
   def unknown(self) -> list[str]:

@@ -52,6 +52,10 @@ ARITHMETIC = (
   'rope_parameters',
   'tie_word_embeddings',
 )
+ROPE_NEEDS = {
+  'linear': ('factor',),
+  'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
+}
 PACKER_HEAD_DIM = 128  # of TokenPacker's attention
 LLAVA_TOWER = dict(
   hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
@@ -203,6 +207,8 @@ def _rope(file: pathlib.Path, text: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f'not supported: partial_rotary_factor {rope["partial_rotary_factor"]!r}, only whole heads are rotated')
   if kind == 'default':
     return dict(rope_theta=theta)
+  if kind in ROPE_NEEDS and (absent := [name for name in ROPE_NEEDS[kind] if name not in rope]):
+    raise ValueError(f'rope_scaling of type {kind!r} lacks {", ".join(absent)}, and no number is meant by that; get the file again')
   if kind == 'linear':
     return dict(rope_theta=theta, rope_scaling=dict(kind=kind, factor=rope['factor']))
   if kind == 'llama3':

@@ -1,11 +1,12 @@
-"""Merging a LoRA adapter (arXiv 2106.09685) as PEFT saves it, and `non_lora_trainables.bin` as LLaVA's training adds it."""
+"""Merging a LoRA or DoRA adapter (arXiv 2106.09685, 2402.09353) as PEFT saves it, and LLaVA's `non_lora_trainables.bin`."""
 
+import dataclasses
 import pathlib
 import re
 
 import numpy as np
 
-from dynllava_jax.convert.adapter import Adapter
+from dynllava_jax.convert.adapter import ALL_LINEAR, Adapter
 from dynllava_jax.convert.inputs import ConversionError
 from dynllava_jax.convert.layouts import ADAPTER_CONFIG, Layout, canonical, peft_name, spellings
 from dynllava_jax.convert.readers import FLOATS, Tensor, by_name, check_filled, file_tensors, weights_of
@@ -13,12 +14,18 @@ from dynllava_jax.convert.readers import FLOATS, Tensor, by_name, check_filled, 
 ADAPTERS = ('adapter_model.safetensors', 'adapter_model.bin')
 TRAINED_WHOLE = ('non_lora_trainables.safetensors', 'non_lora_trainables.bin')
 TIED = ('model.embed_tokens.weight', 'lm_head.weight')
-Pair = dict[str, Tensor]  # by A and B
+Pair = dict[str, Tensor]  # by A and B, and M: the lengths of the rows, of DoRA
+PAIRED = re.compile(
+  r'(.*)\.lora_(?:(?P<half>[AB])(?:\.default)?\.weight|(?P<embedded>embedding_[AB])(?:\.default)?'
+  r'|(?P<lengths>magnitude_vector)(?:\.default)?(?:\.weight)?)'
+)
 WRAPPERS = re.compile(r'\.(base_layer|modules_to_save(\.default)?)(?=\.)')  # PEFT's own levels in a name
 
 
 def merge(directory: pathlib.Path, base: dict[str, Tensor], layout: Layout, tied: bool, notes: list[str]) -> dict[str, Tensor]:
   """Base tensors by name, with `scale * B A` added where the adapter has a pair; the sum is taken in float32.
+
+  With DoRA each row of the sum is then brought to the length that the adapter says.
 
   What the adapter, or `non_lora_trainables.bin` (projector, predictors), holds whole takes the place of the base's.
 
@@ -31,7 +38,7 @@ def merge(directory: pathlib.Path, base: dict[str, Tensor], layout: Layout, tied
 
   Raises:
     ConversionError: missing file, half a pair, a pair for a weight that the base does not have, a kind of adapter
-      other than plain LoRA, or settings and matrices that do not belong together.
+      other than these, or settings and matrices that do not belong together.
   """
   adapter = Adapter(directory)
   file = next((directory / n for n in ADAPTERS if (directory / n).exists()), None)
@@ -54,10 +61,16 @@ def merge(directory: pathlib.Path, base: dict[str, Tensor], layout: Layout, tied
     )
   merged, scales = base | trained | more, set()
   for key, pair in pairs.items():
-    if len(pair) != 2:
-      raise ConversionError(f'{file}: {key} has lora_{min(pair)} but not its other half')
+    if not pair.keys() >= {'A', 'B'}:
+      there = {'A': 'lora_A', 'B': 'lora_B', 'M': 'lora_magnitude_vector'}[min(pair)]
+      raise ConversionError(f'{file}: {key} has {there} but not its other half')
+    if adapter.scales_rows != ('M' in pair):
+      raise ConversionError(
+        f'{adapter.file}: use_dora is {adapter.scales_rows}, but {file} has {"a" if "M" in pair else "no"} lora_magnitude_vector '
+        f'for {key}; one of the two files is not of this adapter'
+      )
     scales.add(scale := _scale(adapter, layout, key, pair, file))
-    merged[key] = _merged(merged[key], pair['A'], pair['B'], scale, file)
+    merged[key] = _merged(merged[key], pair, scale, file)
   _check_targets(adapter, base, layout, pairs, file, notes)
   notes.append(f'merged {len(pairs)} LoRA pairs (scale {" or ".join(f"{s:g}" for s in sorted(scales))}) from {file}')
   if trained:
@@ -84,13 +97,13 @@ def _split(
   pairs: dict[str, Pair] = {}
   whole, bare = [], set()
   for tensor in _tensors(file):
-    found = re.fullmatch(r'(.*)\.lora_([AB])(?:\.default)?\.weight', tensor.key)
+    found = PAIRED.fullmatch(tensor.key)
     name = WRAPPERS.sub('', f'{found.group(1)}.weight' if found else tensor.key)
     key = canonical(Layout.LORA, name)
     if key is None or '.original_module.' in name:
       continue
     if not found and 'lora_' in name:
-      raise ConversionError(f'{file}: {tensor.key} is no LoRA matrix; only plain LoRA adapters can be merged')
+      raise ConversionError(f'{file}: {tensor.key} is no matrix of LoRA or DoRA; only such adapters can be merged')
     if found and key not in base:
       raise ConversionError(f'{file}: adapts {key}, which the base does not have; is --base the model it was trained on?')
     if key in base and peft_name(name) not in (names := spellings(layout, key)):
@@ -101,10 +114,11 @@ def _split(
       whole.append((key, tensor))
       bare |= {key} if name == tensor.key else set()
       continue
+    half, tensor = _half(found['half'] or found['embedded'] or found['lengths'], tensor)
     pair = pairs.setdefault(key, {})
-    if found.group(2) in pair:
-      raise ConversionError(f'{file}: {tensor.key} is there a second time (after {pair[found.group(2)].key})')
-    pair[found.group(2)] = tensor
+    if half in pair:
+      raise ConversionError(f'{file}: {tensor.key} is there a second time (after {pair[half].key})')
+    pair[half] = tensor
   for key in sorted(bare):
     if key in pairs or (adapter.targets is not None and adapter.targeted(n.rpartition('.')[0] for n in spellings(layout, key))):
       raise ConversionError(
@@ -112,6 +126,14 @@ def _split(
         'there base_layer.' + key.rpartition('.')[2]
       )
   return pairs, by_name(whole)
+
+
+def _half(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+  """Which part of a pair a tensor is, by PEFT's name. Those of an embedding lie the other way round: it is [vocabulary, width]."""
+  if not name.startswith('embedding_'):
+    return {'A': 'A', 'B': 'B'}.get(name, 'M'), tensor
+  turned = dataclasses.replace(tensor, shape=tensor.shape[::-1], read=lambda: np.ascontiguousarray(tensor.load().T))
+  return ('B' if name.endswith('A') else 'A'), turned
 
 
 def _check_whole(adapter: Adapter, base: dict[str, Tensor], layout: Layout, trained: dict[str, Tensor], file: pathlib.Path) -> None:
@@ -128,7 +150,7 @@ def _check_whole(adapter: Adapter, base: dict[str, Tensor], layout: Layout, trai
 
 def _scale(adapter: Adapter, layout: Layout, key: str, pair: Pair, file: pathlib.Path) -> float:
   """The factor of a pair; ConversionError if the settings are about another rank, or not about this weight."""
-  name = peft_name(pair['A'].key).partition('.lora_A')[0]
+  name = peft_name(pair['A'].key).partition('.lora_')[0]
   names = _modules(layout, key)
   if not adapter.targeted((name, *names)):
     raise ConversionError(
@@ -154,11 +176,10 @@ def _check_targets(
   """ConversionError if the decoder has a weight that should be adapted and is not; a note if the tower has one."""
   if adapter.targets is None:
     return
-  linear = [
-    k for k, t in base.items() if k.endswith('.weight') and len(t.shape) == 2 and k not in TIED[:1] and 'embedding' not in k
-  ]
-  lost = [k for k in linear if k not in pairs and adapter.targeted(_modules(layout, k))]
-  inside = [k for k in lost if k.startswith('model.layers.')]
+  left_alone = TIED[:1] if adapter.targets == ALL_LINEAR else ()
+  matrices = [k for k, t in base.items() if k.endswith('.weight') and len(t.shape) == 2 and 'embedding' not in k]
+  lost = [k for k in matrices if k not in (*pairs, *left_alone) and adapter.targeted(_modules(layout, k))]
+  inside = [k for k in lost if k.startswith('model.layers.') or k in TIED]
   if inside:
     raise ConversionError(
       f'{adapter.file}: its target_modules name {inside[0].removesuffix(".weight")}, for which {file} has no pair ({len(inside)} '
@@ -172,21 +193,30 @@ def _modules(layout: Layout, key: str) -> tuple[str, ...]:
   return tuple(n.removesuffix('.weight') for n in spellings(layout, key))
 
 
-def _merged(weight: Tensor, a: Tensor, b: Tensor, scale: float, file: pathlib.Path) -> Tensor:
+def _merged(weight: Tensor, pair: Pair, scale: float, file: pathlib.Path) -> Tensor:
+  a, b, lengths = pair['A'], pair['B'], pair.get('M')
   if not len(a.shape) == len(b.shape) == 2 or weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
     raise ConversionError(f'{file}: {b.key} {b.shape} times {a.key} {a.shape} does not fit {weight.key} {weight.shape}')
-  for tensor in (a, b):
+  if lengths and (lengths.shape != weight.shape[:1] or 'lora_embedding' in a.key):
+    raise ConversionError(f'{file}: {lengths.key} {lengths.shape} does not fit the rows of {weight.key} {weight.shape}')
+  for tensor in pair.values():
     if tensor.dtype not in FLOATS:
       raise ConversionError(f'{file}: {tensor.key} is stored as {tensor.dtype}; only floating point adapters are supported')
 
   def read() -> np.ndarray:
-    halves = {tensor.key: tensor.load().astype(np.float32) for tensor in (b, a)}
-    for key, value in halves.items():
+    parts = {name: tensor.load().astype(np.float32) for name, tensor in pair.items()}
+    for name, value in parts.items():
       if not np.isfinite(value).all():
-        raise ConversionError(f'{file}: {key} holds numbers that are not finite; copy the adapter again, or train it again')
-    merged = halves[b.key] @ halves[a.key]
+        why = 'holds numbers that are not finite; copy the adapter again, or train it again'
+        raise ConversionError(f'{file}: {pair[name].key} {why}')
+    merged = parts['B'] @ parts['A']
     merged *= np.float32(scale)
     merged += weight.load()  # in place: several large ones are on their way at a time
+    if lengths:
+      found = np.linalg.norm(merged, axis=1)
+      if not found.all():
+        raise ConversionError(f'{file}: a row of {weight.key} with its pair is zero, which {lengths.key} cannot stretch')
+      merged *= (parts['M'] / found)[:, None]
     return merged.astype(weight.dtype, copy=False)
 
   return Tensor(weight.key, weight.shape, weight.dtype, f'{weight.origin} + {file}', read)

@@ -1,7 +1,7 @@
 """Digests of what a training stream is made of, so that a run that goes on notices other data.
 
-They are those of `prepared.json`. Of folders without them, such as TFDS's own, what is small is read whole; of what is large,
-evenly spaced blocks and every shard's size.
+They are those of `prepared.json` and of the table of pictures beside it. Of folders without them, such as TFDS's own, what is small
+is read whole; of what is large, evenly spaced blocks and every shard's size.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from dynllava_jax.data.store import Store
 
 WHOLE = 2**28  # bytes of a store that are read in full; of a larger one about as many
 BLOCK = 2**16
-PICTURES = 64  # image files that are looked at where the store holds their paths only
+PICTURES = 64  # image files that are looked at where the store holds their paths only, and no table of them
 
 
 def fingerprint(source: Source) -> dict[str, str]:
@@ -32,7 +32,9 @@ def fingerprint(source: Source) -> dict[str, str]:
     out = {'samples': hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
   else:
     out = {'samples': _files(source.folder / name for name in source.opened.shards)}
-  if source.images != pathlib.Path():
+  if source.pictures:
+    out['pictures'] = source.pictures.fingerprint()
+  elif source.images is not None:
     out['pictures'] = _pictures(source)
   return out
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from dynllava_jax import paths
 from dynllava_jax.config import ConfigError, DataConfig, first_difference
+from dynllava_jax.data import pictures
 from dynllava_jax.data.check import (
   HISTOGRAM_FILE,
   REPORT_FILE,
@@ -31,6 +32,7 @@ from dynllava_jax.data.integrity import (
   FEATURES_FILE,
   INFO_FILE,
   NAME,
+  PICTURES_FILE,
   SEAL,
   SETTINGS_FILE,
   SOURCES_FILE,
@@ -46,11 +48,20 @@ from dynllava_jax.data.order import check_epoch
 from dynllava_jax.data.parts import Part
 from dynllava_jax.data.records import Finding, Record
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.data.shards import UNFINISHED, check_shards, is_as_noted, noted, remove_unfinished, sweep_shards, write_shard
+from dynllava_jax.data.shards import (
+  UNFINISHED,
+  check_shards,
+  is_as_noted,
+  noted,
+  pictures_of,
+  remove_unfinished,
+  sweep_shards,
+  write_shard,
+)
 from dynllava_jax.data.store import features
 from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.display import Terminal
-from dynllava_jax.files import check_regular, sweep, write_atomically
+from dynllava_jax.files import check_regular, read_regular, sweep, write_atomically
 from dynllava_jax.progress import progress
 
 PLAN_FILE = 'shards.json'
@@ -87,6 +98,7 @@ def prepare(
   console = Terminal()
   settings = describe(scan, weights, image_bytes, shard_samples)
   check_resumable(out, settings)
+  check_reports(out)
   unfinished = out / UNFINISHED
   if not only_check and (out / INFO_FILE).exists():
     open_folder(out)
@@ -212,6 +224,19 @@ def check_resumable(out: pathlib.Path, settings: dict) -> None:
         raise ConfigError(f'--out: {out} was made with {key} {old!r}, now it is {new!r}; choose another or remove it')
 
 
+def check_reports(out: pathlib.Path) -> None:
+  """ConfigError if what lies in the place of the report or its picture is of somebody else, who may want to keep it."""
+  try:
+    content = json.loads(read_regular(out / REPORT_FILE))
+    own = isinstance(content, dict) and content.keys() >= {'sources', 'images', 'conversation', 'text_tokens'}
+  except (OSError, ValueError, RecursionError):
+    own = False
+  if own or any((folder / SETTINGS_FILE).exists() for folder in (out, out / UNFINISHED)):
+    return
+  if foreign := next((name for name in (REPORT_FILE, HISTOGRAM_FILE) if os.path.lexists(out / name)), None):
+    raise ConfigError(f'--out: {out / foreign} was not written by a preparation; move it away, or choose another --out')
+
+
 def write(path: pathlib.Path, content: dict | list) -> None:
   """JSON, under a temporary name first."""
   write_atomically(path, as_json(content).encode())
@@ -241,9 +266,17 @@ def write_store(
   counts = [sum(r.source == name for r, _ in good) for name in scan.json]
   sources = [{'name': n, 'weight': w, 'samples': c} for n, w, c in zip(scan.json, weights, counts)]
   write(out / SOURCES_FILE, sources)
+  if not image_bytes:
+    write_pictures(out, [job[0] for job in jobs])
   write_metadata(out, [job[0] for job in jobs], [len(job[1]) for job in jobs])
   unfinished = out / UNFINISHED
-  files = [*(job[0] for job in jobs), out / SOURCES_FILE, unfinished / FEATURES_FILE, unfinished / INFO_FILE]
+  files = [
+    *(job[0] for job in jobs),
+    out / SOURCES_FILE,
+    *([] if image_bytes else [out / PICTURES_FILE]),
+    unfinished / FEATURES_FILE,
+    unfinished / INFO_FILE,
+  ]
   with parallel_map(digests, files, scan.processes) as found, progress(Terminal(), 'reading back', len(files)) as advance:
     known = {}
     for path, digest in zip(files, found):
@@ -272,18 +305,17 @@ def shard_jobs(
   starts = range(0, len(good), shard_samples)
   if len(starts) > MAX_SHARDS:
     raise ConfigError(f'--shard_samples: {shard_samples} makes {len(starts):,} shards, at most {MAX_SHARDS:,} can be; raise it')
-  root = scan.images if image_bytes else None
   jobs = []
   for name, start in zip(shard_names(len(starts)), starts):
     records = [record for record, _ in good[start : start + shard_samples]]
-    jobs.append((out / name, records, root, scan.data.allow_outside))
+    jobs.append((out / name, records, scan.images, scan.data.allow_outside, image_bytes))
   plan = {'sha256': hashlib.sha256(json.dumps([settings, [dataclasses.astuple(r) for r, _ in good]]).encode()).hexdigest()}
   return jobs, plan
 
 
 def write_shards(scan: Scan, jobs: Sequence[tuple]) -> None:
   """Those that are not there yet."""
-  todo = [job for job in jobs if not is_as_noted(job[0])]
+  todo = [job for job in jobs if not is_as_noted(job[0]) or not (job[-1] or pictures_of(job[0]).is_file())]
   total = sum(len(job[1]) for job in jobs)
   done = total - sum(len(job[1]) for job in todo)
   with (
@@ -292,6 +324,19 @@ def write_shards(scan: Scan, jobs: Sequence[tuple]) -> None:
   ):
     for size in sizes:
       advance(size)
+
+
+def write_pictures(out: pathlib.Path, shards: Sequence[pathlib.Path]) -> None:
+  """The table of all pictures from the parts of the shards; OSError if a part is not as it was written."""
+  parts = []
+  for shard in shards:
+    try:
+      parts.append(pictures.from_file(pictures_of(shard)))
+    except ValueError:
+      pictures_of(shard).unlink()
+      why = 'read back it is not what was written; is the disk failing? The same command writes it again'
+      raise OSError(f'{pictures_of(shard)}: {why}') from None
+  write_atomically(out / PICTURES_FILE, pictures.to_bytes(pictures.joined(parts)))
 
 
 def write_metadata(out: pathlib.Path, shards: Sequence[pathlib.Path], lengths: Sequence[int]) -> None:

@@ -8,34 +8,39 @@ import shutil
 from collections.abc import Sequence
 
 from dynllava_jax.config import ConfigError
+from dynllava_jax.data import pictures
 from dynllava_jax.data.integrity import FEATURES_FILE, INFO_FILE, NAME, SETTINGS_FILE, SPLIT, digests, sample
 from dynllava_jax.data.records import Record, read_image
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.store import features, to_example
 from dynllava_jax.files import OWN_TEMPORARY, read_regular, write_atomically
+from dynllava_jax.paths import Given
 
 SHARD = re.compile(rf'{NAME}-{SPLIT}\.array_record-\d{{5}}-of-\d{{5}}')
 HALF_WRITTEN = re.compile(rf'{SHARD.pattern}\.\d+\.tmp')
 # What `UNFINISHED` holds: settings, plan, findings, notes of shards, links to them, and what TFDS writes or has begun to write.
 WRITTEN = re.compile(
-  rf'{re.escape(SETTINGS_FILE)}|shards\.json|scan-\d{{6}}\.json|part-\d+-of-\d+|{SHARD.pattern}(?:\.json)?'
+  rf'{re.escape(SETTINGS_FILE)}|shards\.json|scan-\d{{6}}\.json|part-\d+-of-\d+|{SHARD.pattern}(?:\.json|\.npz)?'
   rf'|(?:{re.escape(FEATURES_FILE)}|{re.escape(INFO_FILE)}).*|.*incomplete.*'
 )
 UNFINISHED = '.unfinished'  # folder of what an interrupted run needs to go on
 SHARD_OPTIONS = 'group_size:1,uncompressed'  # one record per chunk for random access; JPEG does not shrink
 
 
-def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None, bool]) -> int:
-  """Writes one shard whole or not at all; returns its number of samples. OSError if there is no room."""
+def write_shard(job: tuple[pathlib.Path, Sequence[Record], Given, bool, bool]) -> int:
+  """Writes one shard whole or not at all; returns its number of samples. OSError if there is no room.
+
+  The job: where it goes, samples, root of the image files, whether these may lie outside, whether their bytes go into the shard.
+  """
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  path, records, images, allow_outside = job
+  path, records, images, allow_outside, image_bytes = job
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
     writer, form = ArrayRecordWriter(str(temporary), SHARD_OPTIONS), features()
     try:
       for record in records:
-        image = read_image(record.id, record.image_path, images, allow_outside) if images and record.image_path else b''
+        image = read_image(record.id, record.image_path, images, allow_outside) if image_bytes and record.image_path else b''
         writer.write(form.serialize_example(to_example(record, image)))
     finally:
       writer.close()
@@ -43,6 +48,8 @@ def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None, 
     raise
   except RuntimeError as e:  # ArrayRecord's word for a full disk
     raise OSError(f'{path}: cannot be written ({e}); once that is mended the same command goes on') from None
+  if not image_bytes:
+    write_atomically(pictures_of(path), pictures.to_bytes(pictures.of_records(records, images, allow_outside)))
   write_atomically(note_of(path), json.dumps(digests(temporary)).encode())
   os.replace(temporary, path)
   return len(records)
@@ -51,6 +58,11 @@ def write_shard(job: tuple[pathlib.Path, Sequence[Record], pathlib.Path | None, 
 def note_of(shard: pathlib.Path) -> pathlib.Path:
   """Where the digests of a shard are kept until the folder is finished."""
   return shard.parent / UNFINISHED / f'{shard.name}.json'
+
+
+def pictures_of(shard: pathlib.Path) -> pathlib.Path:
+  """Where the part of a shard in the table of pictures is kept until the folder is finished."""
+  return shard.parent / UNFINISHED / f'{shard.name}.npz'
 
 
 def noted(shard: pathlib.Path) -> dict | None:

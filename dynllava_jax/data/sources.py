@@ -5,6 +5,7 @@ is any data in LLaVA's format after `python -m dynllava_jax.data.prepare`.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Protocol, SupportsIndex
 
@@ -14,6 +15,7 @@ from dynllava_jax.config import ConfigError, DataConfig
 from dynllava_jax.data import conversation, digits
 from dynllava_jax.data.index import CODES, fit, load_index
 from dynllava_jax.data.order import Order, Part
+from dynllava_jax.data.pictures import check
 from dynllava_jax.data.samples import REASONS, DataError, Sample
 from dynllava_jax.data.store import Store
 from dynllava_jax.data.tokenizer import MODEL_FILE, load_tokenizer, read_files
@@ -82,6 +84,7 @@ def training_data(data: DataConfig, num_image: int, tokenizer: Mapping[str, byte
     index = load_index(source, tokenizer, data.conversation)
     need, reason = fit(index, data, num_image)
     usable = reason == 0
+    _check_pictures(source, index.has_image)
     if data.images_only:
       usable &= index.has_image
     skipped = _bad_samples(source, reason, data)
@@ -96,6 +99,16 @@ def training_data(data: DataConfig, num_image: int, tokenizer: Mapping[str, byte
     group=data.group_lengths,
   )
   return TrainingData(source, order, skipped)
+
+
+def _check_pictures(source: Store, has_image: np.ndarray) -> None:
+  """Raises ConfigError if pictures that the store only names are not to be found, or not those that were prepared."""
+  if has_image.any():
+    record, content = source.record(np.argmax(has_image))
+    if not content:
+      source.require_root(record)
+  if source.pictures:
+    check(source.pictures, source.images or pathlib.Path(), 'config.data.images')
 
 
 def _bad_samples(source: Store, reason: np.ndarray, data: DataConfig) -> dict[str, list[str]]:

@@ -4,10 +4,13 @@ DIR/dataset_info.json, features.json    written last: without them the store is 
 DIR/prepared.json                       settings, and a digest of every file, see `integrity`
 DIR/llava-train.array_record-00003-of-00120
 DIR/sources.json                        name, weight and number of samples of each source, in the order of the records
+DIR/pictures.npz                        of pictures that are only named, how they were when they were prepared, see `pictures`
 DIR/index-<key>.npz                     lengths for one tokenizer and template, see `index`
 """
 
 import dataclasses
+import functools
+import os
 import pathlib
 import threading
 from collections.abc import Callable
@@ -19,8 +22,9 @@ from dynllava_jax import paths, remote
 from dynllava_jax.config import ConfigError
 from dynllava_jax.data.cached_shards import CachedShards, without_shards
 from dynllava_jax.data.images import decode
-from dynllava_jax.data.integrity import INFO_FILE, REMEDY, check_shard, open_folder
+from dynllava_jax.data.integrity import INFO_FILE, PICTURES_FILE, REMEDY, check_shard, open_folder
 from dynllava_jax.data.order import Part
+from dynllava_jax.data.pictures import Pictures, of_folder
 from dynllava_jax.data.records import Record, read_image
 from dynllava_jax.data.samples import DataError, Sample
 from dynllava_jax.display import printable
@@ -66,9 +70,8 @@ class Store:
     if not path or not (folder / INFO_FILE).exists():
       hint = 'prepare it first, or start an interrupted preparation again: python -m dynllava_jax.data.prepare'
       raise ConfigError(f'config.data.path: {path or "(empty)"} is no finished data set, {INFO_FILE} is missing; {hint}')
-    self.folder, self.images, self._rotate, self.allow_outside = folder, pathlib.Path(), rotate, allow_outside
-    if images:
-      self.images = paths.given(images, 'config.data.images')
+    self.folder, self._rotate, self.allow_outside = folder, rotate, allow_outside
+    self.images = paths.given(images, 'config.data.images') if images else None
     self._cached = None if paths.is_local(given) else CachedShards(given)
     self.opened = open_folder(folder, self._cached and self._cached.sizes())
     self._ends = np.cumsum(self.opened.lengths)
@@ -111,9 +114,31 @@ class Store:
     record, content = self.record(index)
     image = None
     if record.image_path:
-      content = content or read_image(record.id, record.image_path, self.images, self.allow_outside)
+      content = content or self.named_picture(int(index), record)
       image = decode(content, f'sample {record.id}: image {printable(record.image_path)}', self._rotate)
     return Sample(record.id, image, record.conversations)
+
+  def named_picture(self, index: int, record: Record) -> bytes:
+    """The bytes of a picture that record number `index` only names; DataError, ConfigError if it is not there, or another one."""
+    self.require_root(record)
+    content = read_image(record.id, record.image_path, self.images or pathlib.Path(), self.allow_outside)
+    if self.pictures:
+      self.pictures.require(index, record, content)
+    return content
+
+  def require_root(self, record: Record) -> None:
+    """ConfigError if a record only names its picture, and nothing says where the path starts."""
+    if self.images is None and not os.path.isabs(record.image_path):
+      raise ConfigError(
+        f'config.data.images: is empty, and {self.folder} holds paths of pictures only (sample {record.id}: '
+        f'{printable(record.image_path)}); give the folder that they start from, as --images of the preparation'
+      )
+
+  @functools.cached_property
+  def pictures(self) -> Pictures | None:
+    """What is known of pictures that are not in the shards; None if they are, or nothing is. ConfigError if it is damaged."""
+    known = self.opened.digests.get(PICTURES_FILE)
+    return of_folder(self.folder, known['sha256']) if known else None
 
   def _reader(self, shard: int) -> Any:
     """ArrayRecord's reader of a shard, opened once. It may be used by several threads at a time."""
@@ -145,7 +170,7 @@ class Store:
     return ArrayRecordReader(str(path))
 
   def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if k not in ('_lock', '_readers', '_features')}
+    return {k: v for k, v in self.__dict__.items() if k not in ('_lock', '_readers', '_features', 'pictures')}
 
   def __setstate__(self, state):
     self.__dict__ |= state | {'_lock': threading.Lock(), '_readers': {}, '_features': None}

@@ -21,7 +21,7 @@ import re
 import reprlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -31,7 +31,13 @@ from dynllava_jax.config import TOKENIZER_FILES, ConfigError
 from dynllava_jax.files import read_regular
 
 BOS, EOS, UNK = '<s>', '</s>', '<unk>'
-MODEL_FILE, CONFIG_FILE, OLDER_FILE = 'tokenizer.model', 'tokenizer_config.json', 'added_tokens.json'
+MODEL_FILE, CONFIG_FILE, MAP_FILE, OLDER_FILE = (
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+)
+DECIDING = ('bos_token', 'eos_token', 'unk_token')  # how texts begin, end, and what has no token
 MAX_ID = 10**7  # no vocabulary is larger: what is above is no token id
 # Round trips of the self-check: words, figures, line breaks, and characters outside any vocabulary.
 PROBES = ('What is in the picture?', 'Row 12: 3.5, (x)\n  indented', 'naïve 日本語 🦒')
@@ -144,13 +150,26 @@ def _added(files: Mapping[str, bytes], pieces: Sequence[str]) -> dict[str, int]:
   return {token: i for _, token, i in named}
 
 
-def _check_named(config: Mapping[str, Any]) -> None:
-  """ConfigError if the class or a special token that the configuration names is no text; transformers would go on for a while."""
-  for name in ('tokenizer_class', *(f'{which}_token' for which in ('bos', 'eos', 'unk', 'pad', 'sep', 'cls', 'mask'))):
-    value = config.get(name)
-    text = value.get('content') if isinstance(value, dict) else value
-    if value is not None and (not isinstance(text, str) or not text):
-      raise ConfigError(f'{CONFIG_FILE}: {name} is {reprlib.repr(value)}, expected a text, or null')
+def _named(files: Mapping[str, bytes]) -> dict[str, tuple[str, str]]:
+  """(token, file that names it) of each special token that the configuration names.
+
+  Raises:
+    ConfigError: a name, or that of the class, is no text, with which transformers would go on for a while; or two files name two.
+  """
+  found: dict[str, tuple[str, str]] = {}
+  for file in (CONFIG_FILE, MAP_FILE):
+    table = _table(files, file)
+    for name in ('tokenizer_class', *(f'{which}_token' for which in ('bos', 'eos', 'unk', 'pad', 'sep', 'cls', 'mask'))):
+      value = table.get(name)
+      text = value.get('content') if isinstance(value, dict) else value
+      if value is None:
+        continue
+      if not isinstance(text, str) or not text:
+        raise ConfigError(f'{file}: {name} is {reprlib.repr(value)}, expected a text, or null')
+      token, whose = found.setdefault(name, (text, file))
+      if token != text and name in DECIDING:
+        raise ConfigError(f'{file}: {name} is {text!r}, but {token!r} in {whose}; take the files that lie beside the weights')
+  return found
 
 
 class SentencePieceTokenizer:
@@ -180,6 +199,10 @@ class SentencePieceTokenizer:
     missing = [token for token, i in ids.items() if i < 0 or self._pieces.id_to_piece(i) != token]
     if missing:
       raise ConfigError(f'{MODEL_FILE}: has no {", ".join(missing)}')
+    for name, own in zip(DECIDING, ids):
+      token, file = _named(files).get(name, (own, ''))
+      if token != own:
+        raise ConfigError(f'{file}: {name} is {token!r}, but that of {MODEL_FILE} is {own!r}; take the files beside the weights')
     self.bos_id, self.eos_id, self.pad_id = ids.values()
     self._ids = ids | _added(files, [p.piece for p in proto.pieces])
     self._added = {i: token for token, i in self._ids.items()}
@@ -221,7 +244,7 @@ class FastTokenizer:
 
   def __init__(self, files: Mapping[str, bytes]):
     """ConfigError if it cannot be read, is not fast, has no end token or an empty vocabulary."""
-    _check_named(_table(files, CONFIG_FILE))
+    _named(files)
     with tempfile.TemporaryDirectory() as folder, _readable(files):
       from transformers import AutoTokenizer  # here, because it takes seconds and most runs do not need it
 

@@ -218,5 +218,10 @@ def load_image(question: Question) -> Any:
     try:
       return images.decode(read_regular(image, images.MAX_BYTES), f'question {question.id}: {image}')
     except OSError as e:
-      raise DataError(f'question {question.id}: {image} cannot be read ({e.strerror}); get it again', 'missing_image') from None
+      raise unreadable(question, e) from None
   return images.decode(image, f'question {question.id}') if isinstance(image, bytes) else image
+
+
+def unreadable(question: Question, error: OSError) -> DataError:
+  """The error about a picture that is not there, or is no file."""
+  return DataError(f'question {question.id}: {question.image} cannot be read ({error.strerror}); get it again', 'missing_image')

@@ -118,6 +118,13 @@ def fields(row: Any, kinds: Mapping[str, Kind], where: str) -> tuple:
   return tuple(_checked(row[name], name, kind, where) for name, kind in kinds.items())
 
 
+def check_label(text: str, where: str) -> str:
+  """The text; DataError if it is blank: an answer would be right that says nothing."""
+  if not text.strip():
+    raise DataError(f'{where}: the label is {text!r}, expected an answer; leave the question out, or get the file again')
+  return text
+
+
 def optional(row: Mapping[str, Any], name: str, kind: Kind, where: str) -> Any:
   """A value of `row` as `fields` checks it; None if it is absent or null."""
   return None if row.get(name) is None else _checked(row[name], name, kind, where)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,17 +13,20 @@ import jax
 from rich.console import Console
 
 from dynllava_jax import checkpoint, locks, sharding
-from dynllava_jax.config import EvalConfig, to_dict
+from dynllava_jax.config import ConfigError, EvalConfig, to_dict
 from dynllava_jax.display import Terminal
 from dynllava_jax.evals import compare, figures, forced, layout, runner, score
 from dynllava_jax.evals.answers import Labels
 from dynllava_jax.evals.benchmarks import suite
 from dynllava_jax.evals.benchmarks.base import Benchmark, Question
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.files import sweep, write_atomically
+from dynllava_jax.evals.store import pictures_sha256, questions_sha256
+from dynllava_jax.files import read_regular, sweep, write_atomically
 from dynllava_jax.training.plot import save_figure
 
 TABLE_WIDTH = 160  # where there is no terminal to ask
+RESULTS = 'results.json'  # written first
+BESIDE = ('results.md', 'results.csv', 'results.png', 'tokens.png')
 
 
 def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None = None) -> None:
@@ -60,6 +64,7 @@ def run(cfg: EvalConfig, path: str, out: pathlib.Path, data: pathlib.Path | None
   with contextlib.ExitStack() as held:
     if jax.process_index() == 0:
       held.enter_context(locks.sole_use(out / 'answers', '--out'))
+      check_own(out)
       sweep(out / 'answers')
     _evaluate(cfg, Asked(benchmark, folder, questions, len(found), labels, path, models), out, mesh, console)
 
@@ -104,6 +109,8 @@ def _evaluate(cfg: EvalConfig, asked: Asked, out: pathlib.Path, mesh: jax.shardi
     'runs': rows,
     'reference': cfg.reference,
     'questions': len(questions),
+    'questions_sha256': questions_sha256(questions),
+    'pictures_sha256': pictures_sha256(questions),
     'checkpoint': str(asked.checkpoint),
     'step': checkpoint.locate(asked.checkpoint)[1] if any(not run.checkpoint for run in cfg.runs.values()) else None,
     'dtype': cfg.dtype,
@@ -112,7 +119,7 @@ def _evaluate(cfg: EvalConfig, asked: Asked, out: pathlib.Path, mesh: jax.shardi
     'conventions': list(compare.CONVENTIONS),
     'notes': benchmark.remarks(),
   }
-  write_atomically(out / 'results.json', (json.dumps(report, indent=1) + '\n').encode())
+  write_atomically(out / RESULTS, (json.dumps(report, indent=1) + '\n').encode())
   write_atomically(out / 'results.md', compare.markdown(benchmark, title, rows).encode())
   write_atomically(out / 'results.csv', compare.comma_separated(rows).encode())
   console.print(compare.console_table(benchmark, title, rows))
@@ -131,6 +138,19 @@ def _evaluate(cfg: EvalConfig, asked: Asked, out: pathlib.Path, mesh: jax.shardi
     with warnings.catch_warnings():
       warnings.filterwarnings('ignore', 'Glyph')  # characters that the font lacks become boxes
       save_figure(figures.tokens_figure(pictured, models[shown], title), out / 'tokens.png')
+
+
+def check_own(out: pathlib.Path) -> None:
+  """ConfigError if a file in `out` that an evaluation writes is not one's: what somebody else left there is not replaced."""
+  try:
+    content = json.loads(read_regular(out / RESULTS))
+    own = isinstance(content, dict) and content.keys() >= {'benchmark', 'metric', 'runs'}
+  except (OSError, ValueError, RecursionError):
+    own = False
+  if own or any((out / 'answers').glob('*.provenance.json')):
+    return
+  if foreign := next((name for name in (RESULTS, *BESIDE) if os.path.lexists(out / name)), None):
+    raise ConfigError(f'--out: {out / foreign} was not written by an evaluation; move it away, or choose another --out')
 
 
 def metric_of(benchmark: Benchmark, rows: Mapping[str, Mapping[str, Any]], results: Mapping[str, runner.RunResult]) -> str:

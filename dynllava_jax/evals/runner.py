@@ -21,7 +21,7 @@ from dynllava_jax.data.pipeline import to_mesh
 from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, Rows, load_weights
-from dynllava_jax.evals.store import AnswerStore, folder_sha256, questions_sha256, source_sha256, versions
+from dynllava_jax.evals.store import AnswerStore, folder_sha256, pictures_sha256, questions_sha256, source_sha256, versions
 from dynllava_jax.generate import Generated, Generator, Turn
 from dynllava_jax.progress import progress
 
@@ -49,6 +49,7 @@ def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question], m
     'benchmark': cfg.benchmark,
     'questions': len(questions),
     'questions_sha256': questions_sha256(questions),
+    'pictures_sha256': pictures_sha256(questions),
     'checkpoint': str(loaded.path),
     'step': step,
     'checkpoint_sha256': folder_sha256(directory, names),

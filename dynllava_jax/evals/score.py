@@ -128,6 +128,17 @@ def readable(what: str) -> Iterator[None]:
     raise DataError(f'{what} are not laid out as expected; docs/evaluation.md names the files, get them again') from e
 
 
+@contextlib.contextmanager
+def told_of(path: pathlib.Path) -> Iterator[None]:
+  """A DataError about answers tells the file that they are in."""
+  try:
+    yield
+  except DataError as e:
+    if str(path) in str(e):
+      raise
+    raise DataError(f'{path}: {e}', e.reason) from None
+
+
 def questions(benchmark: Benchmark, folder: Folder) -> list[Question]:
   """The benchmark's questions; DataError if they are missing, laid out in another way, or none."""
   with readable(f'{benchmark.name}: its questions'):
@@ -165,8 +176,9 @@ def join_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_pa
   """
   problems = Problems()
   expected = labels(benchmark, folder, problems)
-  rows = read_answers(benchmark, path, problems)
-  joined = join(benchmark, expected, rows, problems, by_id=allow_partial)
+  with told_of(path):
+    rows = read_answers(benchmark, path, problems)
+    joined = join(benchmark, expected, rows, problems, by_id=allow_partial)
   if problems and not allow_partial:
     raise DataError(
       f'{path}: these answers and the labels of {benchmark.name} do not fit together ({len(joined.pairs)} of {joined.total} do):\n'
@@ -190,9 +202,10 @@ def score_file(benchmark: Benchmark, folder: Folder, path: pathlib.Path, allow_p
   answered = sum(bool(''.join(row['text']).strip()) for row in rows)
   counts = {'answered': f'{answered}/{joined.total}', 'n': len(rows), 'total': joined.total}
   if benchmark.scored:
-    tallies = tally(benchmark, joined)
-    found = figures(benchmark, tallies)
-    name = headline(benchmark, found)
+    with told_of(path):
+      tallies = tally(benchmark, joined)
+      found = figures(benchmark, tallies)
+      name = headline(benchmark, found)
     differing = problems.counts().get(OTHER_WORDS)
     result |= {
       'score': found[name],
@@ -238,7 +251,8 @@ def write_submission(
 ) -> list[str]:
   """Writes what the benchmark's server or official tool wants; the paths written."""
   joined, _ = join_file(benchmark, folder, path, allow_partial)
-  files = submission(benchmark, folder, [row for _, row in joined.pairs], name)
+  with told_of(path):
+    files = submission(benchmark, folder, [row for _, row in joined.pairs], name)
   for file, content in files.items():
     write_atomically(out / file, content)
   return [str(out / file) for file in files]

@@ -18,15 +18,20 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from dynllava_jax.data.images import MAX_BYTES
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.answers import DIGEST, digest, sealed
 from dynllava_jax.evals.benchmarks.base import Question
+from dynllava_jax.evals.layout import unreadable
 from dynllava_jax.evals.reading import LARGEST, read_lines, read_objects
 from dynllava_jax.files import read_regular, write_atomically
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'numpy', 'orbax-checkpoint', 'pillow', 'sentencepiece')
 # Between the parts of one run; a checkpoint is known by its digest, this is its path.
 MAY_DIFFER = ('checkpoint', 'versions', 'source_sha256', 'batch_size', 'mesh', 'device')
+READ = 2**31  # bytes of pictures that are digested whole
 PARTS = 'later_parts'  # what differed when answers were added to those there, and how many there were
 
 
@@ -138,6 +143,46 @@ def source_sha256() -> str:
 def questions_sha256(questions: Sequence[Question]) -> str:
   """Digest of what is asked, in which order."""
   return hashlib.sha256(json.dumps([[q.id, q.text, q.reference] for q in questions]).encode()).hexdigest()
+
+
+def pictures_sha256(questions: Sequence[Question]) -> str:
+  """Digest of the pictures shown, in the order of the questions: of all bytes, or above `READ` of their sizes and of every k-th.
+
+  Raises:
+    DataError: a picture cannot be read; names its question.
+  """
+  shown = {_identity(q.image): q for q in questions if q.image is not None}
+  sizes = {key: _size(q) for key, q in shown.items()}
+  every = max(1, -(-sum(sizes.values()) // READ))
+  digest = hashlib.sha256()
+  for number, (key, question) in enumerate(shown.items()):
+    content = _content(question) if number % every == 0 else b''
+    digest.update(f'{sizes[key]} '.encode() + hashlib.sha256(content).digest())
+  return digest.hexdigest()
+
+
+def _identity(image: Any) -> Any:
+  return image if isinstance(image, (bytes, pathlib.Path)) else id(image)
+
+
+def _size(question: Question) -> int:
+  image = question.image
+  if not isinstance(image, pathlib.Path):
+    return len(image) if isinstance(image, bytes) else image.nbytes
+  try:
+    return image.stat().st_size
+  except OSError as e:
+    raise unreadable(question, e) from None
+
+
+def _content(question: Question) -> bytes:
+  image = question.image
+  if not isinstance(image, pathlib.Path):
+    return image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
+  try:
+    return read_regular(image, MAX_BYTES)
+  except OSError as e:
+    raise unreadable(question, e) from None
 
 
 def folder_sha256(folder: pathlib.Path, names: Iterable[str]) -> str:

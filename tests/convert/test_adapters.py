@@ -97,6 +97,64 @@ def test_settings_that_change_the_arithmetic(hf, tmp_path, settings, expected):
   assert change(merged(hf, tmp_path, matrices, **settings)[1], matrices) == pytest.approx(expected)
 
 
+def with_lengths(matrices, suffix=''):
+  """The pairs with the rows' lengths of DoRA beside them, as PEFT writes them (`suffix` as versions before 0.9 did)."""
+  lengths = {}
+  for key, value in matrices.items():
+    if 'lora_B' in key:
+      lengths[key.replace('lora_B.weight', f'lora_magnitude_vector{suffix}')] = RNG.uniform(1, 2, value.shape[0]).astype(np.float32)
+  return matrices | lengths
+
+
+@pytest.mark.parametrize('suffix', ['', '.weight'])
+def test_dora_brings_rows_to_the_length_that_it_says(hf, tmp_path, suffix):
+  matrices = with_lengths(pairs(), suffix)
+  tensors = merged(hf, tmp_path, matrices, use_dora=True)[1]
+  module = f'base_model.model.{spellings(Layout.LLAVA_HF, QUERY)[0]}'
+  b, a, lengths = (matrices[f'{module}.lora_{name}'] for name in ('B.weight', 'A.weight', f'magnitude_vector{suffix}'))
+  summed = AUTHORS[f'{QUERY}.weight'] + 2 * b @ a
+  expected = summed * (lengths / np.linalg.norm(summed, axis=1))[:, None]
+  np.testing.assert_allclose(tensors[f'{QUERY}.weight'].load(), expected, rtol=1e-5)
+
+
+def test_lengths_of_dora_that_contradict(hf, tmp_path):
+  matrices = with_lengths(pairs())
+  with pytest.raises(ConversionError, match=r'config.json: use_dora is False, but .*safetensors has a lora_magnitude_vector'):
+    merged(hf, tmp_path, matrices)
+  name = next(k for k in matrices if 'magnitude' in k)
+  with pytest.raises(ConversionError, match=r'lora_magnitude_vector \(3,\) does not fit the rows of'):
+    merged(hf, tmp_path, matrices | {name: np.ones(3, np.float32)}, use_dora=True)
+  with pytest.raises(ConversionError, match='magnitude_vector holds numbers that are not finite'):
+    merged(hf, tmp_path, matrices | {name: matrices[name] * np.nan}, use_dora=True)[1][f'{QUERY.replace("2", "0")}.weight'].load()
+
+
+EMBEDDING = 'base_model.model.model.language_model.embed_tokens'
+
+
+def embedded(rank=4):
+  rows, width = AUTHORS['model.embed_tokens.weight'].shape
+  names = f'{EMBEDDING}.lora_embedding_A', f'{EMBEDDING}.lora_embedding_B'
+  return {n: RNG.standard_normal(shape).astype(np.float32) for n, shape in zip(names, [(rank, rows), (width, rank)])}
+
+
+def test_pair_of_the_embedding(hf, tmp_path):
+  targets, matrices = {'target_modules': ['q_proj', 'v_proj', 'embed_tokens']}, embedded()
+  base = RNG.standard_normal(AUTHORS['model.embed_tokens.weight'].shape).astype(np.float32)
+  expected = 2 * (matrices[f'{EMBEDDING}.lora_embedding_B'] @ matrices[f'{EMBEDDING}.lora_embedding_A']).T
+  for own in ({}, {f'{EMBEDDING}.base_layer.weight': base}):  # PEFT keeps the embedding it began from beside its pair
+    found = merged(hf, tmp_path, pairs() | matrices | own, **targets)[1]['model.embed_tokens.weight'].load()
+    began = base if own else AUTHORS['model.embed_tokens.weight']
+    np.testing.assert_allclose(found, began + expected, rtol=1e-4, atol=1e-4)
+  for wrong, message in (
+    ({}, 'leave out .*embed_tokens, but .*safetensors adapts it'),
+    (targets | {'r': 2, 'alpha_pattern': {'q_proj': 8}}, 'says rank 2 for'),
+  ):
+    with pytest.raises(ConversionError, match=message):
+      merged(hf, tmp_path, pairs() | matrices, **wrong)
+  with pytest.raises(ConversionError, match='embed_tokens.weight has lora_B but not its other half'):
+    merged(hf, tmp_path, pairs() | {k: v for k, v in matrices.items() if k.endswith('A')}, **targets)
+
+
 def test_rank_of_one_module(hf, tmp_path):
   matrices = pairs(ranks={QUERY: 2})
   tensors = merged(hf, tmp_path, matrices, rank_pattern={'2.self_attn.q_proj': 2})[1]
@@ -140,7 +198,13 @@ def test_layers_to_transform(hf, tmp_path):
       4,
       r'modules_to_save is .*safetensors holds no tensor of multi_modal_projector',
     ),
-    ({'use_dora': True}, 4, 'this one sets use_dora'),
+    (
+      {'use_dora': True},
+      4,
+      r'use_dora is True, but .*safetensors has no lora_magnitude_vector for model.layers.0',
+    ),
+    ({'use_dora': 'yes'}, 4, "use_dora is 'yes', expected one of"),
+    ({'target_modules': ['q_proj', 'v_proj', 'embed_tokens']}, 4, 'name model.embed_tokens, for which .* has no pair'),
     ({'lora_bias': True}, 4, 'this one sets lora_bias'),
     ({'trainable_token_indices': [3]}, 4, 'this one sets trainable_token_indices'),
     ({'peft_type': 'IA3'}, 4, 'this one sets peft_type'),

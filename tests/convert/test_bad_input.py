@@ -231,6 +231,11 @@ def test_no_weights_and_no_config(source):
     (dict(image_aspect_ratio='wide'), "image_aspect_ratio is 'wide', expected pad or square"),
     (dict(hidden_size='80'), "config.json: model.llama.hidden_size: expected int, got '80'"),
     (dict(rms_norm_eps=0), 'rms_norm_eps is 0.0, expected a positive number'),
+    (dict(rope_scaling={'type': 'linear'}), "rope_scaling of type 'linear' lacks factor"),
+    (
+      dict(rope_scaling={'rope_type': 'llama3', 'factor': 8.0}),
+      "'llama3' lacks low_freq_factor, high_freq_factor, orig",
+    ),
     (dict(rope_scaling=[2.0]), r'config.json: rope_scaling is \[2.0\], expected an object with named entries'),
     (dict(sparse_config='on'), "config.json: sparse_config is 'on', expected an object with named entries"),
     (dict(mm_vision_tower=['clip']), r"config.json: mm_vision_tower is \['clip'\], expected the name of a directory"),

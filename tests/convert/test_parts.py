@@ -153,8 +153,8 @@ def test_lora_mistakes(lora, vicuna, tmp_path):
   save_file({k.replace('q_proj', 'qkv'): v for k, v in pairs.items()}, directory / 'adapter_model.safetensors')
   with pytest.raises(ConversionError, match='adapts model.layers.0.self_attn.qkv.weight, which the base does not have'):
     open_source(Request(src=directory, base=vicuna))
-  (directory / 'adapter_config.json').write_text(json.dumps({'r': 2, 'lora_alpha': 6, 'use_dora': True}))
-  with pytest.raises(ConversionError, match='only plain LoRA adapters can be merged, this one sets use_dora'):
+  (directory / 'adapter_config.json').write_text(json.dumps({'r': 2, 'lora_alpha': 6, 'lora_bias': True}))
+  with pytest.raises(ConversionError, match='only LoRA and DoRA adapters can be merged, this one sets lora_bias'):
     open_source(Request(src=directory, base=vicuna))
   (directory / 'adapter_config.json').write_text(json.dumps({'r': 0, 'lora_alpha': 6}))
   with pytest.raises(ConversionError, match='adapter_config.json: r is 0 and lora_alpha 6, expected a positive whole number'):

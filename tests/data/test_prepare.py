@@ -143,7 +143,7 @@ def test_a_full_disk_is_one_message(root, tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
   try:
     with pytest.raises(OSError, match=r'shard: cannot be written \(.*\); once that is mended'):
-      preparation.write_shard((tmp_path / 'shard', entries, root, False))
+      preparation.write_shard((tmp_path / 'shard', entries, root, False, True))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert not (tmp_path / 'shard').exists()
@@ -212,3 +212,12 @@ def test_the_builder_of_tfds_writes_the_same(root, tmp_path):
   store = Store(str(builder.data_dir))
   assert len(store) == 100 and sorted(ids(store)) == sorted(s['id'] for s in json.loads((root / 'mix.json').read_text()))
   assert store[0].id.startswith('s') and store.parts[0].weight == 1.0
+
+
+@pytest.mark.parametrize('foreign', ['report.json', 'lengths.png'])
+@pytest.mark.parametrize('only_check', [False, True])
+def test_reports_of_somebody_else_are_not_replaced(root, tmp_path, foreign, only_check):
+  (tmp_path / foreign).write_text('{"sources": "mine"}')
+  with pytest.raises(ConfigError, match=f'{foreign} was not written by a preparation; move it away'):
+    run(scan(root, {'mix': root / 'mix.json'}), tmp_path, only_check=only_check)
+  assert [p.name for p in tmp_path.iterdir()] == [foreign]

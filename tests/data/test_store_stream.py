@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import pickle
 import signal
@@ -17,6 +18,8 @@ from conftest import GOLDEN, ROOT
 
 from dynllava_jax.config import IGNORE, ConfigError, DataConfig, VisionConfig
 from dynllava_jax.data import check, index, preparation
+from dynllava_jax.data.integrity import FILES as FILES_KEY
+from dynllava_jax.data.integrity import SEAL
 from dynllava_jax.data.pipeline import LayOut, supervised_tokens, training_batches
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.sources import training_data
@@ -129,16 +132,26 @@ def test_a_batch_without_supervised_token_stops_the_run_with_its_ids(folder):
     batches(data, 1, step=1, layout=Unsupervised(data, VISION, FILES, VISION.num_patches))
 
 
-def test_a_picture_that_rotted_after_the_check_stops_the_run_by_id(tmp_path):
+@pytest.mark.parametrize('known', [True, False])
+def test_a_picture_that_rotted_after_the_check_stops_the_run_by_id(tmp_path, known):
   llava_files.write_pictures(tmp_path)
   path = llava_files.write_json(tmp_path / 'mix.json', [llava_files.sample(i) for i in range(4)])
   data = DataConfig(conversation='vicuna_v1', text_length=1000)
   scan = check.Scan(json={'mix': path}, images=tmp_path, data=data, tokenizer=None, num_patches=4, processes=1)
   assert preparation.prepare(scan, [1.0], tmp_path / 'out', only_check=False, image_bytes=False, shard_samples=25)
-  picture = tmp_path / 'pictures' / '2.jpg'
+  if not known:  # folders of earlier versions have no table of their pictures
+    content = json.loads((tmp_path / 'out' / 'prepared.json').read_text())
+    (tmp_path / 'out' / 'prepared.json').write_text(json.dumps({k: v for k, v in content.items() if k not in (FILES_KEY, SEAL)}))
+  picture, data = tmp_path / 'pictures' / '2.jpg', settings(str(tmp_path / 'out'), images=str(tmp_path), shuffle=False)
+  training = training_data(data, VISION.num_patches, FILES, batch_size=4, seed=0)
   picture.write_bytes(picture.read_bytes()[:-100])
-  with pytest.raises(DataError, match='sample s2: image pictures/2.jpg: cannot be decoded') as caught:
-    batches(settings(str(tmp_path / 'out'), images=str(tmp_path), shuffle=False), 1, batch_size=4)
+  stream = training_batches(training, LayOut(data, VISION, FILES, VISION.num_patches), batch_size=4, step=0)
+  if known:
+    with contextlib.closing(stream), pytest.raises(ConfigError, match='sample s2: image pictures/2.jpg is not the one that was'):
+      next(stream)
+    return
+  with contextlib.closing(stream), pytest.raises(DataError, match='sample s2: image pictures/2.jpg: cannot be decoded') as caught:
+    next(stream)
   assert pickle.loads(pickle.dumps(caught.value)).reason == 'undecodable_image'  # as it comes out of a worker process
 
 

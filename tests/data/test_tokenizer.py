@@ -8,7 +8,7 @@ from conftest import GOLDEN
 from dynllava_jax.config import IMAGE_ID, ConfigError
 from dynllava_jax.data import digits
 from dynllava_jax.data.conversation import encode
-from dynllava_jax.data.tokenizer import CONFIG_FILE, MODEL_FILE, load_tokenizer, read_files
+from dynllava_jax.data.tokenizer import CONFIG_FILE, MAP_FILE, MODEL_FILE, load_tokenizer, read_files
 
 FOLDERS = {'legacy': 'tok', 'nonlegacy': 'tok_nonlegacy'}
 TEXT = GOLDEN / 'text'
@@ -193,3 +193,27 @@ def test_other_tokenizers_with_an_empty_vocabulary_are_refused(fast):
   content['model'] |= {'vocab': {}, 'merges': []}
   with pytest.raises(ConfigError, match='vocabulary is empty|cannot read'):
     load_tokenizer(fast | {'tokenizer.json': json.dumps(content).encode()})
+
+
+@pytest.mark.parametrize('file', [CONFIG_FILE, MAP_FILE])
+@pytest.mark.parametrize('name, own', [('bos_token', '<s>'), ('eos_token', '</s>'), ('unk_token', '<unk>')])
+def test_special_tokens_of_other_files_are_those_of_the_model(file, name, own):
+  given = files()
+  table = json.loads(given[file])
+  for value in (own, {'content': own}, None):
+    load_tokenizer(given | {file: json.dumps(table | {name: value}).encode()})
+  other = {f: json.dumps(json.loads(given[f]) | {name: None}).encode() for f in (CONFIG_FILE, MAP_FILE)}
+  for value in ('<|im_end|>', {'content': '<|im_end|>'}):
+    changed = {file: json.dumps(table | {name: value}).encode()}
+    with pytest.raises(ConfigError, match=rf"{name} is .*, but '.*' in {CONFIG_FILE}; take the files"):
+      load_tokenizer(given | changed)
+    with pytest.raises(ConfigError, match=rf"{file}: {name} is '<.im_end.>', but that of {MODEL_FILE} is '{own}'"):
+      load_tokenizer(given | other | changed)
+
+
+@pytest.mark.parametrize('value', ['', 5, [], {'content': None}, True])
+def test_special_tokens_that_are_no_text(value):
+  for file in (CONFIG_FILE, MAP_FILE):
+    table = json.loads(files()[file]) | {'eos_token': value}
+    with pytest.raises(ConfigError, match=f'{file}: eos_token is .*, expected a text, or null'):
+      load_tokenizer(files() | {file: json.dumps(table).encode()})

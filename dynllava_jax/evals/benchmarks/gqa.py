@@ -6,7 +6,7 @@ from typing import Any
 
 from dynllava_jax.evals.benchmarks.base import LLAVA_EVAL, Gold, Lines, Needed, Problems, add_counts, canonical, rates
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import ID, fields, optional, read_objects
+from dynllava_jax.evals.reading import ID, check_label, fields, optional, read_objects
 
 LABELS = tuple(f'{d}testdev_balanced_questions.json' for d in ('data/', 'data/questions/', 'data/questions1.2/', ''))
 SITE = 'https://cs.stanford.edu/people/dorarad/gqa/download.html'
@@ -43,7 +43,9 @@ class Gqa(Lines):
       answer, question = fields(row, {'answer': str, 'question': str}, where)
       types = optional(row, 'types', dict, where) or {}
       kind = 'open' if optional(types, 'structural', str, f'{where}, types') == 'query' else 'binary'
-      golds.append(Gold(str(id_), (kind, answer), canonical(question), unit=optional(row, 'imageId', ID, where)))
+      golds.append(
+        Gold(str(id_), (kind, check_label(answer, where)), canonical(question), unit=optional(row, 'imageId', ID, where))
+      )
     return golds
 
   def tally(self, answers: Sequence[tuple[Any, str]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from dynllava_jax.evals.benchmarks import meteor
 from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, added, canonical, image_folder
 from dynllava_jax.evals.benchmarks.kinds import needed_picture
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import ID, fields, read_list
+from dynllava_jax.evals.reading import ID, check_label, fields, read_list
 
 PAPER = 'https://github.com/Osilly/dynamic_llava (LVIS-Instruct4V and ShareGPT4V subsets of 1,000)'
 WITHOUT = 'without_'
@@ -50,6 +50,8 @@ class LongAnswers(Benchmark):
         raise DataError(f'{where}: questions and answers are {asked} and {answers}, expected texts; is it the right file?')
       asked[0] = asked[0].replace('<image>', '').strip()
       answers[0] = answers[0].strip()  # the authors' scripts strip the first answer only
+      for answer in answers:
+        check_label(answer, where)
       image = needed_picture(folder, images, row, where)
       result.append(Question(id_, tuple(asked), asked[0], image, reference=tuple(answers), long=True))
     return result

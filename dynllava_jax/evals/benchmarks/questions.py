@@ -19,7 +19,7 @@ from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.base import Benchmark, Gold, Needed, Problems, Question, add_counts, canonical, rates
 from dynllava_jax.evals.benchmarks.kinds import only_picture, picture_below
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import ID, fields, read_lines, read_list
+from dynllava_jax.evals.reading import ID, check_label, fields, read_lines, read_list
 
 UNSCORED = 'none: the questions have no answers to compare with'
 
@@ -98,6 +98,8 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
       row['answer'] = str(row['answer'])
     if not isinstance(row.get('answer', ''), str):
       raise DataError(f'{where}: answer is {row["answer"]!r}, expected a text; write the one answer that is right, or none')
+    if 'answer' in row:
+      check_label(row['answer'], where)
     rows.append(row)
   having = sum('answer' in row for row in rows)
   if having not in (0, len(rows)):

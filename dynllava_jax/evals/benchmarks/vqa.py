@@ -1,6 +1,7 @@
 """VQAv2 and VizWiz: submissions for the test servers, VQA accuracy on the public validation sets."""
 
 import json
+import pathlib
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from dynllava_jax.evals.benchmarks.base import (
 )
 from dynllava_jax.evals.benchmarks.kinds import needed_picture, only_picture
 from dynllava_jax.evals.folders import Folder
-from dynllava_jax.evals.reading import ID, fields, optional, read_lines, read_list, read_objects
+from dynllava_jax.evals.reading import ID, check_label, fields, optional, read_lines, read_list, read_objects
 
 
 class VqaAccuracy(Benchmark):
@@ -115,6 +116,8 @@ class Vqav2Val(VqaAccuracy):
       id_, image, text = fields(row, {'question_id': ID, 'image_id': int, 'question': str}, where)
       prompt = f'{text}\n{WORD}'
       file = folder.image(images, f'COCO_val2014_{image:012}.jpg', where)
+      if (given := only_picture(row, where)) and pathlib.PurePath(given).name != file.name:
+        raise DataError(f'{where}: image is {given!r}, and image_id names {file.name}; get the file again')
       result.append(Question(id_, (prompt,), prompt, file))
     return result
 
@@ -202,4 +205,5 @@ def check_annotators(answers: list[Any], where: str) -> list[str]:
   for i, answer in enumerate(answers, 1):
     if not isinstance(answer, str):
       raise DataError(f'{where}: annotator {i} answers {reprlib.repr(answer)}, expected a text; get the file again')
+  check_label(''.join(answers), where)
   return answers
