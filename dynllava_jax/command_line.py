@@ -26,6 +26,7 @@ def define_config() -> flags.FlagHolder:
   return config_flags.DEFINE_config_file('config', None, 'Config file, such as configs/digits.py:base.')
 
 
+LONGEST = 600  # characters of a message about the command line
 LARGEST_CONFIG = 2**20  # bytes of a config file
 _SHIPPED_CONFIG = re.compile(r'^((?:--?config=)?)(configs/[^:]+)')  # the file's name, after `--config=` or `--config `
 _PATHS: list[str] = []  # names of the flags that are paths
@@ -225,7 +226,8 @@ def _one_line(error: Exception) -> str:
   message = str(error)
   if 'Traceback (most recent call last)' in message:
     message = message.strip().splitlines()[-1].partition(': ')[2]
-  return printable(' '.join(message.split()))
+  message = printable(' '.join(message.split()))
+  return message if len(message) <= LONGEST else f'{message[: LONGEST - 100]} ... {message[-90:]}'  # it may repeat a value
 
 
 def _unknown_key(argv: list[str], error: AttributeError) -> str:

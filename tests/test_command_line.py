@@ -128,3 +128,11 @@ def test_a_config_file_is_a_file_that_ends(path, capsys):
 def test_a_pipe_in_the_place_of_a_config_is_not_waited_for(tmp_path, capsys):
   os.mkfifo(tmp_path / 'pipe')
   assert 'it is no regular file' in refusal(f'--config={tmp_path / "pipe"}', capsys)
+
+
+def test_a_value_of_any_length_is_told_in_short():
+  values = flags.FlagValues()
+  flags.DEFINE_integer('steps', 1, '', flag_values=values)
+  with pytest.raises(SystemExit) as caught:
+    command_line.parsed(['train.py', '--steps=' + 'a' * 3000], values)
+  assert len(caught.value.code) < 700 and 'flag --steps=aaa' in caught.value.code

@@ -95,3 +95,12 @@ def test_on_the_command_line(root, tmp_path):
   done = prepare('--part=1/1')
   assert done.returncode == 0 and 'part 1/1 has written its 1 of 1 shards' in done.stdout, done.stderr
   assert prepare('--finish').returncode == 0 and len(Store(str(tmp_path / 'out'))) == 100
+
+
+def test_parts_know_the_pictures_that_the_folder_only_names(root, tmp_path):
+  what = scan(root, {'mix': root / 'mix.json'})
+  assert run(what, tmp_path / 'one', image_bytes=False)
+  for part in (parts.Part(2, 2), parts.Part(1, 2), parts.Part(2, 2)):
+    assert run(what, tmp_path / 'many', part=part, image_bytes=False)
+  assert run(what, tmp_path / 'many', finish=True, image_bytes=False)
+  assert content(tmp_path / 'many') == content(tmp_path / 'one') and (tmp_path / 'many' / 'pictures.npz').exists()
