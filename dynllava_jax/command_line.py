@@ -183,7 +183,7 @@ def _config_file(argv: list[str]) -> str | None:
   for i, text in enumerate(argv):
     if found := re.fullmatch(r'--?config(=(.*))?', text, re.DOTALL):
       given = found[2] if found[1] else next(iter(argv[i + 1 :]), '')
-      return paths.shipped(given).partition(':')[0]
+      return paths.shipped(given.partition(':')[0])
   return None
 
 

@@ -136,3 +136,11 @@ def test_a_value_of_any_length_is_told_in_short():
   with pytest.raises(SystemExit) as caught:
     command_line.parsed(['train.py', '--steps=' + 'a' * 3000], values)
   assert len(caught.value.code) < 700 and 'flag --steps=aaa' in caught.value.code
+
+
+def test_configs_that_ship_are_found_from_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for arguments in (['--config=configs/digits.py:base'], ['--config', 'configs/digits.py:dynamic']):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', None, '', flag_values=values)
+    assert command_line.parsed(['train.py', *arguments], values) == ['train.py'] and values.config.batch_size == 16
