@@ -15,7 +15,7 @@ import sys
 
 from absl import flags
 
-from dynllava_jax import command_line, paths
+from dynllava_jax import command_line, hosts, paths
 from dynllava_jax.config import ConfigError, EvalConfig
 from dynllava_jax.workspace import workspace
 
@@ -47,16 +47,16 @@ def main(_) -> None:
       print(paths.named(json.dumps(result)))
       return
     checkpoint = str(_needed(command_line.path(CHECKPOINT), '--checkpoint'))
-    with workspace(out or pathlib.Path(), '--out', wanted=_of_evaluation, multihost=MULTIHOST.value) as folder:
-      from dynllava_jax.evals import report  # jax starts only after the flags are known to be right
+    from dynllava_jax.evals import report  # jax starts only after the flags are known to be right
 
-      if MULTIHOST.value:
-        command_line.join_hosts()
+    if MULTIHOST.value:
+      command_line.join_hosts()
+    with hosts.workspace(out or pathlib.Path(), '--out', wanted=_of_evaluation) as folder:
       try:
         report.run(cfg, checkpoint, folder, data)
       except KeyboardInterrupt:
-        print(f'stopped; finished answers are in {(out or folder) / "answers"}, the same command goes on with the others')
-        sys.exit(130)
+        where = f'finished answers are in {(out or folder) / "answers"}'
+        raise KeyboardInterrupt(f'{where}, the same command goes on with the others') from None
 
 
 def _of_evaluation(name: str) -> bool:

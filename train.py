@@ -3,7 +3,8 @@
     python train.py --config=configs/digits.py:base --workdir=runs/digits/base
 
 Started again with the same workdir it goes on where it stopped; exit status 75 asks for that (docs/training.md). On several
-hosts, such as those of a TPU pod, start the same command on each of them with --multihost and a workdir that all of them see.
+hosts, such as those of a TPU pod, start the same command on each of them with --multihost, and a workdir that all of them see
+or that is in an object store.
 
     python train.py --config=configs/llava.py:dynamic --plan --machine=v5e:16x16       # bytes, times, or settings that fit
     python train.py --config=configs/llava.py:dynamic --compile_for=v5e:16x16          # its compiler's word; needs libtpu, no TPU
@@ -17,9 +18,8 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are loaded 
 
 from absl import flags
 
-from dynllava_jax import command_line
+from dynllava_jax import command_line, hosts
 from dynllava_jax.config import ConfigError, TrainConfig
-from dynllava_jax.workspace import workspace
 
 CONFIG = command_line.define_config()
 WORKDIR = command_line.define_path('workdir', None, 'Where checkpoints and metrics go.')
@@ -45,11 +45,11 @@ def main(_) -> None:
 
     steps = tracing.read_steps(PROFILE.value) if PROFILE.value else range(0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with workspace(path, '--workdir', multihost=MULTIHOST.value) as workdir:
-      if MULTIHOST.value:
-        command_line.join_hosts()
+    if MULTIHOST.value:
+      command_line.join_hosts()
+    with hosts.workspace(path, '--workdir') as workdir:
       try:
-        loop.train(cfg, workdir, steps)
+        loop.train(cfg, workdir, steps, apart=hosts.apart(path))
       except loop.Interrupted as e:
         print(e)
         sys.exit(e.code)

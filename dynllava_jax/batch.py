@@ -10,7 +10,6 @@ With --multihost each host answers its share, and the first one puts them togeth
 import contextlib
 import json
 import pathlib
-import sys
 
 from absl import flags
 
@@ -54,8 +53,7 @@ def main(_) -> None:
     try:
       _run(out, stages)
     except KeyboardInterrupt:
-      print(f'stopped; finished answers are in {out}.parts, the same command goes on with the others')
-      sys.exit(130)
+      raise KeyboardInterrupt(f'finished answers are in {out}.parts, the same command goes on with the others') from None
 
 
 def _run(out: pathlib.Path, stages) -> None:

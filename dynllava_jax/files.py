@@ -27,7 +27,7 @@ SAMPLED_FROM = 2**22  # bytes; smaller files are digested whole
 SAMPLES = 16  # places of a file that are at least sampled
 STRIDE = 2**24  # bytes from one sampled place to the next, at most
 TEMPORARY = '.tmp'  # how the name of a file ends that is being written
-OWN_TEMPORARY = re.compile(rf'\..+\.\d+{re.escape(TEMPORARY)}', re.S)  # with the number of the process before it
+OWN_TEMPORARY = re.compile(rf'\..+\.\d+{re.escape(TEMPORARY)}', re.S)  # with a number before it
 LARGEST = 2**30  # bytes of a file that is read whole, and that no program here writes so large
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in what tensorstore says of a file that it cannot write
 STORE_ERROR = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # how it begins, with absl's name of the kind
@@ -50,7 +50,8 @@ def write_atomically(path: Given, content: bytes) -> None:
     remote.write(path, content)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}{TEMPORARY}')
+  number = int.from_bytes(os.urandom(6))  # hosts that share the folder may share a process id
+  temporary = path.with_name(f'.{path.name}.{number}{TEMPORARY}')
   try:
     temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -10,17 +10,24 @@ import contextlib
 import ctypes
 import json
 import os
+import pathlib
 import re
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+
+from dynllava_jax import paths
+from dynllava_jax import workspace as workspaces
+from dynllava_jax.paths import Given
 
 HEARTBEAT = 30  # seconds of silence after which the service takes a host for gone
 AGREE = 45  # seconds that a host whose collective failed waits to hear of the others
 POLL = 1.0  # seconds between looks at what other hosts said
-ENDED, NAME = 'dynllava_jax/ended/', 'dynllava_jax/name/'  # keys of the service
+ENDED, NAME, MEET = 'dynllava_jax/ended/', 'dynllava_jax/name/', 'dynllava_jax/meet/'  # keys of the service
+PATIENCE = 3 * 3600  # seconds that hosts wait for each other while one of them fetches or uploads
 DUMP = re.compile(rb'coordination_service|preemption_sync_manager|Terminating process because the JAX distributed')
 GONE = re.compile(r'stopped sending heartbeats\):\s*(.*?)\s*The tasks have crashed', re.DOTALL)
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -34,7 +41,7 @@ class _Joined:
 
   names: int | None = None
   client = None
-  own = 0
+  own, count = 0, 1
   failed = False
 
 
@@ -113,7 +120,7 @@ def join() -> None:
   names = [client.blocking_key_value_get(f'{NAME}{i}', AGREE * 1000) for i in range(jax.process_count())]
   if _Joined.names is not None:
     os.write(_Joined.names, json.dumps(names).encode())
-  _Joined.client, _Joined.own = client, own
+  _Joined.client, _Joined.own, _Joined.count = client, own, jax.process_count()
   atexit.register(_leave, own)  # before jax's own, which waits for the others
   threading.Thread(target=_listen, args=(client, own, names), daemon=True).start()
 
@@ -130,6 +137,47 @@ def _listen(client, own: int, names: list[str]) -> None:
       if number != own:
         os.write(2, f'error: host {number} ({names[number]}) has ended: {message}; {WAY_ON}\n'.encode())
         os._exit(1)
+
+
+@contextlib.contextmanager
+def workspace(path: Given, flag: str, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[pathlib.Path]:
+  """`workspace.workspace` for a program that may run on several hosts. Of a folder in a store each has a copy of its own then, and
+  only that of the first host is uploaded; the others wait until it is.
+
+  Raises:
+    StoreError, BusyError: as there. ConnectionError: the first host does not answer.
+  """
+  if not apart(path):
+    with workspaces.workspace(path, flag, wanted=wanted) as folder:
+      yield folder
+    return
+  code = None
+  if _Joined.own:
+    _meet('cleared')
+  with workspaces.copied(path, wanted) if _Joined.own else workspaces.workspace(path, flag, wanted=wanted) as folder:
+    if not _Joined.own:
+      _meet('cleared')
+    _meet('copied')
+    try:
+      yield folder
+    except SystemExit as e:  # the end of a run that all of them stopped
+      code = e.code
+  _meet('uploaded')
+  if code is not None:
+    sys.exit(code)
+
+
+def apart(path: Given) -> bool:
+  """Whether each host works in a copy of its own of this folder."""
+  return _Joined.count > 1 and not paths.is_local(path)
+
+
+def _meet(name: str) -> None:
+  """Waits until all hosts are here; ConnectionError if they do not come."""
+  try:
+    _Joined.client.wait_at_barrier(f'{MEET}{name}', PATIENCE * 1000)
+  except RuntimeError as e:
+    raise ConnectionError(f'the other hosts did not come as far as this one ({" ".join(str(e).split())[:200]}); {WAY_ON}') from None
 
 
 def failed(message: str) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dynllava_jax import paths, remote
 from dynllava_jax.lease import LEASE, Lease, lease, started
 from dynllava_jax.locks import BusyError
-from dynllava_jax.paths import Given, PathError
+from dynllava_jax.paths import Given
 from dynllava_jax.remote import StoreError
 
 PERIOD = 10.0  # seconds between uploads
@@ -49,7 +49,6 @@ def workspace(
   wanted: Callable[[Name], bool] = lambda name: True,
   stub: Callable[[Name], bool] = lambda name: False,
   at_once: bool = False,
-  multihost: bool = False,
 ) -> Iterator[pathlib.Path]:
   """The folder to work in: a local path itself, of a store a local one that is uploaded while the block runs and when it ends.
 
@@ -59,18 +58,13 @@ def workspace(
     wanted: which of the files there the program needs to see.
     stub: which of these it needs only to know of; they are empty files of the right size.
     at_once: upload only when the block has ended without an error.
-    multihost: several hosts fill the folder, which needs one that all of them see at all times.
 
   Raises:
     StoreError: the store cannot be read or written. BusyError: another program fills the folder.
-    PathError: several hosts.
   """
   if paths.is_local(path):
     yield path
     return
-  if multihost:
-    hint = 'mount the bucket (gcsfuse, s3fs) and give that path'
-    raise PathError(f'{flag}: {path}: several hosts need a folder that all of them see; {hint}')
   own = _own_folder()
   local = paths.place(path, own)
   try:
@@ -81,6 +75,23 @@ def workspace(
       with folder.uploading(at_once):
         yield local
       folder.finish()
+  finally:
+    shutil.rmtree(paths.cache() / own, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def copied(path: Given, wanted: Callable[[Name], bool] = lambda name: True) -> Iterator[pathlib.Path]:
+  """A copy of a store's folder for as long as the block runs; what is changed in it stays here. Arguments as of `workspace`.
+
+  Raises:
+    StoreError: the store cannot be read.
+  """
+  own = _own_folder()
+  local = paths.place(path, own)
+  try:
+    local.mkdir(parents=True)
+    remote.fetch_all(path, {n: o for n, o in remote.listing(path).items() if n != LEASE and wanted(n)}, local)
+    yield local
   finally:
     shutil.rmtree(paths.cache() / own, ignore_errors=True)
 

@@ -1,14 +1,12 @@
 """Hosts that end early: the others end too, within a minute and with one line that names the one."""
 
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+import together
 from conftest import ROOT
 
 from dynllava_jax import checkpoint, hosts, locks
@@ -46,23 +44,10 @@ def test_of_several_the_odd_one_is_named_and_of_two_the_second():
   assert odd_one([same, {'config.seed': 1}]) == ('code.jax', 1, None, '0.10')
 
 
-def start(workdir, *arguments, count=2, odd=None, cwd=ROOT):
-  """Processes of train.py as Slurm would start them. `odd`: further arguments of the last one, which runs in `cwd`."""
-  job = str(random.randrange(10**6))
-  flags = {'XLA_FLAGS': '--xla_force_host_platform_device_count=1', 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-  slurm = {'SLURM_JOB_ID': job, 'SLURM_STEP_NODELIST': '127.0.0.1', 'SLURM_NTASKS': str(count), 'SLURM_STEP_NUM_NODES': '1'}
-  command = [sys.executable, 'train.py', '--multihost', '--config=configs/digits.py:base', f'--workdir={workdir}', *arguments]
-  return [
-    subprocess.Popen(
-      [*command, *(odd or ())] if i == count - 1 else command,
-      cwd=cwd if i == count - 1 else ROOT,
-      env=os.environ | flags | slurm | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(count)
-  ]
+def start(workdir, *arguments, **how):
+  """Processes of train.py, see `together`."""
+  words = ('train.py', '--multihost', '--config=configs/digits.py:base', f'--workdir={workdir}', *arguments)
+  return together.start(words, **how)
 
 
 @pytest.mark.slow

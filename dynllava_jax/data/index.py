@@ -5,6 +5,7 @@ They decide which samples a run can use and which bucket a batch takes, so they 
 
 import dataclasses
 import hashlib
+import io
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from dynllava_jax.data.store import Store
 from dynllava_jax.data.tokenizer import load_tokenizer
 from dynllava_jax.data.workers import parallel_map
 from dynllava_jax.display import Terminal
-from dynllava_jax.files import check_regular
+from dynllava_jax.files import check_regular, write_atomically
 from dynllava_jax.progress import progress
 
 CODES = ('', *REASONS)
@@ -60,13 +61,10 @@ def index_path(folder: pathlib.Path, files: Mapping[str, bytes], template: str) 
 
 
 def write_index(path: pathlib.Path, index: Index, identity: str) -> None:
-  """Writes under a temporary name, then renames. `identity`: of the store, see `integrity.Opened`."""
-  temporary = path.with_name(f'.{path.name}.{os.urandom(6).hex()}.npz')  # hosts that share the folder may share a process id
-  try:
-    np.savez_compressed(temporary, identity=np.array(RULES + identity), **dataclasses.asdict(index))
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  """Writes it whole or not at all. `identity`: of the store, see `integrity.Opened`."""
+  content = io.BytesIO()
+  np.savez_compressed(content, identity=np.array(RULES + identity), **dataclasses.asdict(index))
+  write_atomically(path, content.getvalue())
 
 
 def read_index(path: pathlib.Path, size: int, identity: str) -> Index | None:

@@ -34,12 +34,13 @@ from dynllava_jax.training.watch import Watch
 SKIPPED_FILE = 'skipped.json'  # samples left out, by reason
 
 
-def train(cfg: TrainConfig, workdir: pathlib.Path, profile: range = range(0)) -> None:
+def train(cfg: TrainConfig, workdir: pathlib.Path, profile: range = range(0), apart: bool = False) -> None:
   """Runs or resumes a training run.
 
   Args:
     cfg, workdir: what is trained, and where.
     profile: steps that are traced.
+    apart: every host has a `workdir` of its own, alike at the start; only that of the first is kept.
 
   Raises:
     ConfigError: something in the config cannot be run here, what it names has changed since the run was started, or a host has
@@ -61,10 +62,12 @@ def train(cfg: TrainConfig, workdir: pathlib.Path, profile: range = range(0)) ->
       stack.enter_context(locks.sole_use(workdir, '--workdir'))
       for folder in (workdir, workdir / CHECKPOINTS):
         sweep(folder)
-    _train(cfg, workdir, profile, stop, stack)
+    _train(cfg, workdir, profile, apart, stop, stack)
 
 
-def _train(cfg: TrainConfig, workdir: pathlib.Path, profile: range, stop: StopRequest, stack: contextlib.ExitStack) -> None:
+def _train(
+  cfg: TrainConfig, workdir: pathlib.Path, profile: range, apart: bool, stop: StopRequest, stack: contextlib.ExitStack
+) -> None:
   # 1. Mesh, what is there of this run, and data.
   methods.check_run(cfg.model, cfg.stages, cfg.reducer)
   methods.check_training(cfg.stages, bool(cfg.lora))
@@ -78,7 +81,7 @@ def _train(cfg: TrainConfig, workdir: pathlib.Path, profile: range, stop: StopRe
   limits.require_room(cfg, mesh)
   hosts, host = sharding.batch_hosts(mesh)
   directory = (workdir / CHECKPOINTS).absolute()
-  started, first = records.find(cfg, workdir, say)
+  started, first = records.find(cfg, workdir, say, apart)
   past = [line for line in read_metrics(workdir) if line['step'] <= first]
   if started and first:
     tokenizer, assets = checkpoint.read_tokenizer(directory), checkpoint.read_assets(directory)
@@ -121,7 +124,7 @@ def _train(cfg: TrainConfig, workdir: pathlib.Path, profile: range, stop: StopRe
     # 3. The step, and what watches it.
     train_step = make_train_step(cfg, optimizer, mesh)
     keeping = Keeping.of_run(cfg, past)
-    saver, times = stack.enter_context(Saver(directory, keeping)), SaveTimes(cfg)
+    saver, times = stack.enter_context(Saver(directory, keeping, mesh if apart else None)), SaveTimes(cfg)
     log = stack.enter_context(contextlib.closing(MetricsLog(workdir, first))) if first_host else None
     if damaged := unreadable_lines(workdir):
       say(damaged)

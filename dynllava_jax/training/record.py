@@ -99,10 +99,10 @@ def a_new_run(workdir: pathlib.Path) -> str:
   return f'start a new run from its weights: another --workdir, and --config.init_from={workdir / CHECKPOINTS}'
 
 
-def find(cfg: TrainConfig, workdir: pathlib.Path, say: Callable[[str], None]) -> tuple[RunRecord | None, int]:
+def find(cfg: TrainConfig, workdir: pathlib.Path, say: Callable[[str], None], apart: bool = False) -> tuple[RunRecord | None, int]:
   """The record of the run in `workdir`, None if it is new, and the step to go on from, 0 if there is none.
 
-  Damaged steps and descriptions are mended or set aside, and told of by `say`.
+  Damaged steps and descriptions are mended or set aside, and told of by `say`. `apart`: every host has a folder of its own.
 
   Raises:
     ConfigError: the run was started with other settings, or nothing is left of it that could be gone on with.
@@ -121,7 +121,7 @@ def find(cfg: TrainConfig, workdir: pathlib.Path, say: Callable[[str], None]) ->
     say(change)
   if steps and (warning := changed_code(record, code_versions())):
     say(warning)
-  step, told = newest_whole_step(directory, Keeping.of_run(cfg, read_metrics(workdir)))
+  step, told = newest_whole_step(directory, Keeping.of_run(cfg, read_metrics(workdir)), apart)
   for line in told:
     say(line)
   if step is None:
@@ -132,11 +132,11 @@ def find(cfg: TrainConfig, workdir: pathlib.Path, say: Callable[[str], None]) ->
     )
   if record.saved and record.saved > step:
     say(f'{directory / str(record.saved)}: was saved, but cannot be gone on from')
-  _restore_description(directory, record, say)
+  _restore_description(directory, record, say, apart)
   return record, step
 
 
-def _restore_description(directory: pathlib.Path, record: RunRecord, say: Callable[[str], None]) -> None:
+def _restore_description(directory: pathlib.Path, record: RunRecord, say: Callable[[str], None], apart: bool) -> None:
   """Writes `model.json` again as the run knows it, if it is missing, damaged or says something else."""
   try:
     found = checkpoint.read_description(directory)
@@ -145,7 +145,7 @@ def _restore_description(directory: pathlib.Path, record: RunRecord, say: Callab
   multihost_utils.sync_global_devices('description read')
   if found != record.description:
     say(f'{directory / checkpoint.MODEL_FILE}: missing, damaged or changed; written again as the run knows it')
-    if jax.process_index() == 0:
+    if apart or jax.process_index() == 0:
       checkpoint.write_description(directory, record.description)
   multihost_utils.sync_global_devices('description restored')
 

@@ -13,12 +13,13 @@ from dynllava_jax.training.keeping import Keeping
 ASIDE = '.damaged'  # added to the name of a step that cannot be loaded
 
 
-def newest_whole_step(directory: pathlib.Path, keeping: Keeping) -> tuple[int | None, list[str]]:
+def newest_whole_step(directory: pathlib.Path, keeping: Keeping, apart: bool = False) -> tuple[int | None, list[str]]:
   """Reads the newest step with its checksums, and older ones until one is whole; compares sizes alone of those before it.
 
   Args:
     directory: checkpoints of a run. Nobody else may write there.
     keeping: which steps stay; what is not whole and does not was being removed.
+    apart: every host has a folder of its own.
 
   Returns:
     The step, None if there is none, and what was done about others, as text.
@@ -30,11 +31,11 @@ def newest_whole_step(directory: pathlib.Path, keeping: Keeping) -> tuple[int | 
       checkpoint.check_integrity(path, contents=not whole)
       whole.append(step)
     except DamagedError as e:
-      told.append(_put_away(path, e, remove=step not in keeping.kept([*whole, step])))
+      told.append(_put_away(path, e, step not in keeping.kept([*whole, step]), apart))
   return (whole[0] if whole else None), told
 
 
-def _put_away(path: pathlib.Path, error: DamagedError, remove: bool) -> str:
+def _put_away(path: pathlib.Path, error: DamagedError, remove: bool, apart: bool) -> str:
   why = ' '.join(str(error).split())
   if remove:
     message = f'{path}: half deleted, the rest is removed now'
@@ -44,7 +45,7 @@ def _put_away(path: pathlib.Path, error: DamagedError, remove: bool) -> str:
     aside = path.with_name(next(n for n in names if n not in taken))
     message = f'{why}; set aside as {aside.name}'
   multihost_utils.sync_global_devices('damaged step')  # all have seen it
-  if jax.process_index() == 0:
+  if apart or jax.process_index() == 0:
     shutil.rmtree(path) if remove else path.rename(aside)
   multihost_utils.sync_global_devices('set aside')
   return message

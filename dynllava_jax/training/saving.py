@@ -13,12 +13,15 @@ from typing import Any
 
 import jax
 import tensorstore
+from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_manager
 from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointError
 from dynllava_jax.config import TrainConfig
 from dynllava_jax.files import reason
+from dynllava_jax.training.gathering import on_first_host
 from dynllava_jax.training.keeping import Keeping
 from dynllava_jax.training.stopping import any_host
 
@@ -38,11 +41,12 @@ def check_path(directory: pathlib.Path) -> None:
 class Saver:
   """Saves steps of a run. All processes make one and use it alike."""
 
-  def __init__(self, directory: pathlib.Path, keeping: Keeping | None = None):
+  def __init__(self, directory: pathlib.Path, keeping: Keeping | None = None, apart: Mesh | None = None):
     """Args:
 
       directory: made if it is missing; what an interrupted save left there is removed.
       keeping: which steps stay; the newest one if None.
+      apart: the mesh, where every host has a directory of its own: then the first host gets all arrays, and it alone writes.
 
     Raises:
       CheckpointError: it cannot be written, or has a name that Orbax cannot use.
@@ -51,10 +55,15 @@ class Saver:
     check_path(self._directory)
     self._keeping, self._closed = keeping or Keeping(), False
     self._step, self._expected = None, {}  # of the last save
+    self._apart, self._writes = apart, not (apart and jax.process_index())
+    if not self._writes:
+      return
     context = ocp.Context()
+    if apart:
+      context.multiprocessing.primary_host, context.multiprocessing.active_processes = 0, {0}
     context.array.saving.scoped_storage_options_creator = _layer_by_layer
     context.asynchronous.post_finalization_callback = lambda: self._seal()  # a bound method would be copied, with all of this
-    with self._errors_in_one_line():
+    with self._errors_in_one_line(), _directory_made(self._directory) if apart else contextlib.nullcontext():
       self._orbax = ocp.training.Checkpointer(
         self._directory,
         preservation_policy=self._keeping,
@@ -68,8 +77,13 @@ class Saver:
     Raises:
       CheckpointError: this one, or the one before, cannot be written.
     """
-    with self._errors_in_one_line():
-      self._orbax.wait()
+    if self._writes:
+      with self._errors_in_one_line():
+        self._orbax.wait()
+    if self._apart:
+      parts = on_first_host(parts, self._apart)
+    if not self._writes:
+      return
     self._step = step
     self._expected = {part: _described(tree) for part, tree in parts.items()}
     with self._errors_in_one_line():
@@ -86,7 +100,7 @@ class Saver:
 
   def close(self) -> None:
     """Waits until everything is written, and removes what later scores left behind; CheckpointError if it cannot be."""
-    if self._closed:
+    if self._closed or not self._writes:
       return
     self._closed = True
     with self._errors_in_one_line():
@@ -143,6 +157,18 @@ class SaveTimes:
   def saved(self) -> None:
     """The minutes begin again."""
     self._since = time.monotonic()
+
+
+@contextlib.contextmanager
+def _directory_made(directory: pathlib.Path) -> Iterator[None]:
+  """Inside, Orbax finds its directory made: where not all processes write it refuses to make one, and has no option to leave it."""
+  directory.mkdir(parents=True, exist_ok=True)
+  make = checkpoint_manager._create_root_directory
+  checkpoint_manager._create_root_directory = lambda *_, **__: None
+  try:
+    yield
+  finally:
+    checkpoint_manager._create_root_directory = make
 
 
 def _layer_by_layer(path: tuple, _: Any) -> Any:

@@ -4,6 +4,7 @@ The rule: the same command once more ends with what an undisturbed run ends with
 says what is wrong and where. `docs/reliability.md` promises the messages; `Tally.check_messages` holds it to that.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -19,6 +20,7 @@ from conftest import ROOT
 
 NURSERY = pathlib.Path(__file__).with_name('nursery.py')
 PROMISES = ROOT / 'docs' / 'reliability.md'
+HEX = re.compile('[0-9a-f]{32}')  # what Orbax calls the files of a database
 MOST_LINES = 16  # of an error that lists files
 # Kills that hit and files damaged in a whole run, at least.
 LEAST = {
@@ -253,15 +255,18 @@ def trials(files, count, rng, first=()):
   """
   if first:
     return trials({n: files[n] for n in first}, 10**6, rng) + trials({n: k for n, k in files.items() if n not in first}, count, rng)
-  pairs = [(name, kind) for name, kinds in sorted(files.items()) for kind in kinds]
-  rng.shuffle(pairs)
-  by_file = {}
-  for name, kind in pairs:
-    by_file.setdefault(name, []).append(kind)
-  out = []
-  while len(out) < count and any(by_file.values()):
-    out += [(name, kinds.pop()) for name, kinds in sorted(by_file.items()) if kinds]
-  return out[:count] if count < len(out) else out
+  left = {}
+  for name in sorted(files, key=lambda n: HEX.sub('*', n)):  # names that differ from run to run are tried alike
+    left[name] = rng.sample([*files[name]], len(files[name]))
+  out, tried = [], collections.Counter()
+  while len(out) < count and any(left.values()):
+    for name, kinds in left.items():
+      if kinds and len(out) < count:
+        kind = min(kinds, key=tried.__getitem__)
+        kinds.remove(kind)
+        tried[kind] += 1
+        out.append((name, kind))
+  return out
 
 
 def damage_all(

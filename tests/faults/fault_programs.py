@@ -26,8 +26,9 @@ def get_config(name):
     runs = dict(dense=dict(stages=[dict(start=0)]), uniform=dict(stages=[dict(start=0), dict(start=1, selector='uniform')]))
     return config_dict.ConfigDict(dict(benchmark='digits', runs=runs, batch_size=2, questions=8, max_new_tokens=4))
   data = dict(source='digits', path='', tokenizer='', text_length=104)
-  return config_dict.ConfigDict(
-    dict(model=dict(vision=VISION, llama=LLAMA), data=data, batch_size=2, steps=5, log_every=1, save_every=1, init_from=''))
+  evals = dict(asked=dict(every=3, questions=4, batch_size=2, max_new_tokens=4, text_lengths=(32,)))
+  sizes = dict(batch_size=2, steps=5, log_every=1, save_every=1)
+  return config_dict.ConfigDict(dict(model=dict(vision=VISION, llama=LLAMA), data=data, evals=evals, init_from='', **sizes))
 """
 
 
@@ -48,11 +49,13 @@ def database(step_dir):
 
 
 def trained(workdir):
-  """The newest step's arrays, which steps there are, what was logged but for the time, and the descriptions."""
+  """The newest step's arrays, which steps there are, what was logged but for the time, evaluations, and the descriptions."""
   folder = workdir / 'checkpoints'
   steps = checkpoint.all_steps(folder)
   out = database(folder / str(steps[-1])) | {'steps': steps}
-  out['metrics'] = [{k: line[k] for k in LOGGED} for line in read_metrics(workdir)]
+  kept = lambda name: name in LOGGED or name.startswith('eval/')
+  out['metrics'] = [{k: v for k, v in line.items() if kept(k)} for line in read_metrics(workdir)]
+  out['answers'] = {p.relative_to(workdir).as_posix(): p.read_text() for p in workdir.glob('evals/*/*/answers.jsonl')}
   out['model.json'] = checkpoint.read_description(folder)
   run = json.loads((workdir / 'run.json').read_text())
   return out | {'run.json': {k: run[k] for k in ('settings', 'inputs', 'saved', 'history')}}

@@ -28,7 +28,9 @@ import threading
 import time
 import traceback
 
-LONGEST = 180.0  # seconds of a job; no command here takes a tenth of it on a machine of its own
+# What ends a job that would not end, however busy the machine is: seconds of the processor, ten times what any command here takes;
+# and seconds in which it used none of them.
+LONGEST, IDLE = 60.0, 90.0
 TOUCHING = ('os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.truncate', 'os.symlink')
 
 
@@ -130,7 +132,15 @@ class Child:
     for pipe in theirs:
       os.close(pipe)
     self.pipes = dict.fromkeys(ours, b'')
-    self.began = time.monotonic()
+    self.spent, self.seen = 0.0, time.monotonic()
+
+  def stuck(self):
+    """Whether it computes without end, or waits for what does not come."""
+    fields = pathlib.Path(f'/proc/{self.pid}/stat').read_text().rpartition(')')[2].split()
+    spent = sum(map(int, fields[11:13])) / os.sysconf('SC_CLK_TCK')
+    if spent > self.spent:
+      self.spent, self.seen = spent, time.monotonic()
+    return spent > LONGEST or time.monotonic() - self.seen > IDLE
 
   def wait(self):
     """Until it has ended or stopped; the answer."""
@@ -142,7 +152,7 @@ class Child:
         return {'pid': self.pid, 'code': None}
       if pid:
         break
-      if not late and time.monotonic() - self.began > LONGEST:
+      if not late and self.stuck():
         late = True
         os.kill(self.pid, signal.SIGKILL)
     while self.read(0):
@@ -173,7 +183,7 @@ def serve():
     if 'end' in job:
       child = stopped.pop(job['end'])
       os.kill(child.pid, signal.SIGKILL if job['kill'] else signal.SIGCONT)
-      child.began = time.monotonic()
+      child.seen = time.monotonic()
     else:
       child = Child(job)
     answer = child.wait()
