@@ -78,8 +78,6 @@ def test_training(nursery, there, tmp_path):
   start_twice(nursery, program, STORES, tmp_path, program.result(whole[0]), whole[1].events, times=1)
   here = shutil.copytree(there.fetched(whole[0]), tmp_path / 'here')
   plain = lambda name: () if name.startswith(('tensorboard', 'evals', 'metrics', 'config.json')) else OBJECTS
-    () if name.startswith(('tensorboard', 'evals')) else OBJECTS if 'metrics' not in name and name != 'config.json' else ()
-  )
   names = lambda name: (name, '/'.join(name.split('/')[:2])) if name.count('/') > 1 else (name,)
   arguments = (program.words, program.result, of_run(here), names, there.put)
   damage_all(nursery, STORES, here, tmp_path / 'scratch', files_of(here, OBJECTS, plain), 16, *arguments)
