@@ -24,11 +24,11 @@ HEX = re.compile('[0-9a-f]{32}')  # what Orbax calls the files of a database
 MOST_LINES = 16  # of an error that lists files
 # Kills that hit and files damaged in a whole run, at least.
 LEAST = {
-  'Training': (50, 100),
-  'Evaluation': (40, 100),
+  'Training': (40, 90),
+  'Evaluation': (30, 90),
   'Preparation': (50, 150),
-  'Conversion': (40, 60),
-  'Export': (40, 60),
+  'Conversion': (30, 50),
+  'Export': (30, 50),
   'Object stores': (50, 50),
 }
 

@@ -42,7 +42,7 @@ def both(converting, exporting):
 
 def test_kills(nursery, both, tmp_path):
   for program, tally, whole in both:
-    kill_all_along(nursery, program, tally, tmp_path / tally.program, whole, 40)
+    kill_all_along(nursery, program, tally, tmp_path / tally.program, whole, 30)
 
 
 def test_full_disks(nursery, both, tmp_path):
@@ -66,7 +66,7 @@ def test_damaged_sources(nursery, exporting, tmp_path):
   command = lambda folder: conversion(folder).words(folder.parent / 'dst')
   arguments = (command, lambda folder: without_report(folder.parent / 'dst'), without_report(tmp_path / 'expected'))
   names = lambda name: (name, f'{name.partition("/")[0]}: no weights found')
-  damage_all(nursery, CONVERSION, exporting[0], tmp_path / 'scratch', files, 60, *arguments, names)
+  damage_all(nursery, CONVERSION, exporting[0], tmp_path / 'scratch', files, 50, *arguments, names)
 
 
 def test_damaged_checkpoints(nursery, converting, exporting, tmp_path):
@@ -74,7 +74,7 @@ def test_damaged_checkpoints(nursery, converting, exporting, tmp_path):
   names = lambda name: (name, 'integrity.json') if name.startswith('0/') else (name,)
   arguments = (command, lambda folder: exported(folder.parent / 'dst'), exported(exporting[0]), names)
   first = ('model.json', '0/integrity.json', '0/_CHECKPOINT_METADATA')
-  damage_all(nursery, EXPORT, converting[0], tmp_path / 'scratch', files_of(converting[0], KINDS), 40, *arguments, first=first)
+  damage_all(nursery, EXPORT, converting[0], tmp_path / 'scratch', files_of(converting[0], KINDS), 20, *arguments, first=first)
 
 
 def test_permissions(nursery, converting, tmp_path):

@@ -49,14 +49,14 @@ def whole(nursery, evaluation, tmp_path_factory):
 
 
 def test_killed_evaluations(nursery, evaluation, whole, tmp_path):
-  kill_all_along(nursery, evaluation, EVALUATION, tmp_path, whole, 40)
+  kill_all_along(nursery, evaluation, EVALUATION, tmp_path, whole, 30)
 
 
 def test_damaged_results(nursery, evaluation, whole, tmp_path):
   """Answers have a digest each; what is made of them is made again."""
   files = files_of(whole[0], KINDS, lambda name: None if name.startswith('answers/') else GROSS)
   arguments = (evaluation.words, evaluated, evaluated(whole[0]))
-  damage_all(nursery, EVALUATION, whole[0], tmp_path / 'scratch', files, 60, *arguments)
+  damage_all(nursery, EVALUATION, whole[0], tmp_path / 'scratch', files, 45, *arguments)
 
 
 def test_damaged_answers_that_are_scored(nursery, tiny, whole, tmp_path):

@@ -9,6 +9,7 @@ import jax
 import llava_files
 import numpy as np
 import pytest
+from answer_files import scored
 from conftest import GOLDEN
 from test_run_files import CONFIG
 from test_training import dynamic, largest_difference, parameters
@@ -26,6 +27,7 @@ from dynllava_jax.training import evaluating, loop
 from dynllava_jax.training.metrics import read_metrics
 from dynllava_jax.training.stopping import StopRequest
 
+pytest_plugins = ('tiny_suite',)
 TOKENIZER = GOLDEN / 'text' / 'tok_nonlegacy'
 ASKED = dict(questions=16, batch_size=8, max_new_tokens=8, text_lengths=(32,))
 SAMPLES = 8
@@ -71,6 +73,17 @@ def test_perplexity_is_that_of_the_loss_in_training(prepared, tmp_path):
   folder = tmp_path / 'evals' / 'held_out' / '1'
   assert (folder / 'tokens.png').read_bytes().startswith(b'\x89PNG')
   assert len((folder / 'answers.jsonl').read_text().splitlines()) == SAMPLES
+
+
+@pytest.mark.slow
+def test_a_benchmark_of_the_suite_is_scored_as_its_answers_are(prepared, eval_data, tmp_path):
+  """POPE: questions, pictures and labels in LLaVA's layout."""
+  evals = {'pope': TrainEval(every=1, benchmark='pope', data=str(eval_data), batch_size=8, max_new_tokens=3, text_lengths=(64,))}
+  loop.train(on_prepared(prepared, steps=1, evals=evals), tmp_path)
+  figures = {k.removeprefix('eval/pope/'): v for k, v in read_metrics(tmp_path)[-1].items() if k.startswith('eval/pope/')}
+  found = scored('pope', eval_data, tmp_path / 'evals' / 'pope' / '1' / 'answers.jsonl')
+  assert figures.pop('questions') == 9 and figures.pop('score') == found['score']
+  assert figures and figures == {name: found['figures'][name] for name in figures}
 
 
 def watched(**changes):

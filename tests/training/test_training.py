@@ -166,43 +166,42 @@ for attempt in range(int(sys.argv[5])):
 """
 
 
+def two_processes(cfg, workdir, attempts=1):
+  """What two processes with two devices each say; the second is asked to stop in step 3."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    command = [sys.executable, '-c', HOST, f'127.0.0.1:{probe.getsockname()[1]}']
+  words = [json.dumps(to_dict(cfg)), workdir, str(attempts)]
+  how = dict(cwd=ROOT, env=os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}, stdout=-1, stderr=-1, text=True)
+  hosts = [subprocess.Popen([*command, str(i), *words], **how) for i in range(2)]
+  told = [host.communicate(timeout=600) for host in hosts]
+  assert [host.returncode for host in hosts] == [0, 0], told
+  return [out for out, _ in told]
+
+
+def require_like(workdir, expected, steps):
+  """Losses and gradients at some steps are those of another run, but for the order of sums."""
+  for name, tolerance in (('loss', 1e-3), ('grad_norm', 2e-3)):
+    found, whole = ({x['step']: x[name] for x in read_metrics(w) if name in x} for w in (workdir, expected))
+    np.testing.assert_allclose([found[s] for s in steps], [whole[s] for s in steps], rtol=tolerance)
+
+
 @pytest.mark.parametrize(
   'mesh, attempts',
   [
     (MeshConfig(data=2, fsdp=1, tensor=2), 1),
-    pytest.param(MeshConfig(data=1, fsdp=2, tensor=2), 2, marks=pytest.mark.slow),
     pytest.param(MeshConfig(data=1, fsdp=1, tensor=4), 2, marks=pytest.mark.slow),
   ],
-  ids=['rows of their own', 'weights over both', 'the same rows'],
+  ids=['rows of their own', 'the same rows'],
 )
 def test_two_hosts_train_as_one(mesh, attempts, base_run, tmp_path):
-  """Two processes with two devices each; one is asked to stop in step 3, both do after step 4, where they log."""
-  cfg = dataclasses.replace(BASE, mesh=mesh)
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{probe.getsockname()[1]}'
-  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
-  command = [sys.executable, '-c', HOST, address]
-  hosts = [
-    subprocess.Popen(
-      [*command, str(i), json.dumps(to_dict(cfg)), tmp_path, str(attempts)],
-      cwd=ROOT,
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  told = [host.communicate(timeout=600) for host in hosts]
-  assert [host.returncode for host in hosts] == [0, 0], told
-  for out, _ in told:
-    assert 'stopped after step 4 of 8' in out
-  assert 'samples per epoch' in told[0][0] and 'samples per epoch' not in told[1][0], 'the first host speaks'
-  assert [line['step'] for line in read_metrics(tmp_path)] == [2, 4, 6, 8][: 2 * attempts], 'and writes'
-  for name, tolerance in (('loss', 1e-3), ('grad_norm', 2e-3)):
-    split, whole = ([line[name] for line in read_metrics(w)][: 2 * attempts] for w in (tmp_path, base_run))
-    np.testing.assert_allclose(split, whole, rtol=tolerance)
+  """One is asked to stop in step 3, both do after step 4, where they log."""
+  told = two_processes(dataclasses.replace(BASE, mesh=mesh), tmp_path, attempts)
+  assert all('stopped after step 4 of 8' in out for out in told)
+  assert 'samples per epoch' in told[0] and 'samples per epoch' not in told[1], 'the first host speaks'
+  steps = [2, 4, 6, 8][: 2 * attempts]
+  assert [line['step'] for line in read_metrics(tmp_path)] == steps, 'and writes'
+  require_like(tmp_path, base_run, steps)
 
 
 def test_finished_run_is_left_alone(base_run, capsys):
