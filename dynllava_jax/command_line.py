@@ -175,6 +175,7 @@ def run(main: Callable[[list[str]], None]) -> None:
   # Orbax's errors come as exceptions, too; asyncio and the pools tell again of those that came to its tasks.
   retold = ('asyncio', 'concurrent.futures')
   logging.get_absl_handler().addFilter(lambda record: 'orbax' not in record.pathname and record.name not in retold)
+  sys.unraisablehook = _unraisable
   app.run(without_strays, flags_parser=parsed)
 
 
@@ -219,6 +220,12 @@ def _in_config_file(argv: list[str], error: Exception) -> str:
   file = _config_file(argv)
   frames = [f for f in traceback.extract_tb(error.__traceback__) if file and os.path.abspath(f.filename) == os.path.abspath(file)]
   return f'{file}, line {frames[-1].lineno}' if frames else ''
+
+
+def _unraisable(told: Any) -> None:
+  """What no code can catch is shown, but for writes that end after the first one that failed, which has been told of."""
+  if str(told.exc_value) != 'Event loop is closed':  # asyncio's words to tensorstore
+    sys.__unraisablehook__(told)
 
 
 def _one_line(error: Exception) -> str:

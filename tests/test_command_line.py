@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
+import tensorstore
 from absl import flags
 from conftest import GOLDEN, ROOT
 from ml_collections import config_flags
@@ -144,3 +146,19 @@ def test_configs_that_ship_are_found_from_anywhere(tmp_path, monkeypatch):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', None, '', flag_values=values)
     assert command_line.parsed(['train.py', *arguments], values) == ['train.py'] and values.config.batch_size == 16
+
+
+@pytest.mark.parametrize('words, shown', [('Event loop is closed', False), ('something else', True)])
+def test_a_write_that_ends_after_the_failure_is_not_told_of(words, shown, capfd):
+  """As tensorstore tells of a callback that fails: no code can catch it."""
+
+  def failing(_):
+    raise RuntimeError(words)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'unraisablehook', command_line._unraisable)
+    promise, future = tensorstore.Promise.new()
+    future.add_done_callback(failing)
+    promise.set_result(1)
+    time.sleep(0.1)
+  assert (words in capfd.readouterr().err) == shown
