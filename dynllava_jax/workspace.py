@@ -197,15 +197,17 @@ class _Mirror:
     void = [n for n in steps if _covers(n, overwritten)]
     self._delete(void)  # while files of a step are replaced, nothing says that it is whole
     data, markers = [n for n in changed if not _is_marker(n)], [n for n in changed if _is_marker(n)]
-    with contextlib.closing(remote.Pool()) as pool:
-      left = {n for n, there in zip(data, pool.map(self._upload, data)) if not there}  # a step may go while it is uploaded
+    left = set()
+    for some in ([n for n in data if _is_note(n)], [n for n in data if not _is_note(n)]):
+      with contextlib.closing(remote.Pool()) as pool:
+        left |= {n for n, there in zip(some, pool.map(self._upload, some)) if not there}  # a step may go while it is uploaded
     for name in sorted(markers, key=lambda n: (MARKERS.index(n.rpartition('/')[2]), n)):
       if not _covers(name, left):
         self._upload(name)
     if not any(n in now and _is_step_marker(n) for n in self.there):  # an older step stays until a newer one is there
       gone = [n for n in gone if not _step(n)]
     self._delete([n for n in gone if _is_marker(n) and n not in void])
-    self._delete([n for n in gone if not _is_marker(n)])
+    self._delete(sorted((n for n in gone if not _is_marker(n)), key=_is_note))
     if not left and remote.UPLOADING in self.there:
       self._delete([remote.UPLOADING])
 
@@ -272,6 +274,11 @@ def _sha256(path: pathlib.Path) -> str:
 
 def _is_marker(name: Name) -> bool:
   return name.rpartition('/')[2] in MARKERS
+
+
+def _is_note(name: Name) -> bool:
+  """Whether a file tells whose other files are, as the notes of an unfinished preparation do: there first, and gone last."""
+  return '.unfinished' in name.split('/')[:-1]
 
 
 def _is_step_marker(name: Name) -> bool:

@@ -104,6 +104,26 @@ def test_markers_go_up_last_and_down_first(cloud_folder, monkeypatch):
   ]
 
 
+def test_what_tells_whose_a_shard_is_goes_up_before_it_and_down_after_it(cloud_folder, monkeypatch):
+  done = []
+  for name in ('_upload', '_delete'):
+    real = getattr(workspace._Mirror, name)
+    monkeypatch.setattr(
+      workspace._Mirror, name, lambda self, n, real=real: (done.extend([n] if isinstance(n, str) else n), real(self, n))[1]
+    )
+  with workspace.workspace(paths.given(cloud_folder, 'x'), '--out') as local:
+    (local / '.unfinished').mkdir()
+    for name in ('a.shard', 'b.shard'):
+      (local / name).write_text(name)
+      (local / '.unfinished' / f'{name}.json').write_text(name)
+  assert {*done[:2]} == {'.unfinished/a.shard.json', '.unfinished/b.shard.json'} and len(done) == 4
+  done.clear()
+  with workspace.workspace(paths.given(cloud_folder, 'x'), '--out') as local:
+    for file in [p for p in local.rglob('*') if p.is_file()]:
+      file.unlink()
+  assert {*done[2:]} == {'.unfinished/a.shard.json', '.unfinished/b.shard.json'} and len(done) == 4
+
+
 def test_an_upload_at_once_that_was_cut_off_is_refused_and_cleaned(cloud_folder, monkeypatch):
   folder = cloud_folder
   path = paths.given(folder, '--dst')

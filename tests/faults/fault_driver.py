@@ -29,7 +29,7 @@ LEAST = {
   'Preparation': (50, 150),
   'Conversion': (30, 50),
   'Export': (30, 50),
-  'Object stores': (30, 38),
+  'Object stores': (28, 30),
 }
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import fault_programs
 import pytest
-from fault_driver import KINDS, Nursery, Tally, damage_all, files_of, kill_all_along, start_twice, undisturbed
+from fault_driver import KINDS, Nursery, Tally, damage_all, files_of, kill_all_along, refuse, start_twice, undisturbed
 from fault_programs import evaluated, exported, make_samples, tiny_config, trained
 
 from dynllava_jax import lease, paths, remote
@@ -74,13 +74,13 @@ def test_training(nursery, there, tmp_path):
   training = dataclasses.replace(fault_programs.training(tiny_config(tmp_path / 'config')), result=of_run)
   program = there.program(training, whole_steps)
   whole = undisturbed(nursery, program, tmp_path)
-  kill_all_along(nursery, program, STORES, tmp_path, whole, 8, each=4, period=0.2)
+  kill_all_along(nursery, program, STORES, tmp_path, whole, 6, each=3, period=0.2)
   start_twice(nursery, program, STORES, tmp_path, program.result(whole[0]), whole[1].events, times=1)
   here = shutil.copytree(there.fetched(whole[0]), tmp_path / 'here')
   plain = lambda name: () if name.startswith(('tensorboard', 'evals', 'metrics', 'config.json')) else OBJECTS
   names = lambda name: (name, '/'.join(name.split('/')[:2])) if name.count('/') > 1 else (name,)
   arguments = (program.words, program.result, of_run(here), names, there.put)
-  damage_all(nursery, STORES, here, tmp_path / 'scratch', files_of(here, OBJECTS, plain), 10, *arguments)
+  damage_all(nursery, STORES, here, tmp_path / 'scratch', files_of(here, OBJECTS, plain), 8, *arguments)
 
 
 def test_evaluation(nursery, there, tmp_path):
@@ -90,12 +90,12 @@ def test_evaluation(nursery, there, tmp_path):
   assert done.code == 0, done.text
   program = there.program(fault_programs.evaluation(config, there.url(run / 'checkpoints')), fault_programs.answered)
   whole = undisturbed(nursery, program, tmp_path)
-  kill_all_along(nursery, program, STORES, tmp_path, whole, 6, each=4, period=0.2)
+  kill_all_along(nursery, program, STORES, tmp_path, whole, 5, each=3, period=0.2)
   start_twice(nursery, program, STORES, tmp_path, program.result(whole[0]), whole[1].events, times=1)
   here = shutil.copytree(there.fetched(whole[0]), tmp_path / 'here')
   files = files_of(here, OBJECTS, lambda name: None if name.startswith('answers/') else ())
   damage_all(
-    nursery, STORES, here, tmp_path / 'scratch', files, 8, program.words, program.result, evaluated(here), arrive=there.put
+    nursery, STORES, here, tmp_path / 'scratch', files, 6, program.words, program.result, evaluated(here), arrive=there.put
   )
 
 
@@ -105,7 +105,7 @@ def test_preparation(nursery, there, tmp_path):
   # Where the source lies is written down; that it lies in a store is all that matters here.
   program = there.program(fault_programs.preparation(there.url(source)))
   whole = undisturbed(nursery, program, tmp_path)
-  kill_all_along(nursery, program, STORES, tmp_path, whole, 8, each=4, period=0.2)
+  kill_all_along(nursery, program, STORES, tmp_path, whole, 12, each=4, period=0.2)
   start_twice(nursery, program, STORES, tmp_path, program.result(whole[0]), whole[1].events, times=1)
   here = shutil.copytree(there.fetched(whole[0]), tmp_path / 'here')
   command = lambda folder: ('-m', 'dynllava_jax.data.verify', f'--path={there.url(folder)}', '--processes=1')
@@ -118,16 +118,18 @@ def test_preparation(nursery, there, tmp_path):
 def test_conversion_and_export(nursery, there, tmp_path):
   conversion = there.program(fault_programs.conversion())
   whole = undisturbed(nursery, conversion, tmp_path / 'c')
-  kill_all_along(nursery, conversion, STORES, tmp_path / 'c', whole, 6, each=4)
+  kill_all_along(nursery, conversion, STORES, tmp_path / 'c', whole, 3, each=3)
   start_twice(nursery, conversion, STORES, tmp_path / 'c', conversion.result(whole[0]), whole[1].events, times=1)
   export = there.program(fault_programs.export(there.url(whole[0])))
   written = undisturbed(nursery, export, tmp_path / 'e')
-  kill_all_along(nursery, export, STORES, tmp_path / 'e', written, 6, each=4)
+  kill_all_along(nursery, export, STORES, tmp_path / 'e', written, 3, each=3)
   here = shutil.copytree(there.fetched(whole[0]), tmp_path / 'here')
   command = lambda folder: fault_programs.export(there.url(folder)).words(folder.parent / 'dst')
   names = lambda name: (name, 'integrity.json') if name.startswith('0/') else (name,)
   arguments = (command, lambda folder: exported(folder.parent / 'dst'), export.result(written[0]), names, there.put)
-  damage_all(nursery, STORES, here, tmp_path / 'scratch', files_of(here, OBJECTS), 10, *arguments)
+  damage_all(nursery, STORES, here, tmp_path / 'scratch', files_of(here, OBJECTS), 6, *arguments)
+  remote.write(paths.given(there.url(whole[0]), 'x') / remote.UPLOADING, b'[]')
+  refuse(nursery, STORES, export.words(tmp_path / 'e' / 'refused'), 'its upload was interrupted')
 
 
 def test_nothing_is_left_of_a_lease_or_of_work(bucket):
