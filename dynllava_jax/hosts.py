@@ -121,13 +121,14 @@ def join() -> None:
   if _Joined.names is not None:
     os.write(_Joined.names, json.dumps(names).encode())
   _Joined.client, _Joined.own, _Joined.count = client, own, jax.process_count()
-  atexit.register(_leave, own)  # before jax's own, which waits for the others
-  threading.Thread(target=_listen, args=(client, own, names), daemon=True).start()
+  left = threading.Event()
+  listener = threading.Thread(target=_listen, args=(client, own, names, left), daemon=True)
+  atexit.register(_leave, own, listener, left)  # before jax's own, which waits for the others
+  listener.start()
 
 
-def _listen(client, own: int, names: list[str]) -> None:
-  while True:
-    time.sleep(POLL)
+def _listen(client, own: int, names: list[str], left: threading.Event) -> None:
+  while not left.wait(POLL):
     try:
       ended = client.key_value_dir_get(ENDED)
     except Exception:  # the service is gone: it says so itself
@@ -195,10 +196,12 @@ def wait_for_the_news() -> None:
     time.sleep(AGREE)
 
 
-def _leave(own: int) -> None:
+def _leave(own: int, listener: threading.Thread, left: threading.Event) -> None:
   if _Joined.failed:
     sys.stdout.flush()
     sys.stderr.flush()
     if own == 0:
       time.sleep(3 * POLL)  # the service ends with this process: the others must have read
     os._exit(1)
+  left.set()
+  listener.join(5 * POLL)  # Python ends a thread that is inside of C++ then by aborting the process
