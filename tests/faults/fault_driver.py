@@ -24,7 +24,7 @@ HEX = re.compile('[0-9a-f]{32}')  # what Orbax calls the files of a database
 MOST_LINES = 16  # of an error that lists files
 # Kills that hit and files damaged in a whole run, at least.
 LEAST = {
-  'Training': (40, 90),
+  'Training': (32, 75),
   'Evaluation': (30, 90),
   'Preparation': (50, 150),
   'Conversion': (30, 50),

@@ -26,7 +26,7 @@ def get_config(name):
     runs = dict(dense=dict(stages=[dict(start=0)]), uniform=dict(stages=[dict(start=0), dict(start=1, selector='uniform')]))
     return config_dict.ConfigDict(dict(benchmark='digits', runs=runs, batch_size=2, questions=8, max_new_tokens=4))
   data = dict(source='digits', path='', tokenizer='', text_length=104)
-  evals = dict(asked=dict(every=3, questions=4, batch_size=2, max_new_tokens=4, text_lengths=(32,)))
+  evals = dict(asked=dict(every=5, questions=4, batch_size=2, max_new_tokens=4, text_lengths=(32,)))
   sizes = dict(batch_size=2, steps=5, log_every=1, save_every=1)
   return config_dict.ConfigDict(dict(model=dict(vision=VISION, llama=LLAMA), data=data, evals=evals, init_from='', **sizes))
 """

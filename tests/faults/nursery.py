@@ -199,6 +199,9 @@ if __name__ == '__main__':
   root = pathlib.Path(__file__).parents[2]
   os.chdir(root)
   sys.path[0] = str(root)
+  from absl import logging
+
+  logging.use_absl_handler()  # before any library logs and is given another, as in the programs
   import tensorflow_datasets  # noqa: F401
 
   import dynllava_jax.convert.inspection

@@ -56,7 +56,7 @@ def test_damaged_results(nursery, evaluation, whole, tmp_path):
   """Answers have a digest each; what is made of them is made again."""
   files = files_of(whole[0], KINDS, lambda name: None if name.startswith('answers/') else GROSS)
   arguments = (evaluation.words, evaluated, evaluated(whole[0]))
-  damage_all(nursery, EVALUATION, whole[0], tmp_path / 'scratch', files, 45, *arguments)
+  damage_all(nursery, EVALUATION, whole[0], tmp_path / 'scratch', files, 30, *arguments, first=('answers/dense.jsonl',))
 
 
 def test_damaged_answers_that_are_scored(nursery, tiny, whole, tmp_path):
@@ -83,9 +83,9 @@ def test_damaged_checkpoints(nursery, tiny, checkpoints, whole, tmp_path):
   files = files_of(checkpoints, KINDS, lambda name: () if 'optimizer' in name else None)  # it is not read
   names = lambda name: (name, 'integrity.json') if name.startswith('1/') else (name,)
   arguments = (command, lambda folder: answers(folder.parent / 'out'), answers(whole[0]), names)
-  damage_all(
-    nursery, EVALUATION, checkpoints, tmp_path / 'scratch', files, 20, *arguments, first=('model.json', '1/integrity.json')
-  )
+  largest = max(checkpoints.glob('1/params/**/*'), key=lambda p: p.stat().st_size).relative_to(checkpoints).as_posix()
+  first = ('model.json', '1/integrity.json', largest)
+  damage_all(nursery, EVALUATION, checkpoints, tmp_path / 'scratch', files, 10, *arguments, first=first)
 
 
 def test_full_disks(nursery, evaluation, whole, tmp_path):
