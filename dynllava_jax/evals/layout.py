@@ -16,7 +16,7 @@ from dynllava_jax.config import IGNORE, IMAGE_ID, ConfigError, EvalRun, ModelCon
 from dynllava_jax.data import conversation, images
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dynllava_jax.evals.benchmarks.base import Question
+from dynllava_jax.evals.benchmarks.base import Question, unreadable
 from dynllava_jax.evals.resize import resize_tower
 from dynllava_jax.files import read_regular
 from dynllava_jax.models.dynllava import Prompt
@@ -220,8 +220,3 @@ def load_image(question: Question) -> Any:
     except OSError as e:
       raise unreadable(question, e) from None
   return images.decode(image, f'question {question.id}') if isinstance(image, bytes) else image
-
-
-def unreadable(question: Question, error: OSError) -> DataError:
-  """The error about a picture that is not there, or is no file."""
-  return DataError(f'question {question.id}: {question.image} cannot be read ({error.strerror}); get it again', 'missing_image')

@@ -23,8 +23,7 @@ import numpy as np
 from dynllava_jax.data.images import MAX_BYTES
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.answers import DIGEST, digest, sealed
-from dynllava_jax.evals.benchmarks.base import Question
-from dynllava_jax.evals.layout import unreadable
+from dynllava_jax.evals.benchmarks.base import Question, unreadable
 from dynllava_jax.evals.reading import LARGEST, read_lines, read_objects
 from dynllava_jax.files import read_regular, write_atomically
 

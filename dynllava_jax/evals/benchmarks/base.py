@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from dynllava_jax.config import EvalConfig
+from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.kinds import needed_picture
 from dynllava_jax.evals.folders import Folder
 from dynllava_jax.evals.reading import ID, fields, read_lines
@@ -49,6 +50,11 @@ class Question:
   reference: tuple[str, ...] = ()
   long: bool = False
   before: tuple[Mapping[str, str], ...] = ()
+
+
+def unreadable(question: Question, error: OSError) -> DataError:
+  """The error about a picture that is not there, or is no file."""
+  return DataError(f'question {question.id}: {question.image} cannot be read ({error.strerror}); get it again', 'missing_image')
 
 
 @dataclasses.dataclass(frozen=True)
