@@ -12,7 +12,6 @@ to benchmarks/results/convert_SIZE.json.
 import collections
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import pathlib
@@ -41,7 +40,6 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = 2**25  # numbers
 ROUNDS = 3
-HASHED = 2**28  # bytes
 RESIZED = 64  # rows that transformers adds for <image> and <pad>
 
 
@@ -85,14 +83,6 @@ def timed(source: pathlib.Path, run) -> tuple[float, object]:
   return time.monotonic() - start, result
 
 
-def sha256_rate() -> float:
-  """GB per second that one core hashes with SHA-256: a limit, since every byte is hashed once."""
-  data = bytes(HASHED)
-  start = time.monotonic()
-  hashlib.sha256(data)
-  return HASHED / (time.monotonic() - start) / 1e9
-
-
 def command(*arguments: str) -> tuple[float, float]:
   """Runs convert_weights.py; returns its peak memory in GB and its CPU seconds."""
   process = subprocess.Popen([sys.executable, ROOT / 'convert_weights.py', *arguments], env=os.environ | {'JAX_PLATFORMS': 'cpu'})
@@ -117,7 +107,6 @@ def main(_) -> None:
     'model': f'LLaVA-1.5 {SIZE.value}, bfloat16, safetensors',
     'hardware': f'{os.cpu_count()} CPU cores, local disk',
     'load_at_start': os.getloadavg()[0],
-    'sha256_gb_per_second_and_core': round(sha256_rate(), 2),
   }
   try:
     results['bytes'] = synthesise(source, SIZES[SIZE.value])

@@ -1,6 +1,8 @@
-"""How the decoder's weights and cache lie in memory while a model runs: the one place that decides it, by what runs it.
+"""How weights and cache lie in memory while a model runs, and its tower's kernel: decided here alone, by what runs it.
 
 `STACKED`: layers are stacked and scanned. TPU compilers read a slice of a stack where it lies, heads first; programs are small.
+`TILED`: stacked too, but a slot's heads lie side by side, and slots come in whole tiles. Then a row's cache is one matrix, which a
+TPU's matrix unit takes as it lies; head by head the vector unit would read it, at a fifth of the memory's bandwidth.
 `APART`: every layer's arrays are its own and layers are unrolled. XLA's CPU compiler copies a slice before it multiplies with it,
 and transposes what does not lie as its matrix product wants it: all weights and the whole cache, for every token.
 
@@ -21,35 +23,59 @@ class Arrangement:
 
   Attributes:
     apart: whether layers are arrays of their own, and q, k and v one matrix; else stacked [L, ...].
-    keys, values: axes of a layer's cache, of a letter each: B batch, C slots, K kv heads, H head dim.
+    keys, values: axes of a layer's cache, of a letter each: B batch, C slots, K kv heads, H head dim, X both: K H.
+    multiple: slots of a cache are a multiple of this.
+    tower: how the vision tower attends, see `ops.full_attention`.
   """
 
   apart: bool
   keys: str
   values: str
+  multiple: int = 1
+  tower: str = 'xla'
+
+  @property
+  def flat(self) -> bool:
+    """Whether a slot's heads are one axis."""
+    return 'x' in self.keys
+
+  def __str__(self) -> str:
+    layers = 'each layer apart' if self.apart else 'layers stacked, heads side by side' if self.flat else 'layers stacked'
+    return f'weights and cache: {layers}; attention of the vision tower: {self.tower}'
 
 
 STACKED = Arrangement(apart=False, keys='bckh', values='bckh')
+TILED = Arrangement(apart=False, keys='bcx', values='bcx', multiple=8, tower='flash')
+CUDA = dataclasses.replace(STACKED, tower='cudnn')
 APART = Arrangement(apart=True, keys='bkhc', values='bkch')
 
 
 def best(devices: Iterable[jax.Device]) -> Arrangement:
-  """What is fastest where a model runs on these devices. Over several, layers stay stacked as they are split."""
+  """What is fastest where a model runs on these devices. Over several, layers stay stacked, and heads apart, as they are split."""
   devices = list(devices)
-  return APART if len(devices) == 1 and devices[0].platform == 'cpu' else STACKED
+  if len(devices) != 1:
+    return STACKED
+  device = devices[0]
+  if device.platform == 'gpu':  # cuDNN's kernel is for Ampere and later
+    return CUDA if device.device_kind.startswith('NVIDIA') and float(device.compute_capability) >= 8 else STACKED
+  return {'cpu': APART, 'tpu': TILED}.get(device.platform, STACKED)
 
 
 def best_for(params: Any) -> Arrangement:
-  """`best` where a tree of arrays lies; what is not on a device yet goes to the first one."""
+  """`best` where a tree of arrays, or of their shapes, lies; what is on no device yet goes to the first one."""
   found: set[jax.Device] = set()
   for leaf in jax.tree.leaves(params):
-    found |= leaf.devices() if isinstance(leaf, jax.Array) else {jax.local_devices()[0]}
+    place = getattr(leaf, 'sharding', None)
+    found |= place.device_set if place else {jax.local_devices()[0]}
   return best(found)
 
 
-def arrangement_of(llama: dict[str, Any]) -> Arrangement:
-  """How a decoder's parameters in the form for a run lie."""
-  return STACKED if 'stage_0' in llama else APART
+def of_run(params: dict[str, Any]) -> Arrangement:
+  """How parameters in the form for a run lie: what is fastest on their devices, of what the form of their decoder allows."""
+  if 'stage_0' not in params['llama']:
+    return APART
+  fastest = best_for(params)
+  return STACKED if fastest.apart else fastest
 
 
 def layer_names(starts: Sequence[int], num_layers: int) -> list[str]:

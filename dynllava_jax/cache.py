@@ -1,7 +1,7 @@
 """The KV cache as data: one stack per stage, each with its own static capacity.
 
-Axes: L layers of the stage, B batch, C slots, K kv heads, H head dim. How they lie in memory is the model's `Arrangement`;
-nothing but this file and `ops.attention.cached_attention` looks at that.
+Axes: L layers of the stage, B batch, C slots, K kv heads, H head dim, X both of these.
+How they lie in memory is the model's `Arrangement`; nothing but this file and `ops.attention.cached_attention` looks at that.
 
 Layers behind a selector that judges generated tokens are *gated*: a rejected token is visible to itself
 only. Each row has a write pointer p (`length`); the new K/V are written at slot p, and p advances only
@@ -104,10 +104,11 @@ def room_behind(gated: bool, text_keep_budget: float, spec: CacheSpec) -> int:
 
 
 def with_room(k: jax.Array, v: jax.Array, room: int, arrangement: Arrangement) -> tuple[jax.Array, jax.Array]:
-  """A layer's keys and values float[B, S, K, H] of a prompt, as its cache has them, with `room` more slots."""
+  """A layer's keys and values float[B, S, K, H] of a prompt, as its cache has them, with at least `room` more slots."""
+  room += -(k.shape[1] + room) % arrangement.multiple
 
   def lie(x: jax.Array, axes: str) -> jax.Array:
-    return jnp.pad(x.transpose(['bckh'.index(a) for a in axes]), [(0, room * (a == 'c')) for a in axes])
+    return jnp.pad(_lying(x, axes), [(0, room * (a == 'c')) for a in axes])
 
   return lie(k, arrangement.keys), lie(v, arrangement.values)
 
@@ -148,13 +149,14 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
   What was in those places is gone; slots that `new` does not have are beyond all write pointers.
   """
 
-  def put(old, rows, axis=0):
-    place = (slice(None),) * axis + (at,)
-    return None if old is None else old.at[place].set(rows.astype(old.dtype), mode='drop', unique_indices=True)
+  def put(old, rows, *before):
+    return None if old is None else old.at[*before, at].set(rows.astype(old.dtype), mode='drop', unique_indices=True)
 
-  def put_layers(old: Layers, rows: Layers, axes: str, more: int) -> Layers:
-    wide = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 4) + [(0, more * (a == 'c')) for a in axes])
-    return tuple(put(a, wide(b)) for a, b in zip(old, rows, strict=True)) if isinstance(old, tuple) else put(old, wide(rows), 1)
+  def put_layers(old: Layers, rows: Layers, lies: Arrangement, axes: str, more: int) -> Layers:
+    wide = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - len(axes)) + [(0, more * (a == 'c')) for a in axes])
+    if lies.apart:
+      return tuple(put(a, wide(b)) for a, b in zip(old, rows, strict=True))
+    return put(old, wide(rows), _layers(old, lies, 1))
 
   def put_stage(old: StageCache, rows: StageCache) -> StageCache:
     lies, more = old.arrangement, old.slots - rows.slots
@@ -162,10 +164,10 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
     names = ('length', 'generated', 'evicted', 'shift')
     return dataclasses.replace(
       old,
-      k=put_layers(old.k, rows.k, lies.keys, more),
-      v=put_layers(old.v, rows.v, lies.values, more),
+      k=put_layers(old.k, rows.k, lies, lies.keys, more),
+      v=put_layers(old.v, rows.v, lies, lies.values, more),
       margin=put(old.margin, margin),
-      first=put(old.first, rows.first, 1),
+      first=put(old.first, rows.first, slice(None)),
       **{name: put(getattr(old, name), getattr(rows, name)) for name in names},
     )
 
@@ -173,13 +175,15 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
   return Cache(stages, put(cache.position, new.position))
 
 
-def stacked(cache: StageCache) -> StageCache:
-  """The same cache with k and v as float[L, B, C, K, H]: to look at, copied where layers lie apart."""
+def stacked(cache: StageCache, kv_heads: int) -> StageCache:
+  """The same cache with k and v as float[L, B, C, K, H]: to look at, a copy where they lie otherwise."""
 
   def stack(held: Layers, axes: str) -> jax.Array:
+    if cache.arrangement.flat:
+      return held.reshape(*held.shape[:-1], kv_heads, -1)
     return jnp.stack([x.transpose([axes.index(a) for a in STACKED.keys]) for x in held])
 
-  if not cache.arrangement.apart:
+  if cache.arrangement.keys == STACKED.keys:
     return cache
   k, v = stack(cache.k, cache.arrangement.keys), stack(cache.v, cache.arrangement.values)
   return dataclasses.replace(cache, k=k, v=v, arrangement=STACKED)
@@ -250,13 +254,27 @@ def append_judged(cache: StageCache, k: Layers, v: Layers, keep: jax.Array, marg
 
 def _written(cache: StageCache, k: Layers, v: Layers, slot: jax.Array) -> dict[str, Layers]:
   """New keys and values, of each layer float[B, T, K, H], in the slots int32[B, T]; slots beyond the end are dropped."""
-  rows = jnp.arange(slot.shape[0])[:, None]
+  lies, rows = cache.arrangement, jnp.arange(slot.shape[0])[:, None]
 
   def write(held: Layers, new: Layers, axes: str) -> Layers:
     place = tuple({'b': rows, 'c': slot}.get(axis, slice(None)) for axis in axes)
-    if not cache.arrangement.apart:  # one scatter for all layers
-      return held.at[:, *place].set(new.astype(held.dtype), mode='drop', unique_indices=True)
-    pairs = zip(held, new, strict=True)
-    return tuple(a.at[place].set(b.astype(a.dtype), mode='drop', unique_indices=True) for a, b in pairs)
+    put = lambda old, new, place: old.at[place].set(new.astype(old.dtype), mode='drop', unique_indices=True)
+    if lies.apart:
+      return tuple(put(a, b, place) for a, b in zip(held, new, strict=True))
+    new = new.reshape(*new.shape[:3], *held.shape[3:])
+    return put(held, new, (_layers(held, lies, 2), *place))  # one scatter for all layers
 
-  return {'k': write(cache.k, k, cache.arrangement.keys), 'v': write(cache.v, v, cache.arrangement.values)}
+  return {'k': write(cache.k, k, lies.keys), 'v': write(cache.v, v, lies.values)}
+
+
+def _layers(held: jax.Array, lies: Arrangement, behind: int) -> slice | jax.Array:
+  """All layers of a stack, as an index with `behind` more axes of indices.
+
+  Where heads are flat each layer is named: with layers in the window XLA's TPU compiler transposes the whole cache to write to it.
+  """
+  return jnp.arange(len(held)).reshape(-1, *[1] * behind) if lies.flat else slice(None)
+
+
+def _lying(x: jax.Array, axes: str) -> jax.Array:
+  """float[B, C, K, H] with its axes in this order."""
+  return x.reshape(*x.shape[:2], -1) if 'x' in axes else x.transpose(['bckh'.index(a) for a in axes])

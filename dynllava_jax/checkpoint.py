@@ -5,7 +5,7 @@
     DIR/assets/...            files of the PyTorch checkpoint it came from, for the way back
     DIR/500/params/...        Orbax, parameters in checkpoint form (decoder layers in one stack)
     DIR/500/optimizer/...     only in training
-    DIR/500/integrity.json    size, SHA-256 and a sampled digest of every file of the step, and its own checksum
+    DIR/500/integrity.json    size, digest (XXH3) and a sampled digest of every file of the step, and its own checksum
 
 Its path (DIR, or DIR/500 for one step) is all that is needed to load a checkpoint. Orbax writes a step under
 a temporary name and renames it, so an interrupted save leaves no step behind. Orbax itself does not notice a
@@ -175,7 +175,7 @@ def weights_digest(path: str | pathlib.Path) -> str:
   """One SHA-256 for all parameters of DIR or DIR/STEP, from its list of checksums."""
   directory, step = locate(path)
   files = sealed_files(directory / str(step) / INTEGRITY_FILE)
-  return json_digest({name: digest for name, (_, digest, _) in files.items() if name.split('/')[0] == 'params'})
+  return json_digest({name: about.digest for name, about in files.items() if name.split('/')[0] == 'params'})
 
 
 def read_tokenizer(path: str | pathlib.Path) -> dict[str, bytes] | None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax import arguments, buckets, compilation, methods
-from dynllava_jax.arrangement import STACKED, Arrangement, arrangement_of, best_for
+from dynllava_jax.arrangement import STACKED, Arrangement, best_for, of_run
 from dynllava_jax.cache import Cache, CacheSpec
 from dynllava_jax.config import LoraConfig, ModelConfig, Piece, Stage
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
@@ -135,10 +135,12 @@ class Generator:
     methods.check_tail(cfg, reducer, 'vision_tail' in params)
     self._num_image = methods.num_image_tokens(cfg, reducer)
     if 'layers' in params['llama']:
-      params = cut_params(params, stages, arrangement or (STACKED if lora else best_for(params)))
+      arrangement = arrangement or (STACKED if lora else best_for(params))
+      params = cut_params(params, stages, arrangement)
     else:
+      arrangement = of_run(params)
       arguments.check_cut(params['llama'], stages, cfg.llama.num_layers)
-    self.model = DynLlava(cfg, stages, dtype, reducer=reducer, arrangement=arrangement_of(params['llama']))
+    self.model = DynLlava(cfg, stages, dtype, reducer=reducer, arrangement=arrangement)
     self.params = params
     self.max_new_tokens = max_new_tokens
     self.eos_id, self.sampling, self._lora = eos_id, sampling, lora

@@ -5,16 +5,20 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import xxhash
 from jax.experimental import multihost_utils
 
 from dynllava_jax.files import read_regular, sampled_digest, write_atomically
 
 INTEGRITY_FILE = 'integrity.json'
 ORBAX_FILE = '_CHECKPOINT_METADATA'
+# By what files are told from damaged ones: the first for new steps, at the speed of memory; all are compared.
+DIGESTS = {'xxh3_128': xxhash.xxh3_128, 'sha256': hashlib.sha256}
+DIGEST = next(iter(DIGESTS))
 
 
 class CheckpointError(RuntimeError):
@@ -23,6 +27,15 @@ class CheckpointError(RuntimeError):
 
 class DamagedError(CheckpointError):
   """A step whose files are not the ones it was sealed with."""
+
+
+class Sealed(NamedTuple):
+  """What `integrity.json` says of a file; `sample` is `files.sampled_digest`, None in steps of earlier versions."""
+
+  size: int
+  algorithm: str
+  digest: str
+  sample: str | None
 
 
 def json_digest(content: dict[str, Any]) -> str:
@@ -35,23 +48,23 @@ def seal(step_dir: pathlib.Path, known: dict[str, str] | None = None) -> None:
 
   Args:
     step_dir: DIR/STEP, or its temporary directory.
-    known: SHA-256 of files (paths below `step_dir`) that need not be read for it.
+    known: digests of files (paths below `step_dir`) that need not be read for it.
   """
   known = known or {}
   files = [p for part in step_dir.iterdir() if part.is_dir() for p in sorted(part.rglob('*')) if p.is_file()]
   names = [p.relative_to(step_dir).as_posix() for p in files]
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    digests = pool.map(lambda n: known.get(n) or file_sha256(step_dir / n), names)
+    digests = pool.map(lambda n: known.get(n) or file_digest(step_dir / n, DIGEST), names)
     samples = pool.map(sampled_digest, files)
-    table = {n: {'size': p.stat().st_size, 'sha256': d, 'sample': s} for n, p, d, s in zip(names, files, digests, samples)}
+    table = {n: {'size': p.stat().st_size, DIGEST: d, 'sample': s} for n, p, d, s in zip(names, files, digests, samples)}
   content = {'files': table}
   write_atomically(step_dir / INTEGRITY_FILE, json.dumps(content | {'sha256': json_digest(content)}, indent=0).encode())
 
 
-def file_sha256(path: pathlib.Path) -> str:
-  """Hex digest of a file's content."""
+def file_digest(path: pathlib.Path, algorithm: str) -> str:
+  """Hex digest of a file's content, by one of `DIGESTS`."""
   with path.open('rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
+    return hashlib.file_digest(f, DIGESTS[algorithm]).hexdigest()
 
 
 def check_integrity(step_dir: pathlib.Path, part: str | None = None, *, contents: bool = True, sampled: bool = False) -> None:
@@ -78,13 +91,18 @@ def check_integrity(step_dir: pathlib.Path, part: str | None = None, *, contents
   strange = sorted(present - stated.keys())
 
   def problem(item) -> str | None:
-    name, (size, digest, sample) = item
+    name, sealed = item
     path = step_dir / name
     if not path.is_file():
       return f'{path}: missing'
-    if path.stat().st_size != size:
-      return f'{path}: {path.stat().st_size} bytes, expected {size}'
-    same = not contents or (sampled_digest(path) == sample if sampled and sample else file_sha256(path) == digest)
+    if path.stat().st_size != sealed.size:
+      return f'{path}: {path.stat().st_size} bytes, expected {sealed.size}'
+    if not contents:
+      return None
+    if sampled and sealed.sample:
+      same = sampled_digest(path) == sealed.sample
+    else:
+      same = file_digest(path, sealed.algorithm) == sealed.digest
     return None if same else f'{path}: damaged, its checksum is not the one it was written with'
 
   share = sorted(stated.items())[jax.process_index() :: jax.process_count()]
@@ -108,12 +126,13 @@ def _check_notes_of_orbax(step_dir: pathlib.Path) -> None:
     raise DamagedError(f'{file}: damaged; copy the checkpoint again, or remove this file, which holds no numbers')
 
 
-def sealed_files(file: pathlib.Path) -> dict[str, tuple[int, str, str | None]]:
-  """(size, SHA-256, sampled digest if there is one) of every file that an `integrity.json` lists."""
+def sealed_files(file: pathlib.Path) -> dict[str, Sealed]:
+  """What an `integrity.json` says of every file that it lists."""
   try:
     content = json.loads(read_regular(file))
     stated = content.pop('sha256', None)
-    files = {n: (v['size'], v['sha256'], v.get('sample')) for n, v in content['files'].items()}
+    used = {n: next((a for a in DIGESTS if a in v), DIGEST) for n, v in content['files'].items()}
+    files = {n: Sealed(v['size'], used[n], v[used[n]], v.get('sample')) for n, v in content['files'].items()}
   except FileNotFoundError:
     raise DamagedError(f'{file}: missing, the step is damaged or incomplete; copy or write it again') from None
   except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from dynllava_jax import cache as kv
-from dynllava_jax.arrangement import APART, STACKED
+from dynllava_jax.arrangement import APART, STACKED, TILED
 
 ARRANGEMENT = STACKED  # each in turn
 
 
-@pytest.fixture(params=[STACKED, APART], ids=['stacked', 'apart'], autouse=True)
+@pytest.fixture(params=[STACKED, TILED, APART], ids=['stacked', 'tiled', 'apart'], autouse=True)
 def arrangement(request, monkeypatch):
   monkeypatch.setitem(globals(), 'ARRANGEMENT', request.param)
 
@@ -42,9 +42,10 @@ def visible(cache, row=0):
 
 def test_capacity_is_prompt_plus_later_plus_budget_plus_one():
   cache = prompt_cache([4])
-  assert cache.budget == 2 and held(cache, 'k').shape[1] == 4 + 2 + 2 + 1
+  tiled = lambda slots: slots + -slots % ARRANGEMENT.multiple
+  assert cache.budget == 2 and held(cache, 'k').shape[1] == tiled(4 + 2 + 2 + 1)
   ungated = prompt_cache([4], gated=False)
-  assert ungated.budget == 4 and held(ungated, 'k').shape[1] == 4 + 2 + 4
+  assert ungated.budget == 4 and held(ungated, 'k').shape[1] == tiled(4 + 2 + 4)
 
 
 def test_rejected_token_is_overwritten_by_the_next():

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
+import xxhash
 
 from dynllava_jax import checkpoint
 from dynllava_jax.convert.destination import REPORT_FILE, STEP, check_destination, new_directory
@@ -29,14 +29,14 @@ R = TypeVar('R')
 
 @dataclasses.dataclass(frozen=True)
 class Mapped:
-  """One line of the report. `file` and `sha256` are of the slot as stored, below the step's directory."""
+  """One line of the report. `file` and `xxh3_128` are of the slot as stored, below the step's directory."""
 
   source: str
   origin: str
   target: str
   shape: tuple[int, ...]
   dtype: str
-  sha256: str
+  xxh3_128: str
   file: str
 
 
@@ -75,7 +75,7 @@ def convert(
 
     def write(a: Assignment) -> Mapped:
       value = np.ascontiguousarray(a.load())
-      digest = hashlib.sha256()
+      digest = xxhash.xxh3_128()
       seen = look(value, digest)
       if seen.implausible:
         raise ConversionError(
@@ -92,7 +92,7 @@ def convert(
     mapped = with_progress('converting', write, plan, [a.nbytes for a in plan])
     if zeros:
       source.notes.append(f'every number is zero in {len(zeros)} tensors, such as {min(zeros)}; is the source whole?')
-    checkpoint.seal(step_dir, {m.file: m.sha256 for m in mapped})
+    checkpoint.seal(step_dir, {m.file: m.xxh3_128 for m in mapped})
     report = {
       'layout': source.layout,
       'source': str(request.src),

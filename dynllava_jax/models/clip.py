@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from dynllava_jax.config import VisionConfig
 from dynllava_jax.methods.base import MergedTokens, TowerNeeds, TowerOutput
 from dynllava_jax.models.layers import Dense, Dtype, LayerNorm, batch_split, partitioned, scan_layers
+from dynllava_jax.ops.full_attention import full_attention, rows_for
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -95,6 +96,7 @@ class VisionBlock(nn.Module):
 
   cfg: VisionConfig
   dtype: Dtype
+  kernel: str = 'xla'  # of `full_attention`; blocks that merge have none
   merge: Callable[..., tuple[jax.Array, MergedTokens]] | None = None
   merged: int = 0  # so many tokens by `merge`
 
@@ -105,27 +107,34 @@ class VisionBlock(nn.Module):
     head_dim = cfg.hidden_size // cfg.num_heads
     init = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1), batch_axis=(-4,))
     y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm1')(x)
+    length = x.shape[1]
+    if more := rows_for(self.kernel, length) - length:
+      y = jnp.pad(y, [(0, 0), (0, more), (0, 0)])
     qkv = self.param('qkv', partitioned(init, None, 'heads', 'embed', 'head_dim'), (3, cfg.num_heads, cfg.hidden_size, head_dim))
     bias = self.param('qkv_bias', partitioned(nn.initializers.zeros, None, 'heads', 'head_dim'), (3, cfg.num_heads, head_dim))
-    q, k, v = jnp.einsum('btd,cndh->cbtnh', y, qkv.astype(dtype)) + bias.astype(dtype)[:, None, None]
-    by_size = None
-    if self.merge is not None:
+    if self.kernel == 'flash':  # takes each of them heads first, so a product of its own writes each as it should lie
+      q, k, v = (jnp.einsum('btd,ndh->btnh', y, w) + b for w, b in zip(qkv.astype(dtype), bias.astype(dtype)))
+    else:
+      q, k, v = jnp.einsum('btd,cndh->cbtnh', y, qkv.astype(dtype)) + bias.astype(dtype)[:, None, None]
+    if self.merge is None:
+      y = full_attention(q, k, v, length, self.kernel)
+    else:
       by_size = jnp.log(watched.size)[:, None, None].astype(dtype)  # a key counts once for each token in it
-    y = jax.nn.dot_product_attention(q, k, v, bias=by_size)
+      y = jax.nn.dot_product_attention(q, k, v, bias=by_size)
     out = self.param(
       'out',
       partitioned(nn.initializers.lecun_normal(in_axis=(-3, -2)), 'heads', 'head_dim', 'embed'),
       (cfg.num_heads, head_dim, cfg.hidden_size),
     )
     out_bias = self.param('out_bias', partitioned(nn.initializers.zeros, None), (cfg.hidden_size,))
-    x = x + jnp.einsum('btnh,nhd->btd', y, out.astype(dtype)) + out_bias.astype(dtype)
+    x = x + jnp.einsum('btnh,nhd->btd', y, out.astype(dtype))[:, :length] + out_bias.astype(dtype)
     if self.merge is not None:
       x, watched = self.merge(x, k.astype(jnp.float32).mean(2), watched, self.merged)
     y = LayerNorm(cfg.layer_norm_eps, dtype, name='layer_norm2')(x)
     y = quick_gelu(Dense(cfg.mlp_dim, dtype, ('embed', 'mlp'), name='fc1')(y))
     x = batch_split(x + Dense(cfg.hidden_size, dtype, ('mlp', 'embed'), name='fc2')(y))
     if watched is not None and self.merge is None:
-      watched = seen_by(watched, q, k, x)
+      watched = seen_by(watched, q[:, :length], k[:, :length], x)
     return (x, watched), None
 
 
@@ -135,6 +144,7 @@ class VisionTower(nn.Module):
   cfg: VisionConfig
   dtype: Dtype
   needs: TowerNeeds = TowerNeeds()
+  kernel: str = 'xla'  # of `full_attention`
 
   @nn.compact
   def __call__(self, pixels: jax.Array) -> TowerOutput:
@@ -157,7 +167,7 @@ class VisionTower(nn.Module):
       return TowerOutput(merged[-1][0][:, 1:], class_feature=merged[-1][0][:, 0], merged=merged)
     watched = watch(self.needs, cfg, batch, dtype)
     if cfg.layers_run:
-      (x, watched), _ = scan_layers(VisionBlock, cfg.layers_run, ())(cfg, dtype, name='layers')((x, watched))
+      (x, watched), _ = scan_layers(VisionBlock, cfg.layers_run, ())(cfg, dtype, self.kernel, name='layers')((x, watched))
     watched = watched or {}
     return TowerOutput(
       features=x[:, 1:],
@@ -174,7 +184,7 @@ class VisionTower(nn.Module):
     tokens, blocks = MergedTokens(jnp.ones((batch, count), jnp.float32), every, every - 1), []
     layers = self.variables['params']['layers']
     for i, merged in enumerate(self.needs.merges):
-      block = VisionBlock(self.cfg, self.dtype, self.needs.merge, merged, parent=None)
+      block = VisionBlock(self.cfg, self.dtype, merge=self.needs.merge, merged=merged, parent=None)
       (x, tokens), _ = block.apply({'params': jax.tree.map(lambda w: w[i], layers)}, (x, tokens))
       blocks.append((x, tokens))
     return tuple(blocks)

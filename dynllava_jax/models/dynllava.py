@@ -39,7 +39,7 @@ class DynLlava(nn.Module):
 
   def setup(self):
     methods.check_run(self.cfg, self.stages, self.reducer)
-    self.vision = VisionTower(self.cfg.vision, self.dtype, methods.tower_needs(self.cfg, self.reducer))
+    self.vision = VisionTower(self.cfg.vision, self.dtype, methods.tower_needs(self.cfg, self.reducer), self.arrangement.tower)
     self.projector = (TokenPacker if self.cfg.packer else Projector)(self.cfg, self.dtype)
     self.llama = Llama(self.cfg.llama, self.stages, self.dtype, self.remat, self.arrangement)
     if self.cfg.predictor is not None:

@@ -244,7 +244,7 @@ class Llama(nn.Module):
         setattr(self, f'stage_{i}', [Block(cfg, self.dtype, stage, layers, self.arrangement) for _ in layers])
       else:
         block = scan_layers(Block, len(layers), (nn.broadcast, 0, 0), self.remat)
-        setattr(self, f'stage_{i}', block(cfg, self.dtype, stage, layers))
+        setattr(self, f'stage_{i}', block(cfg, self.dtype, stage, layers, self.arrangement))
     self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
     if not cfg.tie_embeddings:
       self.head = self.param('head', partitioned(LINEAR_INIT, 'embed', 'vocab'), (cfg.hidden_size, cfg.vocab_size))

@@ -221,7 +221,7 @@ def cached_attention(
 
   Args:
     q: float[B, T, N, H]; k, v: float[B, T, K, H] of the T new tokens.
-    cache_k, cache_v: float[B, C, K, H], their axes in the order of `arrangement`.
+    cache_k, cache_v: float[B, C, K, H], their axes as `arrangement` has them.
     cache_length: int32[B], the first `cache_length[b]` slots of row b are real,
     cache_first: int32[B], but for the first `cache_first[b]`; None for none of them.
 
@@ -230,6 +230,13 @@ def cached_attention(
   """
   batch, length, heads, head_dim = q.shape
   slots = cache_k.shape[arrangement.keys.index('c')]
+  real = jnp.arange(slots) < cache_length[:, None]
+  if cache_first is not None:
+    real = real & (jnp.arange(slots) >= cache_first[:, None])
+  if arrangement.flat:
+    if length == 1:
+      return _flat_cached_attention(q[:, 0], k[:, 0], v[:, 0], cache_k, cache_v, real)[:, None]
+    cache_k, cache_v = (x.reshape(batch, slots, *k.shape[2:]) for x in (cache_k, cache_v))  # for many tokens worth a copy
   grouped = q.reshape(batch, length, k.shape[2], -1, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
   if arrangement.apart:  # `einsum` would give the cache as the first factor, and XLA's CPU compiler transpose it
     by_head = grouped.transpose(0, 2, 3, 1, 4)
@@ -237,9 +244,6 @@ def cached_attention(
     old = jnp.matmul(flat, cache_k, preferred_element_type=jnp.float32).reshape(*by_head.shape[:4], slots)
   else:
     old = jnp.einsum('btkgh,bckh->bkgtc', grouped, cache_k, preferred_element_type=jnp.float32)
-  real = jnp.arange(slots) < cache_length[:, None]
-  if cache_first is not None:
-    real = real & (jnp.arange(slots) >= cache_first[:, None])
   old = jnp.where(real[:, None, None, None], old, -jnp.inf)
   new = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32)
   new = jnp.where(jnp.tril(jnp.ones((length, length), bool)), new, -jnp.inf)
@@ -251,3 +255,36 @@ def cached_attention(
     out = jnp.einsum('bkgtc,bckh->btkgh', of_old, cache_v)
   out += jnp.einsum('bkgts,bskh->btkgh', of_new, v)
   return out.reshape(batch, length, heads, head_dim)
+
+
+def _flat_cached_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array, real: jax.Array
+) -> jax.Array:
+  """One new token, and a cache whose heads lie side by side: a matrix for each row.
+
+  Every query head is spread over the places of all kv heads, zeros but for its own. So it is multiplied with much that is zero,
+  which costs a matrix unit nothing: what takes its time is to be fed with the cache, and that is read once, as it lies.
+
+  Args:
+    q: float[B, N, H]; k, v: float[B, K, H]; cache_k, cache_v: float[B, C, K H]; real: bool[B, C], slots that are seen.
+
+  Returns:
+    float[B, N, H].
+  """
+  batch, heads, head_dim = q.shape
+  grouped = q.reshape(batch, k.shape[1], -1, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
+  flat = grouped.reshape(q.shape)
+  own = jnp.arange(cache_k.shape[-1]) // head_dim == jnp.arange(heads)[:, None] // grouped.shape[2]  # [N, K H]
+  exact = 'highest' if q.dtype == jnp.float32 else None
+  # [H, K H]: a product with it copies, and lays out as products do.
+  repeat = jnp.tile(jnp.eye(head_dim, dtype=q.dtype), k.shape[1])
+  spread = jnp.where(own, jnp.einsum('bnh,hx->bnx', flat, repeat, precision=exact), 0)
+  old = jnp.where(real[:, None], jnp.einsum('bnx,bcx->bnc', spread, cache_k, preferred_element_type=jnp.float32), -jnp.inf)
+  new = jnp.einsum('bkgh,bkh->bkg', grouped, k, preferred_element_type=jnp.float32).reshape(batch, heads, 1)
+  largest = jnp.maximum(old.max(-1, keepdims=True), new)
+  old, new = jnp.exp(old - largest), jnp.exp(new - largest)
+  total = old.sum(-1, keepdims=True) + new
+  of_old, of_new = (old / total).astype(v.dtype), (new / total).astype(v.dtype)
+  out = jnp.where(own, jnp.einsum('bnc,bcx->bnx', of_old, cache_v), 0)
+  out = jnp.einsum('bnx,hx->bnh', out, repeat, precision=exact)
+  return out + (of_new.reshape(*grouped.shape[:3], 1) * v[:, :, None]).reshape(out.shape)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from dynllava_jax import methods
+from dynllava_jax import arrangement, methods
 from dynllava_jax.config import BenchConfig, to_dict
 from dynllava_jax.controller.hardware import Limits
 from dynllava_jax.evals.store import versions
@@ -33,10 +33,13 @@ def measure(cfg: BenchConfig, tell: Callable[[str], None], keep: Callable[[dict[
   """
   for run in cfg.runs.values():
     methods.check_run(cfg.model, run.stages, run.reducer)
+  lies = str(arrangement.best(jax.local_devices()[:1]))
+  tell(lies)
   limit = limits(jnp.dtype(cfg.dtype))
   contenders = {name: Contender(cfg, run) for name, run in cfg.runs.items()}
   rows, too_large = [], []
   machine = dict(device=jax.devices()[0].device_kind, limits=vars(limit), date=str(datetime.date.today()), versions=versions())
+  machine |= dict(arrangement=lies)
   result = {'machine': machine, 'config': to_dict(cfg), 'rows': rows, 'too_large': too_large}
   for size in cfg.rows:
     try:

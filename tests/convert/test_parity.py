@@ -5,6 +5,7 @@ authors' cases do not have: grouped-query attention, a sparse stage from layer 1
 """
 
 import contextlib
+import dataclasses
 import io
 
 import numpy as np
@@ -47,9 +48,10 @@ def converted(case, out):
   return source.info, checkpoint.load_params(out)
 
 
-NAMES = {STACKED: 'stacked', APART: 'apart'}
+TILED = dataclasses.replace(arrangement.TILED, tower='xla')  # the kernel is for TPUs
+NAMES = {STACKED: 'stacked', TILED: 'tiled', APART: 'apart'}
 RUNS = [('public_a', APART), ('public_b', STACKED)]
-MORE = [('public_a', STACKED), ('public_b', APART), ('independent_gqa', STACKED), ('independent_gqa', APART)]
+MORE = [('public_a', STACKED), ('public_b', APART), *(('independent_gqa', lies) for lies in NAMES), ('public_b', TILED)]
 
 
 @pytest.fixture(

@@ -113,7 +113,7 @@ def test_the_first_logits_are_dense_and_ratio_0_is_the_dense_cache(tiny_params, 
     turn, _ = Generator(CFG, stages, tiny_params, max_new_tokens=NEW, eos_id=None).start(*batch())
     np.testing.assert_allclose(turn.logits, dense.logits, atol=1e-5)
     if ratio == 0:
-      stage, whole = (kv.stacked(c.stages[0]) for c in (turn.cache, dense.cache))
+      stage, whole = (kv.stacked(c.stages[0], CFG.llama.num_kv_heads) for c in (turn.cache, dense.cache))
       np.testing.assert_array_equal(stage.length, whole.length)
       for row, length in enumerate(np.asarray(whole.length)):
         np.testing.assert_array_equal(stage.k[:, row, :length], whole.k[:, row, :length])

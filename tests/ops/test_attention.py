@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynllava_jax.arrangement import TILED
 from dynllava_jax.ops import attention
 from dynllava_jax.ops.attention import (
   SMALLEST_BLOCK,
@@ -87,6 +88,18 @@ def test_cache_split_anywhere_is_causal_attention(qkv):
     garbage = jnp.pad(k[:, :split], pad, constant_values=99.0), jnp.pad(v[:, :split], pad, constant_values=99.0)
     out = cached_attention(q[:, split:], k[:, split:], v[:, split:], *garbage, jnp.full(2, split))
     np.testing.assert_allclose(out, whole[:, split:], atol=3e-6)
+
+
+@pytest.mark.parametrize('new', [1, 3])
+def test_cache_whose_heads_lie_side_by_side(qkv, new):
+  """Slots before `cache_first` and from `cache_length` on are not seen."""
+  q, k, v = qkv
+  old, first, length = 9 - new, jnp.array([0, 2]), jnp.array([5, 4])
+  held = k[:, :old], v[:, :old]
+  seen = q[:, old:], k[:, old:], v[:, old:]
+  expected = cached_attention(*seen, *held, length, first)
+  flat = (x.reshape(*x.shape[:2], -1) for x in held)
+  np.testing.assert_allclose(cached_attention(*seen, *flat, length, first, TILED), expected, atol=3e-6)
 
 
 def test_query_is_left_with_itself_if_all_keys_are_dropped(qkv):

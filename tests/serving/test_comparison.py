@@ -21,7 +21,8 @@ def test_what_is_measured(tmp_path):
   told = []
   result = comparison.measure(CFG, told.append, lambda result: None)
   rows = {(r['run'], r['part']): r for r in result['rows']}
-  assert told == ['batch of 2: timed'] and {part for _, part in rows} == {'prefill', 'decode', 'end to end', 'engine'}
+  assert told[0] == 'weights and cache: each layer apart; attention of the vision tower: xla' and told[1:] == ['batch of 2: timed']
+  assert {part for _, part in rows} == {'prefill', 'decode', 'end to end', 'engine'}
   for name, run in CFG.runs.items():
     allocated = sum(costs.cache_bytes(CFG.model, run.stages, CFG.text, CacheSpec(max_new_tokens=CFG.new), 4))
     assert rows[name, 'decode']['kv_bytes'] == 2 * allocated

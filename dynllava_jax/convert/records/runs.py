@@ -120,7 +120,7 @@ class Runner:
     """Greedy decoding of `steps` tokens; rows do not stop. `text`: at least so many text positions."""
     prompt, image = self.lay_out(asked, text)
     prefill_logits, hidden, traces, cache = self._prefill(prompt, image, CacheSpec(max_new_tokens=steps), _groups(asked))
-    after_prefill = [jax.device_get(kv.stacked(s)) for s in cache.stages]
+    after_prefill = [jax.device_get(kv.stacked(s, self.model.cfg.llama.num_kv_heads)) for s in cache.stages]
     last = prefill_logits[jnp.arange(len(asked)), traces[-1].length - 1]
     ones = jnp.ones(len(asked), jnp.int32)
     tokens, logits, position, length = [], [last], [], [self._slots_in_use(cache)]
