@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import TypeVar
@@ -61,7 +62,7 @@ def convert(
     ConversionError: the source is wrong (nothing is written then), or the destination is unwritable, too small or
       does not hold what was written.
   """
-  dst = dst.resolve()
+  dst = pathlib.Path(os.path.realpath(dst))
   check_destination(dst, overwrite, request.src, request.vision, request.base)
   source = open_source(request)
   on_open(source)

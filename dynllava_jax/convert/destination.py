@@ -38,7 +38,7 @@ def check_destination(dst: pathlib.Path, overwrite: bool, *sources: pathlib.Path
   for source in sources:
     if source is None:
       continue
-    here = source.resolve()
+    here = pathlib.Path(os.path.realpath(source))  # `resolve` raises for links that lead in a circle
     if here.is_relative_to(dst) or (here.is_dir() and dst.is_relative_to(here)):
       raise ConversionError(f'{dst}: is, holds or lies in the source {source}; choose another --dst')
   if dst.exists() and not dst.is_dir():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -50,7 +51,7 @@ def export(
     ConversionError: the layout cannot hold the model, or `dst` cannot be written.
     CheckpointError: `src` is missing or damaged.
   """
-  dst = dst.resolve()
+  dst = pathlib.Path(os.path.realpath(dst))
   check_destination(dst, overwrite, checkpoint.locate(src)[0], vision)
   info, assets = checkpoint.read_info(src), checkpoint.read_assets(src)
   tokenizer = checkpoint.read_tokenizer(src) or {}

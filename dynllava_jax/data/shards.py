@@ -33,6 +33,7 @@ def write_shard(job: tuple[pathlib.Path, Sequence[Record], Given, bool, bool]) -
   The job: where it goes, samples, root of the image files, whether these may lie outside, whether their bytes go into the shard.
   """
   from array_record.python.array_record_module import ArrayRecordWriter
+  from tensorflow_datasets.proto import tf_example_pb2
 
   path, records, images, allow_outside, image_bytes = job
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
@@ -41,7 +42,9 @@ def write_shard(job: tuple[pathlib.Path, Sequence[Record], Given, bool, bool]) -
     try:
       for record in records:
         image = read_image(record.id, record.image_path, images, allow_outside) if image_bytes and record.image_path else b''
-        writer.write(form.serialize_example(to_example(record, image)))
+        content = form.serialize_example(to_example(record, image))
+        # Else the fields lie in another order in each process, and what is prepared again has other digests.
+        writer.write(tf_example_pb2.Example.FromString(content).SerializeToString(deterministic=True))
     finally:
       writer.close()
   except DataError:

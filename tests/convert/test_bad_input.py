@@ -1,5 +1,6 @@
 """Each kind of bad input is one readable error that names file and key, and nothing is written."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -283,3 +284,14 @@ def test_safetensors_header_of_lists(tmp_path):
   file.write_bytes(struct.pack('<Q', len(header)) + header + bytes(8))
   with pytest.raises(ConversionError, match='model.safetensors: the header describes w by a list, expected named entries'):
     file_tensors(file)
+
+
+@pytest.mark.parametrize('flag', ['src', 'base', 'vision', 'dst'])
+def test_links_that_lead_in_a_circle(source, tmp_path, flag):
+  (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
+  request, dst = Request(src=source), tmp_path / 'out'
+  with pytest.raises((ConversionError, OSError)):
+    if flag == 'dst':
+      convert(request, tmp_path / 'loop')
+    else:
+      convert(dataclasses.replace(request, **{flag: tmp_path / 'loop'}), dst)

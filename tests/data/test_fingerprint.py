@@ -1,10 +1,14 @@
 """Digests of prepared data: whatever changes the stream changes them, and nothing else does."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import llava_files
 import pytest
+from conftest import ROOT
 
 from dynllava_jax.config import DataConfig
 from dynllava_jax.data import check, preparation
@@ -72,3 +76,20 @@ def test_pictures_that_such_a_folder_only_names_count(root, tmp_path):
     file.write_bytes(file.read_bytes() + b' ')
   second = fingerprint(Store(str(folder), str(pictures)))
   assert first['samples'] == second['samples'] and first['pictures'] != second['pictures']
+
+
+ANOTHER_PROCESS = """
+import pathlib, sys
+sys.path[:0] = ['tests', 'tests/data']
+import llava_files, test_fingerprint
+root = pathlib.Path(sys.argv[1])
+test_fingerprint.prepared(root, 'elsewhere', test_fingerprint.samples())
+"""
+
+
+def test_another_process_makes_the_same_bytes(root):
+  mine = prepared(root, 'here', samples())
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  subprocess.run([sys.executable, '-c', ANOTHER_PROCESS, str(root)], cwd=ROOT, env=env, check=True, capture_output=True)
+  first, second = (fingerprint(Store(str(folder)))['samples'] for folder in (mine, root / 'elsewhere'))
+  assert first == second
