@@ -140,6 +140,8 @@ def parsed(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]
   try:
     return values([_SHIPPED_CONFIG.sub(lambda m: m[1] + paths.shipped(m[2]), a) for a in argv])
   except flags.Error as e:
+    if found := re.search(r'of field (\S+) is not supported for overriding', str(e)):  # what is None in the file
+      sys.exit(f'error: --{found[1]}: is null in the config file, and no flag replaces that; set it in the file')
     sys.exit(f'error: {_one_line(e)}')
   except Exception as e:
     if not isinstance(e, (OSError, ValueError)) and (where := _in_config_file(argv, e)):

@@ -162,3 +162,17 @@ def test_a_write_that_ends_after_the_failure_is_not_told_of(words, shown, capfd)
     promise.set_result(1)
     time.sleep(0.1)
   assert (words in capfd.readouterr().err) == shown
+
+
+def test_what_is_null_in_a_config_file_is_set_there(tmp_path, monkeypatch):
+  (tmp_path / 'mine.py').write_text(
+    'from ml_collections import ConfigDict\ndef get_config(x=0):\n  return ConfigDict(dict(model=dict(packer=None)))'
+  )
+  values, argv = flags.FlagValues(), ['train.py', f'--config={tmp_path / "mine.py"}', '--config.model.packer=True']
+  monkeypatch.setattr(sys, 'argv', argv)  # where ml_collections looks for overrides
+  config_flags.DEFINE_config_file('config', None, '', flag_values=values)
+  with pytest.raises(SystemExit) as caught:
+    command_line.parsed(argv, values)
+  assert caught.value.code == (
+    'error: --config.model.packer: is null in the config file, and no flag replaces that; set it in the file'
+  )

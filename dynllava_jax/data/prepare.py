@@ -94,8 +94,11 @@ def main(_) -> None:
         raise ConfigError(f'--tokenizer={given.tokenizer}: {e}') from None
     form = dict(only_check=given.check, image_bytes=given.image_bytes, shard_samples=given.shard_samples)
     form |= dict(part=part, finish=given.finish)
+    if part and not paths.is_local(out):
+      hint = 'mount the bucket (gcsfuse, s3fs) and give that path'
+      raise ConfigError(f'--out: {out}: the machines of --part need a folder that all of them see; {hint}')
     try:
-      with workspace(out, '--out', multihost=part is not None) as folder, contextlib.ExitStack() as stack:
+      with workspace(out, '--out') as folder, contextlib.ExitStack() as stack:
         stack.enter_context(locks.sole_use(folder, '--out', shared=part is not None))
         if part:
           stack.enter_context(locks.sole_use(folder / UNFINISHED / f'part-{part.number}-of-{part.count}', '--part'))
