@@ -49,9 +49,12 @@ class AnswerStore:
     folder.mkdir(parents=True, exist_ok=True)
     comparable = json.loads(json.dumps({k: v for k, v in provenance.items() if k not in MAY_DIFFER}))
     self._provenance = self._stored()
-    self.why = 'answers of another checkpoint or config' if self._provenance else 'answers without a whole provenance beside them'
-    same = {k: v for k, v in self._provenance.items() if k not in (*MAY_DIFFER, PARTS)} == comparable
-    if self.path.exists() and not same:
+    before = {k: v for k, v in self._provenance.items() if k not in (*MAY_DIFFER, PARTS)}
+    other = [k for k in dict.fromkeys([*comparable, *before]) if before.get(k) != comparable.get(k)]
+    self.why = f'answers of another checkpoint or config ({", ".join(other)})'
+    if not self._provenance:
+      self.why = 'answers without a whole provenance beside them'
+    if self.path.exists() and other:
       self._set_aside(folder, run)
     self._part: dict[str, Any] | None = {k: provenance[k] for k in MAY_DIFFER if k in provenance}
     if not self.path.exists():

@@ -44,7 +44,8 @@ def test_provenance_has_a_digest_of_every_picture(tiny_checkpoint, eval_data, sm
   assert {k for k in after if after[k] != before[k]} == {'pictures_sha256'}
   answers = store.AnswerStore(tmp_path / 'answers', 'own', before)
   answers.add([{'question_id': '20', 'text': 'x', 'metadata': {'row': 0}}])
-  assert store.AnswerStore(tmp_path / 'answers', 'own', after).set_aside
+  moved = store.AnswerStore(tmp_path / 'answers', 'own', after)
+  assert moved.set_aside and moved.why == 'answers of another checkpoint or config (pictures_sha256)'
   picture.unlink()
   with pytest.raises(DataError, match=r'question 21: .*1.png cannot be read \(No such file'):
     known()
