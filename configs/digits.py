@@ -93,6 +93,24 @@ def dynamic() -> dict:
   )
 
 
+def conversation() -> dict:
+  """Conversations of up to 20 turns, in which facts are told that the picture does not show (`data/talks.py`). Dense, from `base`.
+
+  Trained at the full length, as rotary positions beyond it fail. Expected: 10 minutes on 2 CPU cores; docs/controller.md has what
+  is recalled.
+  """
+  return base() | dict(
+    data=DATA | dict(source='digits_talks', text_length=320),
+    steps=1500,
+    batch_size=8,
+    optimizer=dict(learning_rate=1e-3, warmup_share=0.05, b2=0.99),
+    save_every=250,
+    init_from='runs/digits/base/checkpoints',
+    frozen=('vision', 'projector'),
+    seed=2,
+  )
+
+
 def dynamic_lora() -> dict:
   base = dynamic()
   lora = dict(rank=8, alpha=16.0, dropout=0.0, targets=('q', 'k', 'v', 'o', 'gate', 'up', 'down'), base='float32')
@@ -127,8 +145,8 @@ def methods() -> dict:
 
 
 def get_config(name: str = 'base') -> ConfigDict:
-  """`base`, `dynamic`, `dynamic_lora`, `eval` or `methods`."""
-  configs = dict(base=base, dynamic=dynamic, dynamic_lora=dynamic_lora, eval=evaluate, methods=methods)
+  """`base`, `dynamic`, `conversation`, `dynamic_lora`, `eval` or `methods`."""
+  configs = dict(base=base, dynamic=dynamic, conversation=conversation, dynamic_lora=dynamic_lora, eval=evaluate, methods=methods)
   if name not in configs:
     raise ValueError(f'configs/digits.py has no {name!r}; expected one of {", ".join(configs)}')
   return ConfigDict(configs[name]())

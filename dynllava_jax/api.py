@@ -23,6 +23,7 @@ from dynllava_jax.config import DENSE, ConfigError, EvalRun, Stage, from_config_
 from dynllava_jax.controller.ladder import Ladder
 from dynllava_jax.controller.rules import DECODE, Rules
 from dynllava_jax.controller.rungs import by_rules, rungs
+from dynllava_jax.conversation import KEEP, History
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals import budgets
 from dynllava_jax.evals.layout import Loaded, load_model, load_weights
@@ -181,7 +182,7 @@ class Model:
     self._max_new_tokens, self._batch_size, self._text_lengths = max_new_tokens, batch_size, text_lengths
     self.generator = self._make_generator(max_new_tokens, 0)
     self._engines: dict[tuple[int, int], Engine] = {}
-    self._chats: dict[tuple[int, int], Stepper] = {}
+    self._chats: dict[tuple[int, int, bool], Stepper] = {}
 
   def on(self, mesh: Mesh) -> 'Model':
     """The same model with a copy of the weights on other devices; nothing is read again. `load` must have been given a mesh too."""
@@ -238,22 +239,40 @@ class Model:
     return replies if many else replies[0]
 
   def chat(
-    self, image: Any = None, *, max_new_tokens: int = 512, later_tokens: int = 512, before: Sequence[Mapping[str, str]] = ()
+    self,
+    image: Any = None,
+    *,
+    max_new_tokens: int = 512,
+    later_tokens: int = 512,
+    before: Sequence[Mapping[str, str]] = (),
+    history: str | History = KEEP,
+    **options: Any,
   ) -> Chat:
     """Begins a conversation about a picture, or none.
 
     Args:
       image: as in `answer`.
-      max_new_tokens, later_tokens: room in its cache for answers, and for later questions.
+      max_new_tokens, later_tokens: room of its cache for answers and for later questions, of all turns; of those since room was
+        made where `history` makes some.
       before: what was said so far, as `Chat.turns` has it; the model reads it anew.
+      history: 'keep' all turns and refuse one that does not fit; 'extract' the most important sentences of earlier ones, or
+        'summarise' them in the model's words, when they do not fit or are longer than a budget; or a `History`.
+      **options: of `History`, such as `budget=96`.
 
     Raises:
       DataError: no picture.
+      ValueError: an option that cannot be.
     """
-    sizes = max_new_tokens, later_tokens
+    history = history if isinstance(history, History) else History(mode=history, **options)
+    keeps = history.mode == KEEP
+    sizes = max_new_tokens, later_tokens, keeps
     if sizes not in self._chats:
-      self._chats[sizes] = Stepper(self._make_generator(*sizes))
-    return Chat(self._chats[sizes], self.loaded, image, self._text_lengths, steps=8, before=before)
+      # What the gate keeps is not given up where it is to be known which token lies in which slot.
+      stages = None if keeps else tuple(dataclasses.replace(s, text_keep_budget=1.0) for s in self.loaded.stages)
+      self._chats[sizes] = Stepper(self._make_generator(max_new_tokens, later_tokens, stages))
+    return Chat(
+      self._chats[sizes], self.loaded, image, self._text_lengths, steps=8, before=before, history=None if keeps else history
+    )
 
   def adaptive(
     self,

@@ -15,7 +15,7 @@ ORDER = [
   ('cache',),
   ('methods',),
   ('models',),
-  ('arguments', 'buckets', 'compilation', 'costs', 'sampling'),
+  ('arguments', 'buckets', 'compaction', 'compilation', 'conversation', 'costs', 'sampling'),
   ('losses', 'generate', 'sealing', 'stored', 'checkpoint'),
   ('data',),
   ('training', 'evals', 'convert'),

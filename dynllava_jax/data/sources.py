@@ -1,7 +1,7 @@
 """Data sources by name, and what a training run takes from one.
 
-`digits` teaches a model from nothing (captions first, then questions), `digits_instruct` is questions alone, `prepared`
-is any data in LLaVA's format after `python -m dynllava_jax.data.prepare`.
+`digits` teaches a model from nothing (captions first, then questions), `digits_instruct` is questions alone, `digits_talks`
+conversations that need their history, `prepared` is any data in LLaVA's format after `python -m dynllava_jax.data.prepare`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Protocol, SupportsIndex
 import numpy as np
 
 from dynllava_jax.config import ConfigError, DataConfig
-from dynllava_jax.data import conversation, digits
+from dynllava_jax.data import conversation, digits, talks
 from dynllava_jax.data.index import CODES, fit, load_index
 from dynllava_jax.data.order import Order, Part
 from dynllava_jax.data.pictures import check
@@ -21,7 +21,7 @@ from dynllava_jax.data.store import Store
 from dynllava_jax.data.tokenizer import MODEL_FILE, load_tokenizer, read_files
 
 MIXES = {'digits': digits.FROM_NOTHING, 'digits_instruct': digits.INSTRUCT}
-PREPARED = 'prepared'
+TALKS, PREPARED = 'digits_talks', 'prepared'
 NAMED = 3  # ids that a message shows per reason
 
 
@@ -51,7 +51,7 @@ class TrainingData:
 
 
 def _check(data: DataConfig) -> None:
-  known = (*MIXES, PREPARED)
+  known = (*MIXES, TALKS, PREPARED)
   if data.source not in known:
     raise ConfigError(f'config.data.source: {data.source!r} is unknown; expected one of {", ".join(known)}')
 
@@ -61,6 +61,8 @@ def training_source(data: DataConfig, seed: int) -> Source:
   _check(data)
   if data.source == PREPARED:
     return Store(data.path, data.images, data.rotate_images, data.allow_outside)
+  if data.source == TALKS:
+    return talks.Talks('train', seed)
   return digits.TrainingScenes('train', seed, MIXES[data.source])
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax import cache as kv
+from dynllava_jax.compaction import Survivors, compacted
 from dynllava_jax.generate import PAD, Generator, Turn
 from dynllava_jax.models.dynllava import Prompt
 from dynllava_jax.sampling import Settings, are_numbers, draw, penalised
@@ -87,6 +88,7 @@ class Stepper:
     self._begin = jax.jit(self._begin_impl)
     self._join = jax.jit(self._join_impl, donate_argnames='running')
     self._advance = jax.jit(self._advance_impl, static_argnames='steps', donate_argnames='running')
+    self._compact = jax.jit(self._compact_impl, donate_argnames='running')
 
   def begin(self, turn: Turn, prompt: Prompt, wanted: Wishes) -> Running:
     """A batch of prompts, just run, as rows that wait for their first token."""
@@ -108,9 +110,13 @@ class Stepper:
     """At most `steps` tokens for every row, none for those that bool[B] `halted` ends now. Consumes `running`."""
     return self._advance(self.generator.params, running=running, halted=halted, steps=steps)
 
+  def compact(self, running: Running, survivors: Survivors) -> Running:
+    """The same rows with only a part of their caches. Consumes `running`."""
+    return self._compact(running=running, survivors=survivors)
+
   def compilations(self) -> int:
     """Programs compiled so far, the generator's included."""
-    return self.generator.compilations() + sum(f._cache_size() for f in (self._begin, self._join, self._advance))
+    return self.generator.compilations() + sum(f._cache_size() for f in (self._begin, self._join, self._advance, self._compact))
 
   def _begin_impl(self, turn, prompt, wanted):
     places = jnp.arange(prompt.tokens.shape[1])
@@ -128,6 +134,10 @@ class Stepper:
     turn = Turn(kv.insert(running.turn.cache, new.turn.cache, at), put(running.turn.logits, new.turn.logits))
     rest = lambda r: (r.wishes, r.active, r.seen)
     return Running(turn, *jax.tree.map(put, rest(running), rest(new)))
+
+  def _compact_impl(self, running, survivors):
+    turn = dataclasses.replace(running.turn, cache=compacted(running.turn.cache, survivors, self.generator.model.cfg.llama))
+    return dataclasses.replace(running, turn=turn)
 
   def _advance_impl(self, params, running, halted, steps):
     wanted = running.wishes
