@@ -50,7 +50,7 @@ def test_the_most_important_exchanges_stay_whole(memory):
   assert memory.held == 21 and said(choose(memory, 100, recency)) == 'abcdefghijklmno'
   assert said(choose(memory, 6, recency)) == 'lmno'  # dropping the oldest
   middle = lambda tokens: np.asarray([float(t.turn == 1) for t in tokens])
-  assert said(choose(memory, 7, middle)) == 'efij'
+  assert said(choose(memory, 6, middle)) == 'efij'
   assert said(choose(memory, 9, middle)) == 'efghijk'
   assert choose(memory, 3, recency) == set()  # no question without its answer
 
