@@ -4,10 +4,10 @@
 
 Nothing is run. A server answers as `serving.engine` does: prompts are run as they come, at most 16 at once, then all requests get
 8 tokens; a rung has the room for keys and values until its last request is over. Seconds are the arithmetic of
-`controller.estimate` times what the TPU compiler's estimate of 7B on one v5p (results/tpu_fit.json) is above it, for prefill and for
-decoding; work is spread evenly over the eight chips and what they tell each other is not counted. The compiler's estimates are
-pessimistic where weights are streamed, so read ratios, not seconds. Requests are of four kinds, after LLaVA's evaluations: prompts in
-their text buckets, answers drawn around their usual lengths, room counted for what their scripts allow. Results go to
+`controller.estimate` times what the TPU compiler's estimate of 7B on one v5p (results/tpu_fit.json) is above it, for prefill and
+for decoding; work is spread evenly over the eight chips and what they tell each other is not counted. The compiler's estimates
+are pessimistic where weights are streamed, so read ratios, not seconds. Requests are of four kinds, after LLaVA's evaluations:
+prompts in their text buckets, answers drawn around their usual lengths, room counted for what their scripts allow. Results go to
 results/controller_sim.json.
 """
 
