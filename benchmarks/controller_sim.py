@@ -41,7 +41,7 @@ SUITES = {
   'sentences (MM-Vet)': (0.1, 128, 1024, 60, 0.8),
   'paragraphs (LLaVA-Bench, LVIS-VQA, ShareGPT4V-VQA)': (0.2, 128, 1024, 160, 0.5),
 }
-SECONDS = 300.0  # of arrivals
+SECONDS = 180.0  # of arrivals
 
 
 @dataclasses.dataclass
@@ -88,14 +88,14 @@ class Machine:
 
   def prefill(self, rung: Rung, group: list[Asked]) -> float:
     """Seconds of some prompts together."""
-    flops = sum(self.costs(a.need)._flops(rung.stages, 1.0, CACHED)[0] for a in group)
+    flops = sum(self.costs(a.need).flops_of(rung.stages, 1.0, CACHED)[0] for a in group)
     return self.hardware.seconds('prefill', flops, self.weights)
 
   def step(self, rung: Rung, running: list[Asked]) -> float:
     """Seconds of a token for all."""
     counts = collections.Counter(a.need for a in running)
     text = rung.stages[-1].text_keep_budget
-    flops = sum(n * self.costs(need)._flops(rung.stages, text, CACHED)[1] for need, n in counts.items())
+    flops = sum(n * self.costs(need).flops_of(rung.stages, text, CACHED)[1] for need, n in counts.items())
     moved = self.costs(Need(64, 64)).decoder + sum(n * rung.bytes(need) for need, n in counts.items())
     return self.hardware.seconds('decode', flops, moved)
 

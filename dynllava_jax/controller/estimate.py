@@ -55,16 +55,16 @@ class Costs:
     self.weights = count_parameters(shapes) * width
     llama = shapes['llama']
     self.decoder = (count_parameters(llama) - (0 if model.llama.tie_embeddings else count_parameters(llama['embedding']))) * width
-    self._dense = self._flops(DENSE, 1.0, CACHED)
+    self._dense = self.flops_of(DENSE, 1.0, CACHED)
 
   def prefill_seconds(self, stages: tuple[Stage, ...], rows: int) -> float:
     """Of so many prompts together."""
-    flops, _ = self._flops(stages, 1.0, CACHED)
+    flops, _ = self.flops_of(stages, 1.0, CACHED)
     return self.hardware.seconds('prefill', rows * flops, self.weights)
 
   def step_seconds(self, setting: Setting) -> float:
     """Of one token for every request of the batch, answers half written."""
-    _, step = self._flops(setting.stages, setting.text, setting.mode)
+    _, step = self.flops_of(setting.stages, setting.text, setting.mode)
     if setting.mode == UNCACHED:
       return self.hardware.seconds('uncached', setting.batch * step, self.decoder)
     return self.hardware.seconds('decode', setting.batch * step, self.decoder + setting.batch * self.kv_bytes(setting.stages))
@@ -82,8 +82,8 @@ class Costs:
     positions = self.work.text + methods.num_image_tokens(self.model, self.reducer) + (0 if cached else self.work.new)
     temporaries = TEMPORARIES * positions * self.model.llama.hidden_size * self.width * (1 if cached else setting.batch)
     held = self.weights + temporaries + (setting.batch * self.kv_bytes(setting.stages) if cached else 0)
-    first, later = self._flops(setting.stages, setting.text, setting.mode)
-    dense_first, dense_later = self._dense if cached else self._flops(DENSE, 1.0, UNCACHED)
+    first, later = self.flops_of(setting.stages, setting.text, setting.mode)
+    dense_first, dense_later = self._dense if cached else self.flops_of(DENSE, 1.0, UNCACHED)
     total = lambda first, later: first + (self.work.new - 1) * later
     return Estimate(
       memory=held / self.hardware.chips,
@@ -95,7 +95,7 @@ class Costs:
     )
 
   @functools.lru_cache(maxsize=4096)  # noqa: B019 - lives as long as a search
-  def _flops(self, stages: tuple[Stage, ...], text: float, mode: str) -> tuple[float, float]:
+  def flops_of(self, stages: tuple[Stage, ...], text: float, mode: str) -> tuple[float, float]:
     """Of a prompt, and on average of a token after the first, for one request whose gate keeps what there is room for."""
     spec, steps = CacheSpec(max_new_tokens=self.work.new), self.work.new - 1
     flops = lambda tokens, kept=(): costs.sample_flops(self.model, stages, tokens, kept, spec, reducer=self.reducer)
