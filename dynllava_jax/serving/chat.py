@@ -85,6 +85,11 @@ class Chat:
     return (yield from self._say(text, Options(**options), steps=1))
 
   @property
+  def held(self) -> int:
+    """Text tokens of what was said that the cache holds, where `history` looks after them; 0 where all are kept."""
+    return 0 if self._memory is None or self._running is None else self._memory.held
+
+  @property
   def cache_bytes(self) -> int:
     """Of the keys and values that the conversation holds, with all their room."""
     stages = self._running.turn.cache.stages if self._running else ()
