@@ -3,8 +3,8 @@
     python benchmarks/talks.py --checkpoint=runs/digits/conversation/checkpoints [--talks=24]
 
 Conversations of 20 turns of the test split (`data/talks.py`), 8 facts each, through `Model.chat`, whose own answers are its
-history. `keep` has room for all; the others may hold half or a quarter as many text tokens. `oldest` drops the oldest sentences, the
-baseline; `extract` ranks them, `summarise` has the model write down what it remembers. Results go to benchmarks/results/talks.json.
+history. `keep` has room for all; the others may hold half or a quarter as many text tokens. `oldest` drops the oldest sentences,
+the baseline; `extract` ranks them, `summarise` has the model write down what it remembers. Results go to results/talks.json.
 """
 
 import argparse
