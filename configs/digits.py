@@ -137,7 +137,7 @@ def methods() -> dict:
 
   setting = budgets.Setting(model=from_config_dict(ModelConfig, ConfigDict(MODEL)), cut=SPARSE_LAYER, average=False)
   kept = [int(setting.patches * share) for share in (IMAGE_KEEP_RATE, 2 * IMAGE_KEEP_RATE)]
-  runs = budgets.rows(setting, kept, without=('prumerge', 'prumerge_plus', 'cdpruner'))
+  runs = budgets.rows(setting, kept, without=('prumerge', 'prumerge_plus'))
   for count in kept:
     cut = dict(start=SPARSE_LAYER, selector='dynamic', image_tokens=count, text_keep_budget=TEXT_KEEP_RATE)
     runs[f'dynamic_{count}'] = dict(stages=[dict(start=0), cut], method='dynamic', budget=count)

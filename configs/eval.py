@@ -6,13 +6,16 @@
     python eval.py --config=configs/eval.py:pope --answers=FILE --data=DIR
 
 The first runs the checkpoint with its own stage list, the second compares stage lists, the third all methods that need no training
-(of 13B: `pope,methods,13b`), the last scores an answer file made elsewhere. docs/evaluation.md says what DIR must hold. Hardware:
-one accelerator with 24 GiB for a 7B model in bfloat16 (batch_size=16); more of them with `--config.mesh...`.
+(of 13B: `pope,methods,13b`; with `7b+text` CDPruner too), the last scores an answer file made elsewhere. docs/evaluation.md says
+what DIR must hold. Hardware: one accelerator with 24 GiB for a 7B model in bfloat16 (batch_size=16); more with `--config.mesh...`.
 """
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
 from dynllava_jax import presets
+from dynllava_jax.config import ClipTextConfig
 from dynllava_jax.evals.benchmarks import suite
 
 SPARSE_LAYER = 2
@@ -39,13 +42,18 @@ def comparison() -> dict:
 
 
 def training_free(model: str) -> dict:
-  """Dense, and all registered methods that need no training, with 192, 128 and 64 of 576 image tokens, averaged over layers."""
+  """Dense, and all registered methods that need no training, with 192, 128 and 64 of 576 image tokens, averaged over layers.
+
+  CDPruner is among them for `7b+text` and `13b+text`: it needs a checkpoint that was converted with CLIP's text tower.
+  """
   from dynllava_jax.evals import budgets  # brings jax, which scoring of answer files does without
 
   sizes = {'7b': presets.LLAVA_1_5_7B, '13b': presets.LLAVA_1_5_13B}
-  if model not in sizes:
-    raise ValueError(f'configs/eval.py: methods are set for {" or ".join(sizes)}, got {model!r}')
-  return budgets.rows(budgets.Setting(model=sizes[model], cut=SPARSE_LAYER), (192, 128, 64))
+  size, _, text = model.partition('+')
+  if size not in sizes or text not in ('', 'text') or model.endswith('+'):
+    raise ValueError(f'configs/eval.py: methods are set for {" or ".join(sizes)}, with +text or without, got {model!r}')
+  of_run = dataclasses.replace(sizes[size], clip_text=ClipTextConfig() if text else None)
+  return budgets.rows(budgets.Setting(model=of_run, cut=SPARSE_LAYER), (192, 128, 64))
 
 
 def get_config(arg: str = 'pope') -> ConfigDict:

@@ -16,6 +16,7 @@ import numpy as np
 from dynllava_jax.cache import Cache
 from dynllava_jax.config import ModelConfig, Stage
 from dynllava_jax.config.run import judges_instructions
+from dynllava_jax.models.clip_text import NO_SEGMENT
 from dynllava_jax.models.lora import ADAPTERS, SCALES
 from dynllava_jax.models.params import abstract_params
 from dynllava_jax.sharding import unboxed
@@ -189,7 +190,7 @@ def within(name: str, values: np.ndarray | None, low: int, high: int) -> None:
 
 def check_prompt(prompt: Any, pixels: Any, cfg: ModelConfig, num_image: int) -> None:
   """A batch of prompts, see `models.dynllava.Prompt`; `num_image` positions belong to an image. ValueError."""
-  if any(not hasattr(prompt, name) for name in ('tokens', 'length', 'image_start', 'seed', 'instruct_start')):
+  if any(not hasattr(prompt, name) for name in ('tokens', 'length', 'image_start', 'seed', 'instruct_start', 'question')):
     raise ValueError(f'prompt: {type(prompt).__name__}, expected a Prompt')
   tokens = array('prompt.tokens', prompt.tokens, (None, None), np.integer)
   batch, slots = prompt.tokens.shape
@@ -198,6 +199,11 @@ def check_prompt(prompt: Any, pixels: Any, cfg: ModelConfig, num_image: int) -> 
   array('prompt.seed', prompt.seed, (batch,), np.integer)
   if prompt.instruct_start is not None:
     within('prompt.instruct_start', array('prompt.instruct_start', prompt.instruct_start, (batch,), np.integer), 0, slots)
+  if prompt.question is not None:
+    if cfg.clip_text is None:
+      raise ValueError('prompt.question: given, but this model has no CLIP text tower; leave it out')
+    asked = array('prompt.question', prompt.question, (batch, None, cfg.clip_text.num_positions), np.integer)
+    within('prompt.question', asked, NO_SEGMENT, cfg.clip_text.vocab_size - 1)
   size = cfg.vision.image_size
   array('pixels', pixels, (batch, size, size, 3), np.integer)
   if pixels.dtype != np.uint8:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 LEAST_TEXT = 16
+OPTIONAL = ('instruct_start', 'question')  # arrays of a prompt that not every run needs
 
 
 def bucket(size: int, least: int) -> int:
@@ -46,7 +47,7 @@ def pad_prompt(prompt: Any, pixels: Any, num_image: int) -> tuple[Any, Any]:
     values = np.pad(values, [(0, 0), (0, slots)]) if slots else values
     return jax.device_put(values, x.sharding) if isinstance(x, jax.Array) else values
 
-  fields = {name: padded(getattr(prompt, name)) for name in ('length', 'image_start', 'seed')}
+  fields = {name: padded(x) for name in ('length', 'image_start', 'seed', *OPTIONAL) if (x := getattr(prompt, name)) is not None}
   return dataclasses.replace(prompt, tokens=padded(prompt.tokens, more_slots), **fields), padded(pixels)
 
 

@@ -52,6 +52,7 @@ from dynllava_jax.stored import Part, Step
 FORMAT = 1
 MODEL_FILE = 'model.json'
 ASSETS = 'assets'
+TAIL = ('vision_tail', 'clip_text')  # groups that only some reducers look at
 STEP_NAME = re.compile('0|[1-9][0-9]*')
 
 
@@ -214,7 +215,12 @@ def stored_params(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def load_params(
-  path: str | pathlib.Path, mesh: Mesh | None = None, *, stages: tuple[Stage, ...] | None = None, checked: bool = False
+  path: str | pathlib.Path,
+  mesh: Mesh | None = None,
+  *,
+  stages: tuple[Stage, ...] | None = None,
+  tail: bool = False,
+  checked: bool = False,
 ) -> dict[str, Any]:
   """Parameters in the dtype they are stored in, in checkpoint form, or cut while they are read for the stages of a run.
 
@@ -225,16 +231,28 @@ def load_params(
     path: DIR or DIR/STEP.
     mesh: where to put them (see `sharding.shardings`); the first device if None.
     stages: what `Generator` will run: the form that `models.params.cut_params` makes, arranged as is `arrangement.best` where
-      they are put, without ever holding a layer twice, and without what no run needs (the top of the vision tower).
+      they are put, without ever holding a layer twice, and without the top of the vision tower and CLIP's text tower.
+    tail: with these all the same, for a reducer that looks at them (`methods.needs_tail`).
     checked: `check_integrity` has just read the step.
 
   Raises:
     CheckpointError: missing, damaged, or its arrays are not those that its `model.json` describes.
   """
   params = _load_merged(path, mesh, stages, checked)
+  if stages is not None and tail:
+    params |= _load_tail(path, mesh)
   if stages is not None and best(_devices(mesh)).apart:
     params['llama'] = lay_apart(params['llama'])
   return params
+
+
+def _load_tail(path: str | pathlib.Path, mesh: Mesh | None) -> dict[str, Any]:
+  info = read_info(path)
+  while info.lora is not None:
+    path = info.base
+    info = read_info(path)
+  boxed = abstract_params(info.model, with_tail=info.unused_vision_layers)
+  return _read(path, {name: boxed[name] for name in TAIL if name in boxed}, mesh, None)
 
 
 def _devices(mesh: Mesh | None) -> list[jax.Device]:
@@ -307,6 +325,13 @@ def _load(
   ]
   if differences:
     raise CheckpointError(f'{step_dir}: its arrays do not match {directory / MODEL_FILE}:\n  ' + '\n  '.join(sorted(differences)))
+  return _read(path, boxed, mesh, stages)
+
+
+def _read(path: str | pathlib.Path, boxed: dict[str, Any], mesh: Mesh | None, stages: tuple[Stage, ...] | None) -> dict[str, Any]:
+  """Parameters that are known to be stored, cut for `stages`."""
+  directory, step = locate(path)
+  step_dir, wanted = directory / str(step), _by_path(unboxed(boxed))
   place = SingleDeviceSharding(jax.local_devices()[0])
   places = _by_path(shardings(boxed, mesh)) if mesh else dict.fromkeys(wanted, place)
   parts = {}
@@ -327,7 +352,7 @@ def _cut(
   group, _, rest = name.partition('/')
   if stages is None:
     return [(name, 0, None)]
-  if group == 'vision_tail':
+  if group in TAIL:
     return []  # never run
   if group not in ('llama', ADAPTERS) or not rest.startswith('layers/'):
     return [(name, 0, None)]

@@ -264,7 +264,7 @@ class Generator:
     return self.model.apply(as_variables(params, self._lora, self.model.stages, None), *args, method=method)
 
   def start_impl(self, params, prompt, pixels):
-    image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='reduce_images')
+    image = self._apply(params, normalize(pixels, self.model.cfg.vision), prompt.question, method='reduce_images')
     hidden, traces, cache = self._apply(params, prompt, image.tokens, self.spec, image.group, method='prefill')
     last = jnp.take_along_axis(hidden, (traces[-1].length - 1)[:, None, None], 1, mode='clip')[:, 0]
     kept_image = tuple(t.kept_image for t in traces)
@@ -335,7 +335,7 @@ class Generator:
     return Forced(*(x.T for x in out), cache.stages[-1].evicted), Turn(cache, logits)
 
   def _uncached_impl(self, params, prompt, pixels):
-    image = self._apply(params, normalize(pixels, self.model.cfg.vision), method='reduce_images')
+    image = self._apply(params, normalize(pixels, self.model.cfg.vision), prompt.question, method='reduce_images')
     batch, slots = prompt.tokens.shape
     size = self.max_new_tokens
     rows = jnp.arange(batch)

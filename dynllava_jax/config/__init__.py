@@ -9,10 +9,12 @@ from dynllava_jax.config.evaluation import PERPLEXITY, EvalConfig, EvalRun, Trai
 from dynllava_jax.config.model import (
   CLIP_MEAN,
   CLIP_STD,
+  CLIP_TOKENIZER_FILES,
   IGNORE,
   IMAGE_ID,
   MODEL_FILES,
   TOKENIZER_FILES,
+  ClipTextConfig,
   LlamaConfig,
   ModelConfig,
   PredictorConfig,
@@ -27,6 +29,7 @@ from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig
 __all__ = [
   'CLIP_MEAN',
   'CLIP_STD',
+  'CLIP_TOKENIZER_FILES',
   'DENSE',
   'IGNORE',
   'IMAGE_ID',
@@ -34,6 +37,7 @@ __all__ = [
   'PERPLEXITY',
   'TOKENIZER_FILES',
   'BenchConfig',
+  'ClipTextConfig',
   'ConfigError',
   'DataConfig',
   'EvalConfig',

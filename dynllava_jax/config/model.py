@@ -27,6 +27,8 @@ TOKENIZER_FILES = (
   'vocab.json',
   'merges.txt',
 )
+# The same of a CLIP text tower, whose words are not the decoder's.
+CLIP_TOKENIZER_FILES = tuple(n for n in TOKENIZER_FILES if n != 'tokenizer.model')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,35 @@ class VisionConfig:
   def selected_block(self) -> int:
     """The block, counted from 0, whose output is the features: the last that is run; -1 if none is."""
     return self.layers_run - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipTextConfig:
+  """CLIP's text tower and the projections of both towers into one space; defaults are those of CLIP ViT-L/14-336.
+
+  Attributes:
+    num_positions: tokens that it sees at once; longer texts are cut into segments.
+    embed_dim: numbers of a projected text or patch.
+    end_id: a segment is summed up where this token first stands, at its first token if nowhere; None for where its largest id is.
+  """
+
+  vocab_size: int = 49408
+  hidden_size: int = 768
+  mlp_dim: int = 3072
+  num_layers: int = 12
+  num_heads: int = 12
+  num_positions: int = 77
+  embed_dim: int = 768
+  end_id: int | None = None
+  layer_norm_eps: float = 1e-5
+
+  def __post_init__(self):
+    sizes = ('vocab_size', 'hidden_size', 'mlp_dim', 'num_layers', 'num_heads', 'num_positions', 'embed_dim')
+    require_positive(self, 'clip_text: ', *sizes)
+    require(
+      self.hidden_size % self.num_heads == 0,
+      f'clip_text: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}',
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,6 +210,7 @@ class ModelConfig:
 
   Attributes:
     projector: kind of projector: `linear`, `mlpNx_gelu`, or `tokenpacker`, which `packer` describes.
+    clip_text: the text tower that belongs to the vision tower; only reducers that match patches and question look at it.
   """
 
   vision: VisionConfig = VisionConfig()
@@ -186,6 +218,7 @@ class ModelConfig:
   packer: TokenPackerConfig | None = None
   llama: LlamaConfig = LlamaConfig()
   predictor: PredictorConfig | None = None
+  clip_text: ClipTextConfig | None = None
 
   def __post_init__(self):
     self.projector_depth  # raises on an unknown type

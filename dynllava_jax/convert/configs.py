@@ -9,6 +9,7 @@ from dynllava_jax.config import (
   CLIP_MEAN,
   CLIP_STD,
   DENSE,
+  ClipTextConfig,
   ConfigError,
   ModelConfig,
   PredictorConfig,
@@ -21,7 +22,7 @@ from dynllava_jax.config import (
   to_dict,
 )
 from dynllava_jax.convert.beside import check_images, image_settings
-from dynllava_jax.convert.export_configs import PACKER_HEADS, PACKER_LEVELS, UNPADDED
+from dynllava_jax.convert.export_configs import LEGACY_END, PACKER_HEADS, PACKER_LEVELS, UNPADDED
 from dynllava_jax.convert.inputs import ConversionError, nested
 from dynllava_jax.convert.layouts import Layout
 
@@ -37,6 +38,17 @@ LLAMA_DEFAULTS = dict(
 )
 CLIP_DEFAULTS = dict(
   hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
+)
+# The same of CLIPTextConfig, and of CLIPConfig's projection.
+CLIP_TEXT_DEFAULTS = dict(
+  vocab_size=49408,
+  hidden_size=512,
+  intermediate_size=2048,
+  num_hidden_layers=12,
+  num_attention_heads=8,
+  max_position_embeddings=77,
+  eos_token_id=49407,
+  projection_dim=512,
 )
 # What of a decoder its tensors do not tell, or not all of it.
 ARITHMETIC = (
@@ -259,6 +271,29 @@ def select_layer(file: pathlib.Path, layout: Layout, config: dict[str, Any], vis
     return dataclasses.replace(vision, select_layer=layer)
   except ConfigError as e:
     raise ConversionError(f'{file}: {key}: {e}') from None
+
+
+def clip_text_config(file: pathlib.Path, config: dict[str, Any]) -> ClipTextConfig:
+  """The text tower that the config of a whole CLIP model, `file`, describes; ConversionError if it is none that can be run."""
+  _require_group(file, config, 'text_config')
+  text = CLIP_TEXT_DEFAULTS | nested(file, config, 'text_config')
+  if text.get('hidden_act', 'quick_gelu') != 'quick_gelu':
+    raise ConversionError(f'{file}: text_config.hidden_act {text["hidden_act"]!r} is not supported, only quick_gelu')
+  fields = dict(
+    vocab_size=text['vocab_size'],
+    hidden_size=text['hidden_size'],
+    mlp_dim=text['intermediate_size'],
+    num_layers=text['num_hidden_layers'],
+    num_heads=text['num_attention_heads'],
+    num_positions=text['max_position_embeddings'],
+    embed_dim=config.get('projection_dim', CLIP_TEXT_DEFAULTS['projection_dim']),
+    end_id=None if text['eos_token_id'] == LEGACY_END else text['eos_token_id'],
+    layer_norm_eps=text.get('layer_norm_eps', 1e-5),
+  )
+  try:
+    return from_config_dict(ClipTextConfig, fields, 'clip_text')
+  except ConfigError as e:
+    raise ConversionError(f'{file}: text_config: {e}') from None
 
 
 def vision_config(file: pathlib.Path, config: dict[str, Any]) -> VisionConfig:

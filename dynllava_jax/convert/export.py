@@ -10,12 +10,13 @@ import numpy as np
 
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import CLIP_TOKENIZER_FILES
 from dynllava_jax.convert import export_configs
 from dynllava_jax.convert.convert import DTYPES, with_progress
 from dynllava_jax.convert.destination import TOWER_FOLDER, check_destination, new_directory
 from dynllava_jax.convert.export_adapter import MergingReader, adapter_files, adapter_plan, reader_of
 from dynllava_jax.convert.export_configs import Vocabulary
-from dynllava_jax.convert.layouts import Layout, canonical, to_llava_hf
+from dynllava_jax.convert.layouts import CLIP_TEXT, Layout, canonical, to_llava_hf
 from dynllava_jax.convert.plan import slots_by_key
 from dynllava_jax.convert.readers import ConversionError, Tensor, directory_tensors, file_tensors
 from dynllava_jax.convert.shards import ShardWriter
@@ -106,6 +107,8 @@ def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) ->
         'them behind with --drop_predictors'
       )
     info = dataclasses.replace(info, model=dataclasses.replace(model, predictor=None))
+  if layout == 'llava-hf' and model.clip_text is not None:  # transformers' LLaVA has no place for it
+    info = dataclasses.replace(info, model=dataclasses.replace(info.model, clip_text=None))
   if layout == 'llava-hf' and model.projector != 'mlp2x_gelu':
     raise ConversionError(f'--export=llava-hf: transformers has only the projector mlp2x_gelu, the model has {model.projector}')
   return info
@@ -124,7 +127,7 @@ def _plan(
   plan = []
   for key, (rule, index, leaf) in slots_by_key(dataclasses.replace(info, unused_vision_layers=True)).items():
     shape = rule.transform.torch_shape(leaf.slot_shape)
-    if rule.path[0] == 'vision_tail' and not info.unused_vision_layers:
+    if rule.path[0] in checkpoint.TAIL and not info.unused_vision_layers:
       tensor = tail[key]
       if tensor.shape != shape:
         raise ConversionError(f'{tensor.origin}: {tensor.key} has shape {tensor.shape}, the tower of the checkpoint {shape}')
@@ -134,7 +137,7 @@ def _plan(
       read = lambda rule=rule, index=index: rule.transform.invert(reader.slot(rule.path, index))
     if extra and key in VOCAB_KEYS:
       shape, read = (shape[0] + extra, shape[1]), lambda read=read: _with_mean_rows(read(), extra)
-    folder = TOWER_FOLDER if key.startswith(TOWER) and not vocab else ''
+    folder = TOWER_FOLDER if key.startswith((TOWER, *CLIP_TEXT)) and not vocab else ''
     plan.append(Out(folder, to_llava_hf(key) if vocab else key, shape, dtype or stored, read))
   return plan
 
@@ -159,7 +162,7 @@ def _tail_tensors(info: CheckpointInfo, vision: pathlib.Path | None) -> dict[str
     )
   named = {canonical(Layout.CLIP, t.key): t for t in directory_tensors(vision)}
   whole = slots_by_key(dataclasses.replace(info, unused_vision_layers=True))
-  wanted = [k for k, (rule, *_) in whole.items() if rule.path[0] == 'vision_tail']
+  wanted = [k for k, (rule, *_) in whole.items() if rule.path[0] in checkpoint.TAIL]
   absent = [k for k in wanted if k not in named]
   if absent:
     raise ConversionError(f'{vision}: has no {absent[0]}; is it the CLIP directory the checkpoint came from?')
@@ -178,7 +181,7 @@ def _files(
   """What lies beside the weights, by path below the destination; `base` and `vocab` as in `export_configs`."""
   own = tokenizer | {n: c for n, c in assets.items() if '/' not in n and n != 'config.json'}
   generic = {
-    'config.json': export_configs.clip_config(info.model.vision, dtype),
+    'config.json': export_configs.clip_config(info.model.vision, dtype, info.model.clip_text),
     'preprocessor_config.json': export_configs.preprocessor_config(info.model.vision),
   }
   tower = {n: assets.get(f'vision/{n}') or json.dumps(c, indent=1).encode() for n, c in generic.items()}
@@ -192,4 +195,6 @@ def _files(
     config = export_configs.llava_config(info, base, dtype, tower_name)
     images = own.pop('preprocessor_config.json', tower['preprocessor_config.json'])
     own |= {f'{TOWER_FOLDER}/preprocessor_config.json': images, f'{TOWER_FOLDER}/config.json': tower['config.json']}
+    words = {n: assets.get(f'vision/{n}') for n in CLIP_TOKENIZER_FILES}
+    own |= {f'{TOWER_FOLDER}/{n}': content for n, content in words.items() if content is not None}
   return own | {'config.json': (json.dumps(config, indent=1) + '\n').encode()}

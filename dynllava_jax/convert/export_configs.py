@@ -6,13 +6,14 @@ from typing import Any
 
 from dynllava_jax import methods
 from dynllava_jax.checkpoint import CheckpointInfo
-from dynllava_jax.config import LlamaConfig, ModelConfig, TokenPackerConfig, VisionConfig
+from dynllava_jax.config import ClipTextConfig, LlamaConfig, ModelConfig, TokenPackerConfig, VisionConfig
 from dynllava_jax.data.tokenizer import load_tokenizer
 
 IMAGE_TOKEN, PAD_TOKEN = '<image>', '<pad>'
 VOCAB_MULTIPLE = 64  # transformers' conversion of LLaVA pads the embedding to this
 UNPADDED = 'unpadded_vocab_size'  # our note in an exported config: rows from here on were added by the export
 # Notes of ours for a TokenPacker that is not the one in the authors' code, which takes these from nowhere.
+LEGACY_END = 2  # end token in OpenAI's CLIP configs, which is none of theirs; transformers then takes the largest id
 PACKER_SCALE, PACKER_HEADS, PACKER_LEVELS = PACKER = 'scale_factor', 'tokenpacker_heads', 'tokenpacker_levels'
 TOWER_TRAINED = 'unfreeze_mm_vision_tower'  # if true, LLaVA takes the tower from the checkpoint and not from mm_vision_tower
 # What both layouts say of the language model and we do not know; in Hugging Face's it belongs to `text_config`.
@@ -117,8 +118,24 @@ def _llama(llama: LlamaConfig, base: dict[str, Any], dtype: str) -> dict[str, An
   )
 
 
-def clip_config(vision: VisionConfig, dtype: str) -> dict[str, Any]:
-  """transformers' CLIPVisionConfig."""
+def clip_config(vision: VisionConfig, dtype: str, text: ClipTextConfig | None = None) -> dict[str, Any]:
+  """transformers' CLIPVisionConfig; CLIPConfig of both towers with `text`."""
+  if text is not None:
+    of_text = {
+      'model_type': 'clip_text_model',
+      'vocab_size': text.vocab_size,
+      'hidden_size': text.hidden_size,
+      'intermediate_size': text.mlp_dim,
+      'num_hidden_layers': text.num_layers,
+      'num_attention_heads': text.num_heads,
+      'max_position_embeddings': text.num_positions,
+      'hidden_act': 'quick_gelu',
+      'layer_norm_eps': text.layer_norm_eps,
+      'eos_token_id': LEGACY_END if text.end_id is None else text.end_id,
+      'projection_dim': text.embed_dim,
+    }
+    both = {'vision_config': clip_config(vision, dtype) | {'projection_dim': text.embed_dim}, 'text_config': of_text}
+    return {'architectures': ['CLIPModel'], 'model_type': 'clip', 'projection_dim': text.embed_dim, 'torch_dtype': dtype} | both
   return {
     'architectures': ['CLIPVisionModel'],
     'model_type': 'clip_vision_model',

@@ -27,7 +27,8 @@ ADAPTER_CONFIG = 'adapter_config.json'
 ROTARY = '.rotary_emb.inv_freq'  # a buffer that transformers before 4.32 saved
 POSITION_IDS = '.embeddings.position_ids'  # another one
 TOWER_COPY = 'model.vision_tower.vision_tower.'
-CLIP_TEXT = ('text_model.', 'text_projection.', 'visual_projection.', 'logit_scale')
+CLIP_TEXT = ('text_model.', 'text_projection.', 'visual_projection.')
+SCALE = 'logit_scale'  # of CLIP's loss
 TOWER_PARTS = ('embeddings.', 'pre_layrnorm.', 'encoder.', 'post_layernorm.')
 
 # Hugging Face's names, as transformers 4.36 to 5.x wrote them, to the authors'. `model.` stands in front of the first
@@ -68,14 +69,14 @@ def _translate(key: str, table: list[tuple[re.Pattern, str]]) -> str:
 
 
 def canonical(layout: Layout, key: str) -> str | None:
-  """The converter's name for `key`; None for what is passed over (buffers, CLIP's text side)."""
+  """The converter's name for `key`; None for what is passed over (buffers)."""
   if key.endswith((ROTARY, POSITION_IDS)):
     return None
   match layout:
     case Layout.LLAVA_HF:
       return _translate(key, _HF)
     case Layout.CLIP:
-      if key.startswith(CLIP_TEXT):
+      if key == SCALE:
         return None
       return f'vision_model.{key}' if key.startswith(TOWER_PARTS) else key
     case Layout.LORA:

@@ -105,6 +105,11 @@ def check_sizes(info: CheckpointInfo, tensors: list[tuple[str, Tensor]]) -> None
   widths = {'vocab_size': llama.vocab_size, 'hidden_size': llama.hidden_size, 'intermediate_size': llama.mlp_dim}
   widths |= {'patches': vision.num_patches, 'hidden_size of the tower': vision.hidden_size}
   widths |= {'intermediate_size of the tower': vision.mlp_dim}
+  if text := model.clip_text:
+    layers |= {"CLIP's text tower": text.num_layers}
+    widths |= {'vocab_size of the text tower': text.vocab_size, 'hidden_size of the text tower': text.hidden_size}
+    widths |= {'intermediate_size of the text tower': text.mlp_dim, 'projection_dim of the towers': text.embed_dim}
+    widths |= {'max_position_embeddings of the text tower': text.num_positions}
   if predictor:
     layers |= {'the image predictor': predictor.num_layers}
     widths |= {'d_model of the predictors': predictor.d_model, 'dim_feedforward of the predictors': predictor.mlp_dim}

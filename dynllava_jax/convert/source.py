@@ -10,6 +10,7 @@ import numpy as np
 
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import (
+  CLIP_TOKENIZER_FILES,
   MODEL_FILES,
   TOKENIZER_FILES,
   ConfigError,
@@ -22,6 +23,7 @@ from dynllava_jax.convert.beside import check_tokenizer
 from dynllava_jax.convert.configs import (
   LLAVA_TOWER,
   PUBLISHED_TOWERS,
+  clip_text_config,
   dynamic_stages,
   model_info,
   select_layer,
@@ -30,7 +32,7 @@ from dynllava_jax.convert.configs import (
 )
 from dynllava_jax.convert.export_configs import PACKER, TOWER_TRAINED, UNPADDED, has_vocabulary
 from dynllava_jax.convert.inputs import ConversionError, nested, read_json, read_small
-from dynllava_jax.convert.layouts import Layout, detect
+from dynllava_jax.convert.layouts import CLIP_TEXT, Layout, detect
 from dynllava_jax.convert.parts import NEW, PROJECTOR, PROJECTOR_FILE, Request, base_directory, named, on_base, projector_tensors
 from dynllava_jax.convert.plan import check_sizes
 from dynllava_jax.convert.readers import (
@@ -39,7 +41,7 @@ from dynllava_jax.convert.readers import (
   directory_tensors,
   has_weights,
 )
-from dynllava_jax.convert.tables import predictor_rules, projector_rules
+from dynllava_jax.convert.tables import clip_text_rules, predictor_rules, projector_rules
 from dynllava_jax.models.params import init_predictors, init_projector
 
 TOWER_CARRIED = ('config.json', 'preprocessor_config.json')
@@ -104,6 +106,7 @@ def open_source(request: Request) -> Source:
       notes.append(f'passed over {inside} tensors of the tower inside the checkpoint; {tower_dir} was read instead')
     found = [(k, t) for k, t in found if not k.startswith(TOWER)] + named(Layout.CLIP, directory_tensors(tower_dir, notes), notes)
   info = model_info(file, layout, config, vision)
+  info, found = _with_text_tower(info, tower_dir, found, notes)
   if UNPADDED in config:
     rows, own = text_config(file, layout, config)['vocab_size'], info.model.llama.vocab_size
     found = [(k, _first_rows(t, rows, own, file) if k in VOCAB_KEYS else t) for k, t in found]
@@ -130,10 +133,28 @@ def open_source(request: Request) -> Source:
     info, fresh = _add_predictors(request, info, found)
     found += fresh
     notes.append(f'added {len(fresh)} tensors of untrained predictors (seed {request.seed})')
-  tokenizer, whose, assets = _carried(directories, tower_dir)
+  tokenizer, whose, assets = _carried(directories, tower_dir, info.model.clip_text is not None)
   check_tokenizer(tokenizer, whose, file, text_config(file, layout, config)['vocab_size'])
   name = kind + (f', merged into {base_directory(request)}' if partial else '')
   return Source(name, info, found, tokenizer, assets, notes)
+
+
+def _with_text_tower(
+  info: CheckpointInfo, tower_dir: pathlib.Path | None, found: list[tuple[str, Tensor]], notes: list[str]
+) -> tuple[CheckpointInfo, list[tuple[str, Tensor]]]:
+  """Takes CLIP's text tower along if all of it is there; else leaves out what is there of it."""
+  text = {k for k, _ in found if k.startswith(CLIP_TEXT)}
+  if not text:
+    return info, found
+  file = tower_dir / 'config.json'
+  config = read_json(file)
+  if 'text_config' in config:
+    tower = clip_text_config(file, config)
+    if {key for rule in clip_text_rules(tower.num_layers) for key, _ in rule.keys(tower.num_layers)} <= text:
+      notes.append(f"took CLIP's text tower along, {len(text)} tensors; only reducers that go by the question look at it")
+      return dataclasses.replace(info, model=dataclasses.replace(info.model, clip_text=tower)), found
+  notes.append(f"passed over {len(text)} tensors of CLIP's text tower, which is not whole")
+  return info, [(k, t) for k, t in found if k not in text]
 
 
 def _check_widths(model: ModelConfig, found: list[tuple[str, Tensor]]) -> None:
@@ -259,7 +280,7 @@ def _fresh(params: dict[str, Any], rules, dtype: np.dtype, seed: int) -> list[tu
 
 
 def _carried(
-  directories: list[pathlib.Path], tower: pathlib.Path | None
+  directories: list[pathlib.Path], tower: pathlib.Path | None, with_text: bool
 ) -> tuple[dict[str, bytes], pathlib.Path, dict[str, bytes]]:
   """(the files of the last tokenizer, where they lie, other files to carry along); later directories win."""
   tokenizer, whose, assets = {}, directories[0], {}
@@ -270,6 +291,8 @@ def _carried(
       tokenizer, whose = own, directory
   if tower is not None:
     assets |= {f'vision/{n}': content for n, content in _read_present(tower, TOWER_CARRIED).items()}
+    if with_text:  # and what questions are cut into words by
+      assets |= {f'vision/{n}': content for n, content in _read_present(tower, CLIP_TOKENIZER_FILES).items()}
   return tokenizer, whose, assets
 
 

@@ -131,8 +131,8 @@ def _norm(source: str, path: tuple[str, ...], **kw) -> list[Rule]:
   return [Rule(f'{source}.weight', (*path, 'scale'), COPY, **kw), Rule(f'{source}.bias', (*path, 'bias'), COPY, **kw)]
 
 
-def _vision_layers(target: tuple[str, ...], first: int, count: int) -> list[Rule]:
-  prefix = 'vision_model.encoder.layers.#'
+def _clip_layers(tower: str, target: tuple[str, ...], first: int, count: int) -> list[Rule]:
+  prefix = f'{tower}.encoder.layers.#'
   kw = dict(first_layer=first, layers=count)
   rules = []
   for part, name in enumerate(('q_proj', 'k_proj', 'v_proj')):
@@ -161,8 +161,20 @@ def vision_rules(cfg: ModelConfig) -> list[Rule]:
   ]
   rules += _norm('vision_model.pre_layrnorm', ('vision', 'pre_layernorm'))  # the misspelling is theirs
   rules += _norm('vision_model.post_layernorm', ('vision_tail', 'post_layernorm'))
-  rules += _vision_layers(('vision', 'layers'), 0, vision.layers_run)
-  return rules + _vision_layers(('vision_tail', 'layers'), vision.layers_run, vision.num_layers - vision.layers_run)
+  rules += _clip_layers('vision_model', ('vision', 'layers'), 0, vision.layers_run)
+  rules += _clip_layers('vision_model', ('vision_tail', 'layers'), vision.layers_run, vision.num_layers - vision.layers_run)
+  return rules + (clip_text_rules(cfg.clip_text.num_layers) if cfg.clip_text else [])
+
+
+def clip_text_rules(layers: int) -> list[Rule]:
+  """The text side of a CLIP model as transformers stores it."""
+  group = 'clip_text'
+  rules = [
+    Rule(f'text_model.embeddings.{name}_embedding.weight', (group, f'{name}_embedding'), COPY) for name in ('token', 'position')
+  ]
+  rules += [Rule(f'{name}_projection.weight', (group, f'{name}_projection'), LINEAR) for name in ('text', 'visual')]
+  rules += _norm('text_model.final_layer_norm', (group, 'final_layer_norm'))
+  return rules + _clip_layers('text_model', (group, 'layers'), 0, layers)
 
 
 def llava_rules(cfg: ModelConfig) -> list[Rule]:

@@ -114,7 +114,8 @@ def _self_check(tokenizer: Tokenizer) -> None:
       raise ConfigError(f'tokenizer: {text!r} comes back as {tokenizer.decode(ids)!r}; is its vocabulary empty or incomplete?')
 
 
-def _table(files: Mapping[str, bytes], name: str) -> dict:
+def table(files: Mapping[str, bytes], name: str) -> dict:
+  """The object in a JSON file of a bundle, empty if there is no such file; ConfigError if it holds something else."""
   try:
     table = json.loads(files.get(name, b'{}'))
   except (ValueError, RecursionError) as e:
@@ -131,9 +132,9 @@ def _added(files: Mapping[str, bytes], pieces: Sequence[str]) -> dict[str, int]:
   Raises:
     ConfigError: an entry is no token, or says another thing than the model or than another entry.
   """
-  decoder = _table(files, CONFIG_FILE).get('added_tokens_decoder')
+  decoder = table(files, CONFIG_FILE).get('added_tokens_decoder')
   if decoder is None or decoder == {}:
-    named = [(f'{OLDER_FILE}: {token!r}', token, i) for token, i in _table(files, OLDER_FILE).items()]
+    named = [(f'{OLDER_FILE}: {token!r}', token, i) for token, i in table(files, OLDER_FILE).items()]
   elif isinstance(decoder, dict):
     where = f'{CONFIG_FILE}: added_tokens_decoder'
     texts = {key: entry.get('content') if isinstance(entry, dict) else None for key, entry in decoder.items()}
@@ -186,7 +187,7 @@ class SentencePieceTokenizer:
       raise ConfigError(f'{MODEL_FILE}: its vocabulary is empty')
     if proto.normalizer_spec.remove_extra_whitespaces:
       raise ConfigError(f"{MODEL_FILE}: removes whitespace, which LLaMA's tokenizers do not; give a tokenizer.json instead")
-    config = _table(files, CONFIG_FILE)
+    config = table(files, CONFIG_FILE)
     self.legacy = config.get('legacy') if proto.normalizer_spec.add_dummy_prefix else False
     if not isinstance(self.legacy, bool):
       raise ConfigError(

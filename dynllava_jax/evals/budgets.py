@@ -161,6 +161,7 @@ RECIPES: dict[str, Callable[[Setting, int], Run]] = {
   'visionzip': visionzip,
   'vispruner': lambda s, budget: reduced('vispruner', tokens=budget),
   'divprune': lambda s, budget: reduced('divprune', tokens=budget),
+  'cdpruner': lambda s, budget: reduced('cdpruner', tokens=budget),
   'dpp': lambda s, budget: reduced('dpp', tokens=budget),
   'prumerge': lambda s, budget: reduced('prumerge', centres=budget - 1, neighbours=s.share(32)),
   'prumerge_plus': prumerge_plus,
@@ -180,6 +181,7 @@ RECIPES: dict[str, Callable[[Setting, int], Run]] = {
   'lagkv': kept_keys('lagkv', lambda s: dict(lag=max(2, s.patches * 128 // PUBLISHED_PATCHES))),
   'streaming_llm': kept_keys('streaming_llm'),
 }
+BY_QUESTION = ('cdpruner',)  # need CLIP's text tower
 NO_BUDGET = {
   'all': 'keeps every token',
   'dynamic': 'has to be trained',
@@ -202,11 +204,12 @@ def rows(setting: Setting, budgets: Iterable[int], without: Iterable[str] = ()) 
 
   Args:
     setting: the model; budgets: in image tokens.
-    without: methods that the model cannot run.
+    without: methods that the model cannot run; those that go by the question are left out where it has no text tower.
   """
   dense = dict(stages=[dict(start=0)])
   runs = {'dense': dense | dict(method='dense', budget=setting.patches)}
   known = registered()
+  without = {*without, *(() if setting.model.clip_text else BY_QUESTION)}
   chosen = {name: recipe for name, recipe in RECIPES.items() if name in known and name not in without}
   for budget in budgets:
     for name, recipe in (chosen | {'smaller_image': smaller_image}).items():

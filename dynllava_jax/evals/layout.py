@@ -14,11 +14,13 @@ from dynllava_jax import checkpoint, methods
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
 from dynllava_jax.config import IGNORE, IMAGE_ID, ConfigError, EvalRun, ModelConfig, Piece, Stage
 from dynllava_jax.data import conversation, images
+from dynllava_jax.data.question_words import QuestionWords
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dynllava_jax.evals.benchmarks.base import Question, unreadable
+from dynllava_jax.evals.benchmarks.base import WORD, Question, unreadable
 from dynllava_jax.evals.resize import resize_tower
 from dynllava_jax.files import read_regular
+from dynllava_jax.models.batch import question_segments
 from dynllava_jax.models.dynllava import Prompt
 
 IMAGE_MARK = f'{conversation.IMAGE_TOKEN}\n'  # in front of the words that come with the picture
@@ -37,6 +39,7 @@ class Loaded:
   stages: tuple[Stage, ...]
   reducer: Piece | None
   tokenizer: Tokenizer
+  words: QuestionWords | None = None  # if its reducer goes by the question
 
   @property
   def num_image(self) -> int:
@@ -65,7 +68,13 @@ def load_model(name: str, run: EvalRun, default: str, where: str = '') -> Loaded
   files = checkpoint.read_tokenizer(path)
   if files is None:
     raise CheckpointError(f'{path}: has no tokenizer; questions need the one it was trained with')
-  return Loaded(name, path, info, model, stages, reducer, load_tokenizer(files))
+  words = None
+  if methods.tower_needs(model, reducer).question:
+    try:
+      words = QuestionWords(checkpoint.read_assets(path), model.clip_text)
+    except ConfigError as e:
+      raise ConfigError(f'{path}: reducer {reducer.name}: {e}') from None
+  return Loaded(name, path, info, model, stages, reducer, load_tokenizer(files), words)
 
 
 def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -74,7 +83,8 @@ def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   Raises:
     CheckpointError: they hold what is no number, or `checkpoint.load_params` says why.
   """
-  params = checkpoint.load_params(loaded.path, mesh, stages=loaded.stages)
+  tail = methods.needs_tail(loaded.model, loaded.reducer)
+  params = checkpoint.load_params(loaded.path, mesh, stages=loaded.stages, tail=tail)
   finite = jax.jit(lambda tree: [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])(params)
   for (path, _), whole in zip(jax.tree_util.tree_leaves_with_path(params), jax.device_get(finite)):
     if not whole:
@@ -122,6 +132,9 @@ class Layout:
     self.loaded, self.questions, self.seed = loaded, questions, seed
     style = conversation.template(loaded.info.conversation)
     conversation.check_template(style, loaded.tokenizer)
+    self._segments = None
+    if loaded.words:
+      self._segments = question_segments([self._asked(q) for q in questions], loaded.model.clip_text.num_positions)
     self.later: list[list[np.ndarray]] = []  # ids of the later rounds' questions
     self.rendered: list[str] = []
     self.ids: list[np.ndarray] = []
@@ -146,6 +159,11 @@ class Layout:
       self._answered.append(1 + int(np.flatnonzero(labels != IGNORE).max(initial=-1)))
       self.text_tokens.append(tokens)
       self.bucket.append(fitting[0])
+
+  def _asked(self, question: Question) -> list[int] | None:
+    """What the conversation began with, as CLIP's text tower reads it: the words alone; None without image."""
+    words = first_turn(question)[0]['value'].replace(IMAGE_MARK, '').removesuffix(f'\n{WORD}')
+    return None if question.image is None else self.loaded.words.ids(words)
 
   def batches(self, todo: Sequence[int], size: int) -> list[list[int]]:
     """Question numbers in groups of at most `size`, of one number of rounds, one text bucket and one expected length."""
@@ -186,7 +204,8 @@ class Layout:
     answered = self._answered[i] + (self.loaded.num_image - 1 if self._answered[i] > start else 0)
     # The last question is the instruction, from the image on if that came with it.
     instruct = max(start + self.loaded.num_image, answered) if len(where) else len(ids)
-    prompt = Prompt(tokens, np.int32(len(ids)), np.int32(start), row_seed(self.seed, i), np.int32(instruct))
+    asked = None if self._segments is None else self._segments[i]
+    prompt = Prompt(tokens, np.int32(len(ids)), np.int32(start), row_seed(self.seed, i), np.int32(instruct), asked)
     return Rows(prompt, pixels, later, counts)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, check_stages, judges_instructions
 from dynllava_jax.methods import (
   base,
+  cdpruner,
   divprune,
   dpp,
   dymu,
@@ -52,6 +53,7 @@ from dynllava_jax.methods.base import (
 )
 
 REDUCERS: dict[str, Reducer] = {
+  'cdpruner': cdpruner.REDUCER,
   'divprune': divprune.REDUCER,
   'dpp': dpp.REDUCER,
   'dymu': dymu.REDUCER,
@@ -170,11 +172,18 @@ def tower_needs(model: ModelConfig, reducer: Piece | None) -> TowerNeeds:
   return needs
 
 
+def needs_tail(model: ModelConfig, reducer: Piece | None) -> bool:
+  """Whether a reducer looks at what is stored beside the tower that LLaVA runs: blocks and a norm above it, the text tower."""
+  needs = tower_needs(model, reducer)
+  return needs.next_block or needs.question
+
+
 def check_tail(model: ModelConfig, reducer: Piece | None, there: bool) -> None:
-  """Raises ConfigError if a reducer looks at blocks of the tower above those that are run, and they are not there."""
-  if not there and tower_needs(model, reducer).next_block:
+  """Raises ConfigError if a reducer looks at what lies above the blocks of the tower that are run, and that is not there."""
+  if not there and needs_tail(model, reducer):
+    looks = "at CLIP's text tower and at" if tower_needs(model, reducer).question else 'at'
     raise ConfigError(
-      f'reducer {reducer.name}: looks at the block of the vision tower above the features, and the parameters have no '
+      f'reducer {reducer.name}: looks {looks} the block of the vision tower above the features, and the parameters have no '
       '`vision_tail`; it is in checkpoints that were converted from a whole CLIP tower'
     )
 
@@ -266,6 +275,7 @@ __all__ = [
   'check_tail',
   'check_training',
   'get',
+  'needs_tail',
   'num_image_tokens',
   'options_of',
   'prompt_slots',

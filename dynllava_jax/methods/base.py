@@ -52,6 +52,7 @@ class TowerNeeds:
     states: blocks whose output is wanted.
     next_block: whether queries and keys of the block above the features are wanted, which is not run. Its parameters are in
       checkpoints that were converted from a whole tower.
+    question: whether the question is wanted, and the patches in the space that CLIP's two towers share. It needs the text tower.
     merges: how many tokens `merge` takes away in each block, between attention and MLP; () for a plain tower.
     merge: (x float[B, T, C], head mean of the keys float32[B, T, H], `MergedTokens`, count) -> the same of T - count tokens.
   """
@@ -61,6 +62,7 @@ class TowerNeeds:
   key_mean: tuple[int, ...] = ()
   states: tuple[int, ...] = ()
   next_block: bool = False
+  question: bool = False
   merges: tuple[int, ...] = ()
   merge: Callable[..., tuple[jax.Array, 'MergedTokens']] | None = None
 
@@ -96,6 +98,8 @@ class TowerOutput:
     states: by block, float[B, P, C], what the block makes of the patches.
     next_query: float32[B, C], the class token's query in the block above, all heads side by side (with bias, unscaled), and
       next_keys: float32[B, P + 1, C], the keys there.
+    text_embeds: float32[B, N, E], segments of the question, and has_text: bool[B, N], whether each is there; patch_embeds:
+      float32[B, P, E], patches behind the tower's last norm. All as projected, not of length 1.
     merged: per block the hidden states float[B, T, C] behind it and what they are, where tokens are merged; `features` then has
       M tokens.
   """
@@ -107,6 +111,9 @@ class TowerOutput:
   states: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
   next_query: jax.Array | None = None
   next_keys: jax.Array | None = None
+  text_embeds: jax.Array | None = None
+  has_text: jax.Array | None = None
+  patch_embeds: jax.Array | None = None
   merged: tuple[tuple[jax.Array, MergedTokens], ...] = ()
 
 

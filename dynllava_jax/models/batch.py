@@ -4,10 +4,13 @@ Axes: B batch, S sequence, P image tokens, M kept ones, D width, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dynllava_jax.models.clip_text import NO_SEGMENT
 from dynllava_jax.models.llama import head_logits
 
 
@@ -23,6 +26,8 @@ class Prompt:
     seed: uint32[B], one number per row for whatever is drawn at random.
     instruct_start: int32[B], where the last instruction begins, behind the image; `length` where nothing is to be judged, as in
       rows without image. Only runs that judge instructions need it.
+    question: int32[B, N, L], the first question in CLIP's tokens, begin and end among them, cut into segments of L and padded with
+      0; segments that are not there hold -1. Only runs whose reducer matches patches and question need it.
   """
 
   tokens: jax.Array
@@ -30,6 +35,7 @@ class Prompt:
   image_start: jax.Array
   seed: jax.Array
   instruct_start: jax.Array | None = None
+  question: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -96,6 +102,20 @@ class TrainOutput:
   def logits(self) -> jax.Array:
     """float32[B, S, V], all of them at once."""
     return self.hidden if self.head is None else head_logits(self.hidden, self.head)
+
+
+def question_segments(questions: Sequence[np.ndarray | None], length: int) -> np.ndarray:
+  """`Prompt.question` of rows of CLIP tokens int[Q], None for nothing: int32[B, N, length], as many segments as the longest has.
+
+  The number of segments is a power of two, so that few programs are compiled for whatever is asked.
+  """
+  segments = max(-(-len(ids) // length) for ids in (*questions, ()) if ids is not None)
+  rows = np.full((len(questions), 1 << max(segments - 1, 0).bit_length(), length), NO_SEGMENT, np.int32)
+  for row, ids in zip(rows, questions):
+    if ids is not None:
+      used = row[: -(-len(ids) // length)]
+      used[...] = np.pad(ids, (0, used.size - len(ids))).reshape(used.shape)
+  return rows
 
 
 @dataclasses.dataclass(frozen=True)

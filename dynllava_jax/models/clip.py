@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dynllava_jax.config import VisionConfig
+from dynllava_jax.config import ClipTextConfig, VisionConfig
 from dynllava_jax.methods.base import MergedTokens, TowerNeeds, TowerOutput
 from dynllava_jax.models.layers import Dense, Dtype, LayerNorm, batch_split, partitioned, scan_layers
 from dynllava_jax.ops.full_attention import full_attention, rows_for
@@ -94,11 +94,12 @@ def next_block(params: dict[str, Any], x: jax.Array, cfg: VisionConfig) -> tuple
 class VisionBlock(nn.Module):
   """One encoder layer."""
 
-  cfg: VisionConfig
+  cfg: VisionConfig | ClipTextConfig
   dtype: Dtype
   kernel: str = 'xla'  # of `full_attention`; blocks that merge have none
   merge: Callable[..., tuple[jax.Array, MergedTokens]] | None = None
   merged: int = 0  # so many tokens by `merge`
+  causal: bool = False
 
   @nn.compact
   def __call__(self, carry: tuple[jax.Array, dict[str, Any] | MergedTokens | None]):
@@ -116,7 +117,9 @@ class VisionBlock(nn.Module):
       q, k, v = (jnp.einsum('btd,ndh->btnh', y, w) + b for w, b in zip(qkv.astype(dtype), bias.astype(dtype)))
     else:
       q, k, v = jnp.einsum('btd,cndh->cbtnh', y, qkv.astype(dtype)) + bias.astype(dtype)[:, None, None]
-    if self.merge is None:
+    if self.causal:
+      y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    elif self.merge is None:
       y = full_attention(q, k, v, length, self.kernel)
     else:
       by_size = jnp.log(watched.size)[:, None, None].astype(dtype)  # a key counts once for each token in it

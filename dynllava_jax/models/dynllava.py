@@ -18,6 +18,7 @@ from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, j
 from dynllava_jax.models import reduction
 from dynllava_jax.models.batch import InstructRule, Prompt, StageTrace, TrainOutput, answer_mask, instruct_start_of
 from dynllava_jax.models.clip import VisionTower, next_block
+from dynllava_jax.models.clip_text import with_question
 from dynllava_jax.models.layers import Dtype
 from dynllava_jax.models.llama import LayerOutput, Llama
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
@@ -57,23 +58,24 @@ class DynLlava(nn.Module):
     """Normalised pixels float[B, R, R, 3] -> tower features float[B, P, vision width]."""
     return self.vision(pixels).features
 
-  def look(self, pixels: jax.Array) -> methods.TowerOutput:
-    """Normalised pixels float[B, R, R, 3] -> what the tower gives to the reducer."""
-    tower = self.vision(pixels)
-    if not methods.tower_needs(self.cfg, self.reducer).next_block:
-      return tower
-    params = self.variables['params']
+  def look(self, pixels: jax.Array, question: jax.Array | None = None) -> methods.TowerOutput:
+    """Normalised pixels float[B, R, R, 3] -> what the tower gives to the reducer; `question` as in `Prompt`."""
+    tower, needs, params = self.vision(pixels), methods.tower_needs(self.cfg, self.reducer), self.variables['params']
     methods.check_tail(self.cfg, self.reducer, 'vision_tail' in params)
+    if needs.question:
+      return with_question(tower, params, self.cfg, question)
+    if not needs.next_block:
+      return tower
     above = jax.tree.map(lambda w: w[0], params['vision_tail']['layers'])
     query, keys = next_block(above, jnp.concatenate([tower.class_feature[:, None], tower.features], 1), self.cfg.vision)
     return dataclasses.replace(tower, next_query=query, next_keys=keys)
 
-  def reduce_images(self, pixels: jax.Array) -> methods.Reduced:
+  def reduce_images(self, pixels: jax.Array, question: jax.Array | None = None) -> methods.Reduced:
     """Normalised pixels float[B, R, R, 3] -> image tokens float[B, P, D], and the patch that each stands for.
 
-    Without a reducer tokens are numbered row by row of their own grid.
+    Without a reducer tokens are numbered row by row of their own grid. `question` as in `Prompt`.
     """
-    tower = self.look(pixels)
+    tower = self.look(pixels, question)
     if self.reducer is None:
       tokens = self.projector(tower if self.cfg.packer else tower.features)
       return methods.Reduced(tokens, jnp.broadcast_to(jnp.arange(self.num_image), tokens.shape[:2]))

@@ -18,6 +18,7 @@ from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement, joined_projections, layer_names
 from dynllava_jax.config import ModelConfig, Stage
 from dynllava_jax.models.clip import VisionBlock
+from dynllava_jax.models.clip_text import ClipText
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.layers import LayerNorm, scan_layers
 from dynllava_jax.models.lora import ADAPTERS, SCALES
@@ -84,11 +85,14 @@ class VisionTail(nn.Module):
 
 
 def abstract_params(cfg: ModelConfig, with_tail: bool = False) -> dict[str, Any]:
-  """Shapes of `init_params` without allocating, boxed; `with_tail` adds the unused top of the CLIP tower."""
+  """Shapes of `init_params` without allocating, boxed; `with_tail` adds the unused top of the CLIP tower and its text tower."""
   params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
   if with_tail:
     x = jax.ShapeDtypeStruct((1, 1, cfg.vision.hidden_size), jnp.float32)
     params['vision_tail'] = jax.eval_shape(VisionTail(cfg).init, jax.random.key(0), x)['params']
+    if cfg.clip_text is not None:
+      ids = jax.ShapeDtypeStruct((1, 1, cfg.clip_text.num_positions), jnp.int32)
+      params['clip_text'] = jax.eval_shape(ClipText(cfg.clip_text, cfg.vision).init, jax.random.key(0), ids, x)['params']
   return params
 
 

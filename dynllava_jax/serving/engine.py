@@ -238,11 +238,11 @@ class Engine:
   def _next_group(self) -> list[Ticket]:
     """Requests next in line that share a text bucket: 1, 4, 16, ... of them, as many as there is room for."""
     most = min(self._tickets.count(None), self.prefill_rows)
-    slots = lambda ticket: ticket.request.rows.prompt.tokens.shape[1]
+    shapes = lambda ticket: jax.tree.map(np.shape, ticket.request.rows.prompt)
     with self._line:
       group: list[Ticket] = []
       for ticket in self._waiting.in_turn():
-        if len(group) == most or (group and slots(ticket) != slots(group[0])):
+        if len(group) == most or (group and shapes(ticket) != shapes(group[0])):
           break
         group.append(ticket)
       size = 1 << (len(group).bit_length() - 1) // 2 * 2 if group else 0

@@ -51,9 +51,8 @@ def timed(call: Callable[[], Any]) -> float:
 
 def random_params(model: ModelConfig, run: EvalRun, dtype: Any, seed: int) -> dict[str, Any]:
   """Parameters cut for a run: normal, of deviation 0.02, norms one."""
-  shapes = jax.eval_shape(
-    lambda p: cut_params(p, run.stages, best(jax.local_devices()[:1])), sharding.unboxed(abstract_params(model))
-  )
+  whole = sharding.unboxed(abstract_params(model, methods.needs_tail(model, run.reducer)))
+  shapes = jax.eval_shape(lambda p: cut_params(p, run.stages, best(jax.local_devices()[:1])), whole)
   draw = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype), static_argnums=1)
   keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
   make = lambda path, x: jnp.ones(x.shape, dtype) if path[-1].key == 'scale' else draw(next(keys), x.shape)

@@ -1,6 +1,7 @@
 """Training, from top to bottom."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 
@@ -24,7 +25,7 @@ from dynllava_jax.training.keeping import Keeping
 from dynllava_jax.training.metrics import TENSORBOARD, Display, MetricsLog, missing_lines, read_metrics, unreadable_lines
 from dynllava_jax.training.record import CHECKPOINTS
 from dynllava_jax.training.saving import Saver, SaveTimes, check_path
-from dynllava_jax.training.starting import inherited_tokenizer, initial_state, to_save
+from dynllava_jax.training.starting import inherited_tokenizer, initial_state, text_tower, to_save
 from dynllava_jax.training.step import State, make_optimizer, make_train_step, unused
 from dynllava_jax.training.stopping import Interrupted, StopRequest
 from dynllava_jax.training.throughput import Clock, compilations
@@ -105,7 +106,7 @@ def _train(
     # The top of a CLIP tower, and an instruction predictor that is not run: no use for the step, but an export needs them.
     tail = {k: frozen.pop(k) for k in unused(cfg) if k in frozen}
     info = CheckpointInfo(
-      model=cfg.model,
+      model=dataclasses.replace(cfg.model, clip_text=text_tower(cfg, directory) if 'clip_text' in tail else None),
       stages=cfg.stages,
       reducer=cfg.reducer,
       sparsity=cfg.sparsity,

@@ -10,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointError
-from dynllava_jax.config import TOKENIZER_FILES, ConfigError, TrainConfig, first_difference, to_dict
+from dynllava_jax.config import TOKENIZER_FILES, ClipTextConfig, ConfigError, TrainConfig, first_difference, to_dict
 from dynllava_jax.models.lora import ADAPTERS
 from dynllava_jax.models.params import abstract_params, cut_params, init_params
 from dynllava_jax.training.adapters import adapted, held_as, new_adapters
@@ -73,7 +73,7 @@ def to_save(state: State) -> dict[str, Any]:
 def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Parameters of `init_from`. Predictors may be missing there; everything else must fit."""
   found = checkpoint.read_info(cfg.init_from)
-  theirs, ours = (to_dict(dataclasses.replace(m, predictor=None)) for m in (found.model, cfg.model))
+  theirs, ours = (to_dict(dataclasses.replace(m, predictor=None, clip_text=None)) for m in (found.model, cfg.model))
   if difference := first_difference(theirs, ours):
     key, old, new = difference
     raise ConfigError(
@@ -85,6 +85,11 @@ def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     raise ConfigError(f'config.init_from: {cfg.init_from} has other predictors: {known}')
   left_out = () if cfg.model.predictor else PREDICTORS
   return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
+
+
+def text_tower(cfg: TrainConfig, directory: pathlib.Path) -> ClipTextConfig | None:
+  """The text tower that a run carries along, as its own newest step or `init_from` describes it."""
+  return checkpoint.read_info(directory if checkpoint.all_steps(directory) else cfg.init_from).model.clip_text
 
 
 def inherited_tokenizer(path: str) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dynllava_jax import methods, sharding
+from dynllava_jax import checkpoint, methods, sharding
 from dynllava_jax.config import (
   IGNORE,
   LoraConfig,
@@ -32,7 +32,7 @@ from dynllava_jax.training.precision import in_float32, moments_in, store
 PREDICTORS = ('image_predictor', 'text_predictor', 'instruct_predictor')
 EMBEDDINGS = ('embedding', 'class_embedding', 'position_embedding')
 ROUNDING, DROPOUT, INSTRUCT = range(2**31, 2**31 + 3)  # what the keys for these are made with
-NEVER_RUN = ('vision_tail',)
+NEVER_RUN = checkpoint.TAIL
 WINDOW = 64  # good steps that a spike is told by
 
 

@@ -19,7 +19,7 @@ from dynllava_jax.convert.readers import ConversionError, Tensor, read_json
 from dynllava_jax.convert.records.base import load_case
 from dynllava_jax.convert.source import Request, open_source
 
-PIXELS, IDS = 'pixel_values', 'input_ids'
+PIXELS, IDS, QUESTION = 'pixel_values', 'input_ids', 'text_ids'
 # 's0: pixel_values[0] and b1/input_ids, t: b2/input_ids of ../case.npz', the way records name prompts of their base's case.
 PROMPT = re.compile(r'(\w+)\s*:\s*(?:pixel_values\[(\d+)\]\s+and\s+)?([\w./-]*input_ids)')
 CASE = re.compile(r'\S+\.npz')
@@ -166,10 +166,14 @@ def as_params(info: CheckpointInfo, tensors: list[tuple[str, Tensor]]) -> dict[s
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """A recorded prompt: `ids` int[L], -200 for the image, and its `pixels` float32[R, R, 3], None without image."""
+  """A recorded prompt: `ids` int[L], -200 for the image, and its `pixels` float32[R, R, 3], None without image.
+
+  `question`: int[Q], what is asked in CLIP's tokens, None where nothing goes by it.
+  """
 
   ids: np.ndarray
   pixels: np.ndarray | None
+  question: np.ndarray | None = None
 
 
 def samples(record: Record, base: Base, described: str) -> dict[str, Sample]:

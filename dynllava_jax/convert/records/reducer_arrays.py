@@ -12,14 +12,14 @@ from dynllava_jax.config import DENSE, Piece, Stage
 from dynllava_jax.convert.records.bases import Base, Record, Sample
 from dynllava_jax.convert.records.reduction import Project, Reduction
 from dynllava_jax.convert.records.runs import Answer, per_layer
-from dynllava_jax.methods import divprune, dymu, prumerge, visionzip, vispruner, vscan
+from dynllava_jax.methods import cdpruner, divprune, dpp, dymu, prumerge, visionzip, vispruner, vscan
 from dynllava_jax.methods.base import TowerOutput
 from dynllava_jax.ops.layout import gather_rows
 
 SCORE, KEY = 5e-6, 1e-5
 # Of arrays by their name; whole numbers are compared exactly, everything else as logits are.
 TOLERANCES = dict.fromkeys(('cls_attention', 'cls_attention_shallow', 'cls_attention_deep', 'stage2_score'), SCORE)
-TOLERANCES |= dict.fromkeys(('key_metric', 'distance', 'step_score'), KEY)
+TOLERANCES |= dict.fromkeys(('key_metric', 'distance', 'step_score', 'text_embeds', 'image_embeds', 'relevance', 'kernel'), KEY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,14 @@ def divprune_arrays(tower: TowerOutput, project: Project, options: Any) -> dict[
   distance = divprune.distances(projected)
   order, score = divprune.spread(distance, options.tokens)
   return {'projected': projected, 'distance': distance, 'selection_order': order, 'step_score': score}
+
+
+def cdpruner_arrays(tower: TowerOutput, project: Project, options: Any) -> dict[str, jax.Array]:
+  """Both sides as CLIP compares them, the kernel and the order of choice."""
+  projected, relevant = project(tower.features), cdpruner.relevance(tower)
+  kernel = cdpruner.kernel(projected, relevant)
+  seen = {'text_embeds': tower.text_embeds, 'image_embeds': tower.patch_embeds, 'relevance': relevant, 'kernel': kernel}
+  return seen | {'projected': projected, 'selection_order': dpp.greedy(kernel, options.tokens)[0]}
 
 
 def vispruner_arrays(tower: TowerOutput, project: Project, options: Any) -> dict[str, jax.Array]:
@@ -227,6 +235,10 @@ def one(name: str, options: Callable[[Asking], dict[str, Any]]) -> Callable[[Ask
 
 
 RECORDED = {
+  'cdpruner': Recorded(
+    runs=one('cdpruner', lambda asked: {'tokens': asked.hyper['visual_token_num']}),
+    arrays=cdpruner_arrays,
+  ),
   'divprune': Recorded(
     runs=one('divprune', lambda asked: {'tokens': round(asked.hyper['SUBSET_RATIO'] * asked.patches)}), arrays=divprune_arrays
   ),

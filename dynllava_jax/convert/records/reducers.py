@@ -5,13 +5,14 @@ tokens decoded after it with their logits. Each prompt runs alone, and then in o
 longer row whose image stands elsewhere.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
 from dynllava_jax.config import IMAGE_ID
 from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare
-from dynllava_jax.convert.records.bases import Record, Sample, groups, samples
+from dynllava_jax.convert.records.bases import QUESTION, Record, Sample, groups, samples
 from dynllava_jax.convert.records.reducer_arrays import RECORDED, TOLERANCES, Asking, Run
 from dynllava_jax.convert.records.reduction import Reduction, Row
 
@@ -20,6 +21,8 @@ def verify(record: Record) -> Iterator[Quantity]:
   """Every quantity of a record of one of these methods; prompts that are run in the same way make up a batch."""
   base, described = record.described_base()
   prompts = samples(record, base, described)
+  for name, sample in prompts.items():
+    prompts[name] = dataclasses.replace(sample, question=record.case.get(f'{name}/{QUESTION}'))
   members: dict[Run, list[str]] = {}
   for group, name in groups(record, prompts).items():
     hyper = record.meta.get('hyper', {}) | record.meta.get('configs', {}).get(group.rpartition('/')[0], {})
@@ -46,7 +49,7 @@ def neighbours(sample: Sample) -> list[Sample]:
   """Other rows for a batch: one without image, and a longer one that starts with its image."""
   text = sample.ids[sample.ids != IMAGE_ID]
   upside_down = None if sample.pixels is None else sample.pixels[::-1]
-  return [Sample(text[: len(text) // 2 + 1], None), Sample(np.concatenate([[IMAGE_ID], text, text]), upside_down)]
+  return [Sample(text[: len(text) // 2 + 1], None), Sample(np.concatenate([[IMAGE_ID], text, text]), upside_down, sample.question)]
 
 
 def _compare(record: Record, group: str, run: Run, where: str, row: Row) -> Iterator[Quantity]:
@@ -65,6 +68,8 @@ def _compare(record: Record, group: str, run: Run, where: str, row: Row) -> Iter
       found[name] = row.answer.tokens[: len(theirs)]
     elif name == f'{run.prefix}decode_logits':
       found[name] = row.answer.logits[: len(theirs)]
+    elif name == 'text_embeds':  # in a batch there are as many segments as the longest question has
+      found[name] = row.seen[name][: len(theirs)]
     if name in found:
       tolerance = EXACT if np.issubdtype(theirs.dtype, np.integer) else TOLERANCES.get(name.partition('/')[0], LOGITS)
       yield compare(f'{where}{key}', found[name], theirs, tolerance)

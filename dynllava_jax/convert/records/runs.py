@@ -82,7 +82,7 @@ class Runner:
     arrangement = best_for(params)
     self.model = DynLlava(dataclasses.replace(model, predictor=None), stages, reducer=reducer, arrangement=arrangement)
     self.num_image = self.model.num_image
-    used = {name: params[name] for name in ('vision', 'vision_tail', 'projector', 'llama') if name in params}
+    used = {name: params[name] for name in ('vision', 'vision_tail', 'clip_text', 'projector', 'llama') if name in params}
     methods.check_tail(model, reducer, 'vision_tail' in used)
     self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), used), stages, arrangement)
     self._prefill = jax.jit(self._prefill_impl, static_argnums=2)
