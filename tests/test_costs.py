@@ -11,7 +11,17 @@ import pytest
 
 from dynllava_jax import costs, methods, sharding
 from dynllava_jax.cache import CacheSpec
-from dynllava_jax.config import DENSE, EvalRun, LlamaConfig, ModelConfig, Piece, Stage, VisionConfig, from_config_dict
+from dynllava_jax.config import (
+  DENSE,
+  ClipTextConfig,
+  EvalRun,
+  LlamaConfig,
+  ModelConfig,
+  Piece,
+  Stage,
+  VisionConfig,
+  from_config_dict,
+)
 from dynllava_jax.evals import budgets
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.params import abstract_params, cut_params
@@ -20,6 +30,7 @@ from dynllava_jax.models.params import abstract_params, cut_params
 MODEL = ModelConfig(
   vision=VisionConfig(image_size=112, hidden_size=256, mlp_dim=512, num_layers=2, num_heads=4),
   llama=LlamaConfig(vocab_size=256, hidden_size=512, mlp_dim=1024, num_layers=2, num_heads=4, num_kv_heads=4),
+  clip_text=ClipTextConfig(vocab_size=64, hidden_size=256, mlp_dim=512, num_layers=1, num_heads=4, num_positions=16, embed_dim=64),
 )
 TEXT = 16
 TWO = (Stage(), Stage(start=1))
@@ -68,13 +79,13 @@ def check_costs(config: ModelConfig, stages: tuple[Stage, ...], reducer: Piece |
   model, spec = DynLlava(config, stages, reducer=reducer), CacheSpec(max_new_tokens=4)
   array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
   size = TEXT + methods.num_image_tokens(config, reducer)
-  prompt = Prompt(array(1, size), array(1), array(1), array(1, dtype=jnp.uint32))
-  tail = methods.tower_needs(config, reducer).next_block
+  prompt = Prompt(array(1, size), array(1), array(1), array(1, dtype=jnp.uint32), question=array(1, 1, 16))
+  tail = methods.needs_tail(config, reducer)
   params = jax.eval_shape(lambda p: cut_params(p, stages), sharding.unboxed(abstract_params(config, with_tail=tail)))
 
   def prefill(params, prompt, pixels):
     call = lambda method, *args: model.apply({'params': params}, *args, method=method)
-    image = call('reduce_images', pixels)
+    image = call('reduce_images', pixels, prompt.question)
     hidden, _, cache = call('prefill', prompt, image.tokens, spec, image.group)
     return call('logits', hidden[:, -1]), cache
 

@@ -159,9 +159,9 @@ def _named(files: Mapping[str, bytes]) -> dict[str, tuple[str, str]]:
   """
   found: dict[str, tuple[str, str]] = {}
   for file in (CONFIG_FILE, MAP_FILE):
-    table = _table(files, file)
+    names = table(files, file)
     for name in ('tokenizer_class', *(f'{which}_token' for which in ('bos', 'eos', 'unk', 'pad', 'sep', 'cls', 'mask'))):
-      value = table.get(name)
+      value = names.get(name)
       text = value.get('content') if isinstance(value, dict) else value
       if value is None:
         continue

@@ -138,7 +138,7 @@ def test_the_text_tower_goes_both_ways(converted):
 @pytest.mark.slow
 def test_questions_in_words(converted):
   """From Python: another question keeps other patches, alone as beside others; without CLIP's words the run is refused."""
-  model = dynllava_jax.load(converted / 'ours', stages='cdpruner_14', max_new_tokens=2, text_lengths=(96,))
+  model = dynllava_jax.load(converted / 'ours', stages='cdpruner_14', max_new_tokens=2, text_lengths=(256,))
   picture = np.random.default_rng(1).integers(0, 255, (112, 112, 3), np.uint8)
   asked = ['Which digit is it?', 'zzzzz, and then much more than fits in sixteen tokens', 'Hello']
   together = [r.kept_image for r in model.reply([picture, picture, None], asked)]
