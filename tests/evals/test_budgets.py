@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dynllava_jax import costs, methods, presets
-from dynllava_jax.config import ConfigError, EvalConfig, ModelConfig, from_config_dict
+from dynllava_jax import costs
+from dynllava_jax.config import ClipTextConfig, ConfigError, EvalConfig, ModelConfig, from_config_dict
 from dynllava_jax.evals import budgets, published
 from dynllava_jax.evals.benchmarks import suite
 
@@ -27,10 +27,16 @@ def config(file: str, arg: str) -> EvalConfig:
   return from_config_dict(EvalConfig, runpy.run_path(str(ROOT / 'configs' / file))['get_config'](arg))
 
 
-@pytest.mark.parametrize('arg, model', [('methods', presets.LLAVA_1_5_7B), ('methods,13b', presets.LLAVA_1_5_13B)])
+WITH_TEXT = dataclasses.replace(presets.LLAVA_1_5_7B, clip_text=ClipTextConfig())
+
+
+@pytest.mark.parametrize(
+  'arg, model', [('methods', presets.LLAVA_1_5_7B), ('methods,13b', presets.LLAVA_1_5_13B), ('methods,7b+text', WITH_TEXT)]
+)
 def test_every_training_free_method_has_rows_with_the_budget_as_layer_average(arg, model):
   cfg = config('eval.py', f'pope,{arg}')
-  assert {r.method for r in cfg.runs.values()} == {*budgets.registered(), 'dense', 'smaller_image'} - {'all', 'dynamic'}
+  without = {'all', 'dynamic', *(() if model.clip_text else budgets.BY_QUESTION)}
+  assert {r.method for r in cfg.runs.values()} == {*budgets.registered(), 'dense', 'smaller_image'} - without
   for name, run in cfg.runs.items():
     kept = layer_average(model, run)
     if any(s.compressor for s in run.stages):

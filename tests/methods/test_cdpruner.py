@@ -117,7 +117,9 @@ def converted(tmp_path_factory):
   config = json.loads((clip / 'config.json').read_text())
   config['text_config'] |= {'vocab_size': len(words), 'eos_token_id': 2}
   (clip / 'config.json').write_text(json.dumps(config))
-  (source / 'tokenizer.model').write_bytes(train_tokenizer(['USER: ASSISTANT: Which digit is it?\n,.:'] * 9, 300))
+  draw = np.random.default_rng(0)
+  text = [' '.join(''.join(draw.choice([*'abcdefgh'], 4)) for _ in range(9)) for _ in range(200)]
+  (source / 'tokenizer.model').write_bytes(train_tokenizer(['USER: ASSISTANT: Which digit is it?\n,.:', *text], 512))
   convert(Request(src=source, vision=clip), folder / 'ours')
   return folder
 
