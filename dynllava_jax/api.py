@@ -100,6 +100,12 @@ def converted(text: str) -> str:
   return str(dst)
 
 
+def name_of(path: paths.Given) -> str:
+  """What a checkpoint is called by its folder: that above `checkpoints`, and above a step."""
+  parts = [p for p in path.parts if not p.isdecimal() and p != 'checkpoints']
+  return parts[-1] if parts else 'model'
+
+
 def dtype_of(name: str | None) -> str:
   """The dtype to compute in; None is bfloat16 on accelerators. ValueError for another name."""
   if name is None:
@@ -141,6 +147,12 @@ def run_of(info: CheckpointInfo, stages: Stages) -> EvalRun:
   if not 0 < budget <= setting.patches:
     raise ConfigError(f'stages: {stages!r} keeps {budget} image tokens, and the model has {setting.patches}')
   return from_config_dict(EvalRun, ConfigDict(budgets.RECIPES[name](setting, budget)), 'stages')
+
+
+def share_of(info: CheckpointInfo, share: float) -> str:
+  """The `stages` that keep this share of the image tokens: by predictors if a checkpoint was trained with them, else by FastV."""
+  trained = any(s.selector == 'dynamic' for s in info.stages)
+  return f'{"dynamic" if trained else "fastv"}_{max(1, int(info.model.num_image_tokens * share))}'
 
 
 def dynamic_stages(info: CheckpointInfo) -> tuple[Stage, ...]:

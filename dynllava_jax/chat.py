@@ -122,9 +122,9 @@ class Session:
       wanted = -1.0
     if not 0 < wanted <= 1:
       raise ValueError(f'/keep {share}: expected a share above 0 up to 1, such as /keep 0.1')
-    tokens = max(1, int(self._own.loaded.model.num_image_tokens * wanted))
-    trained = any(s.selector == 'dynamic' for s in self._own.loaded.info.stages)
-    return self._run(f'{"dynamic" if trained else "fastv"}_{tokens}')
+    from dynllava_jax import api
+
+    return self._run(api.share_of(self._own.loaded.info, wanted))
 
   def _run(self, stages: str | None) -> str:
     """Another way to run the model, for what follows; the conversation is read anew."""
@@ -188,6 +188,7 @@ def main(_) -> None:
     if CHECKPOINT.value is None:
       raise ConfigError('--checkpoint is missing')
     import dynllava_jax as dl
+    from dynllava_jax import api
 
     if sys.stdin.isatty():
       import readline  # lines can be edited and called back
@@ -204,7 +205,7 @@ def main(_) -> None:
       temperature=TEMPERATURE.value,
       seed=SEED.value,
     )
-    console.print(f'{model.loaded.name} runs {described(model.loaded.stages)}; /help lists orders')
+    console.print(f'{api.name_of(command_line.path(CHECKPOINT))} runs {described(model.loaded.stages)}; /help lists orders')
     talk(session, typed(console), console)
 
 

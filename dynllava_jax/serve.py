@@ -56,7 +56,7 @@ def main(_) -> None:
 
     console = Terminal(file=sys.stderr)
     stages = command_line.stages(STAGES)
-    made = offers.offers(path, NAME.value or offers.name_of(path), stages, ALSO.value)
+    made = offers.offers(path, NAME.value or api.name_of(path), stages, ALSO.value)
     sizes = offers.Sizes(SLOTS.value, STEPS.value, MAX_NEW_TOKENS.value, tuple(sorted(set(TEXT_LENGTHS.value))), QUEUE.value)
     for length in sizes.text_lengths:
       if length < 1:

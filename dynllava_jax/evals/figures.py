@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -50,22 +50,12 @@ def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figu
   figure = Figure(figsize=(9, 2.7 * len(shown) + 0.6))
   figure.suptitle(title, fontsize=12, y=1 - 0.2 / figure.get_figheight())
   height = 1 / len(shown) * (1 - 0.6 / figure.get_figheight())
-  vision, packer = loaded.model.vision, loaded.model.packer
-  patch = vision.patch_size * (packer.scale_factor if packer else 1)  # what one image token covers, in pixels
-  side = vision.image_size // patch
   for i, answer in enumerate(shown):
     meta = answer.row['metadata']
     kept_image = np.asarray(meta['kept_image'])
     bottom = (len(shown) - 1 - i) * height
     picture = figure.add_axes((0.02, bottom + 0.02, 0.28, height - 0.03))
-    patches = kept_image[kept_image >= 0]  # a class token among them is no part of the picture
-    picture.imshow(dim(preprocess(load_image(answer.question), vision, loaded.info.image_aspect), patches, patch))
-    picture.set_axis_off()
-    for token in patches:
-      row, column = divmod(int(token), side)
-      picture.add_patch(
-        matplotlib.patches.Rectangle((column * patch - 0.5, row * patch - 0.5), patch, patch, fill=False, edgecolor='#ffb000', lw=1)
-      )
+    draw_patches(picture, seen_by_model(answer.question, loaded), kept_image, grid(loaded))
     text = figure.add_axes((0.32, bottom + 0.02, 0.66, height - 0.04))
     text.set_axis_off()
     question = textwrap.wrap(printable(answer.question.text[0], lines=True), 70, max_lines=2, placeholder=' ...')
@@ -76,7 +66,7 @@ def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figu
     text.text(
       0,
       0.97 - 0.11 * len(question),
-      f'{len(kept_image)} of {side * side} image tokens, {fed}',
+      f'{len(kept_image)} of {grid(loaded) ** 2} image tokens, {fed}',
       va='top',
       fontsize=9,
       color='#666666',
@@ -85,16 +75,46 @@ def tokens_figure(shown: Sequence[Pictured], loaded: Loaded, title: str) -> Figu
   return figure
 
 
-def write_tokens(axes, meta: Mapping[str, Any], tokenizer: Tokenizer, top: float) -> None:
-  """The generated tokens in monospace, those whose K/V were dropped in grey or given up in orange; the last was never fed."""
-  line, column, step = 0, 0, 1 / (WRAP * 1.15)
+def grid(loaded: Loaded) -> int:
+  """Image tokens along a side of the picture."""
+  packer = loaded.model.packer
+  return loaded.model.vision.image_size // (loaded.model.vision.patch_size * (packer.scale_factor if packer else 1))
+
+
+def seen_by_model(question: Question, loaded: Loaded) -> np.ndarray:
+  """The question's picture as the model sees it, uint8[R, R, 3]."""
+  return preprocess(load_image(question), loaded.model.vision, loaded.info.image_aspect)
+
+
+def draw_patches(axes, image: np.ndarray, kept: np.ndarray, side: int) -> None:
+  """A picture uint8[R, R, 3] with the patches int32[M] `kept` bright and framed, of `side` along each side."""
+  patches = kept[kept >= 0]  # a class token among them is no part of the picture
+  size = image.shape[0] // side
+  axes.imshow(dim(image, patches, size))
+  axes.set_axis_off()
+  for token in patches:
+    row, column = divmod(int(token), side)
+    axes.add_patch(
+      matplotlib.patches.Rectangle((column * size - 0.5, row * size - 0.5), size, size, fill=False, edgecolor='#ffb000', lw=1)
+    )
+
+
+def write_tokens(
+  axes, meta: Mapping[str, Any], tokenizer: Tokenizer, top: float, color: Callable[[int], Any] | None = None, wrap: int = WRAP
+) -> None:
+  """The generated tokens in monospace, `wrap` characters a line.
+
+  Coloured as `color` says of each; if None, those whose K/V were dropped grey and those given up orange. The last was never fed.
+  """
+  color = color or (lambda i: token_color(meta, i))
+  line, column, step = 0, 0, 1 / (wrap * 1.15)
   for i, token in enumerate(meta['tokens']):
     piece = '</s>' if token == tokenizer.eos_id else printable(tokenizer.piece(token))
-    if column + len(piece) > WRAP or (piece == ' row' and column):
+    if column + len(piece) > wrap or (piece == ' row' and column):
       line, column = line + 1, 0
     if line == LINES:
       return
-    axes.text(column * step, top - 0.085 * line, piece, va='top', fontsize=11, family='monospace', color=token_color(meta, i))
+    axes.text(column * step, top - 0.085 * line, piece, va='top', fontsize=11, family='monospace', color=color(i))
     column += len(piece)
 
 

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dynllava_jax import api, cache, costs, methods, paths
+from dynllava_jax import api
 from dynllava_jax.config import ConfigError
 from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.layout import Layout, Loaded, Rows
-from dynllava_jax.serving import batch
+from dynllava_jax.serving import batch, growth
 from dynllava_jax.serving.engine import Engine, Ticket
 from dynllava_jax.serving.questions import SETTING
 from dynllava_jax.serving.request import Options, Request
@@ -47,23 +47,12 @@ class Offer:
     prompt = ticket.request.rows.prompt
     image = self.loaded.num_image if prompt.image_start[0] >= 0 else 0
     kept = tuple(ticket.kept)
-    return self._slots(int(prompt.length[0]) - image, image, sum(kept) - ticket.evicted, len(kept))
+    return sum(growth.slots(self.loaded, int(prompt.length[0]) - image, image, len(kept), sum(kept) - ticket.evicted))
 
   def room(self, sizes: Sizes) -> int:
     """Slots of keys and values, over all layers, that the longest request may take up."""
-    return self._slots(max(sizes.text_lengths), self.loaded.num_image, None, sizes.max_new_tokens)
-
-  def _slots(self, text: int, image: int, kept: int | None, generated: int) -> int:
-    """`kept`: of the generated tokens, behind a gate; None for as many as there is room for."""
-    model, stages, gated, share, total = self.loaded.model, self.loaded.stages, False, 1.0, 0
-    ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
-    for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, image)):
-      if methods.get(stage.selector).text_margin:
-        gated, share = True, stage.text_keep_budget
-      most = cache.generated_budget(gated, share, cache.CacheSpec(max_new_tokens=generated)) if kept is None else kept
-      answer = most if gated else generated
-      total += sum(n + answer for n in costs.stage_slots(model, stage, end, text, image_tokens))
-    return total
+    new = sizes.max_new_tokens
+    return sum(growth.slots(self.loaded, max(sizes.text_lengths), self.loaded.num_image, new, new))
 
 
 def offers(path: str, name: str, stages: api.Stages, also: Sequence[str]) -> dict[str, Offer]:
@@ -74,12 +63,6 @@ def offers(path: str, name: str, stages: api.Stages, also: Sequence[str]) -> dic
       raise ConfigError(f'--also: {way} is there twice')
     out[label] = Offer(label, way, api.describe(path, way)[0])
   return out
-
-
-def name_of(path: paths.Given) -> str:
-  """What a checkpoint is called by its folder: that above `checkpoints`, and above a step."""
-  parts = [p for p in path.parts if not p.isdecimal() and p != 'checkpoints']
-  return parts[-1] if parts else 'model'
 
 
 def meshes(tensor: int) -> list[Mesh]:

@@ -1,0 +1,24 @@
+"""How many slots of keys and values a request takes up, stage by stage."""
+
+from dynllava_jax import cache, costs, methods
+from dynllava_jax.evals.layout import Loaded
+
+
+def slots(loaded: Loaded, text: int, image: int, generated: int, kept: int) -> list[int]:
+  """Slots in use in each stage, summed over its layers.
+
+  Args:
+    loaded: the model and its stages.
+    text, image: tokens of the prompt.
+    generated: tokens that were fed after it, and kept: of these, what the gate kept and did not give up.
+  """
+  model, stages = loaded.model, loaded.stages
+  ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
+  gated, share, out = False, 1.0, []
+  for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, image)):
+    if methods.get(stage.selector).text_margin:
+      gated, share = True, stage.text_keep_budget
+    most = cache.generated_budget(gated, share, cache.CacheSpec(max_new_tokens=max(generated, 1)))
+    answer = min(kept, most) if gated else generated
+    out.append(sum(n + answer for n in costs.stage_slots(model, stage, end, text, image_tokens)))
+  return out
