@@ -21,6 +21,8 @@ STAGES = flags.DEFINE_string(
   'stages', None, "How it is run: dense, dynamic, dynamic_N, a method, or a JSON list; the checkpoint's own."
 )
 ALSO = flags.DEFINE_list('also', ['dense'], 'Further ways to run it, offered as NAME:WAY; each has slots of its own.')
+CONTROLLER = flags.DEFINE_enum('controller', None, ['target'], 'target: how sparsely a request is run follows the load.')
+ROOM = flags.DEFINE_integer('room_mib', 0, "The controller's, for keys and values; 0 is that of the slots, dense.", lower_bound=0)
 SLOTS = flags.DEFINE_integer('slots', 8, 'Questions that each way answers at once.', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 8, 'Tokens per dispatch.', lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 256, 'Most tokens of an answer.', lower_bound=1)
@@ -47,6 +49,8 @@ def main(_) -> None:
     except ImportError as e:
       raise ConfigError(f'{e.name} is missing; pip install -r requirements-serve.txt') from None
     del fastapi, prometheus_client, uvicorn
+    if ROOM.value and not CONTROLLER.value:
+      raise ConfigError('--room_mib is of the controller; add --controller=target')
     keys = _keys()
     path = command_line.path(CHECKPOINT)
     from dynllava_jax import api
@@ -66,6 +70,7 @@ def main(_) -> None:
       dtype=api.dtype_of(DTYPE.value),
       tensor=TENSOR.value,
       sizes=sizes,
+      room=ROOM.value * 2**20 if CONTROLLER.value else None,
       limits=Limits(keys, MAX_BODY.value * 2**20, MAX_PIXELS.value, TIMEOUT.value),
       host=HOST.value,
       port=PORT.value,

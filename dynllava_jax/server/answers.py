@@ -50,7 +50,7 @@ class Writer:
       'image_tokens': self._image_tokens,
       'kept_image_tokens': len(reply.kept_image),
       'kept_completion_tokens': reply.kept_generated,
-      'rung': getattr(reply, 'rung', ''),
+      'rung': reply.rung,
     }
 
   def logprobs(self, tokens: Sequence[int], log_probs: Sequence[float]) -> dict[str, Any]:

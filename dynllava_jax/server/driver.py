@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from dynllava_jax.serving.engine import Engine, Ticket
+from dynllava_jax.serving.engine import Engine
 from dynllava_jax.serving.request import Reply, Request
+from dynllava_jax.serving.ticket import Ticket
 
 LATELY = 10.0  # seconds over which speed is measured
 

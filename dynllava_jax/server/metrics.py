@@ -7,7 +7,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from dynllava_jax.server.driver import Driver
 from dynllava_jax.server.offers import Offer, Sizes
-from dynllava_jax.serving.engine import Ticket
+from dynllava_jax.serving import growth
+from dynllava_jax.serving.engine import Engine
+from dynllava_jax.serving.ticket import Ticket
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 BY = ('model', 'rung')
@@ -40,7 +42,7 @@ class Metrics:
 
   def over(self, name: str, ticket: Ticket) -> None:
     """Counts a request that is over."""
-    by, offer = (name, getattr(ticket, 'rung', '')), self._offers[name]
+    by, offer = (name, ticket.rung), self._offers[name]
     prompt = ticket.request.rows.prompt
     self._requests.labels(*by, ticket.finish if ticket.error is None else 'failed').inc()
     self._prompt.labels(*by).inc(int(prompt.length[0]))
@@ -64,19 +66,39 @@ class Metrics:
     kv = gauge('kv_slots_used', 'Slots of keys and values in use, over all layers.')
     room = gauge('kv_slots', 'Slots of keys and values that there are, over all layers.')
     compiled = gauge('compilations', 'Programs compiled so far.')
-    for name, offer in self._offers.items():
+    rung = gauge('rung_slots', 'Slots of the rung in use, if a controller chooses it.', BY)
+    for name in self._offers:
       tickets = [t for driver in self._drivers for t in driver.tickets(name)]
       engines = [driver.engines[name] for driver in self._drivers]
       begun = [t for t in tickets if t.begun]
       waiting.add_metric([name], len(tickets) - len(begun))
       slots.add_metric([name], sum(e.slots for e in engines))
       used.add_metric([name], len(begun))
-      kv.add_metric([name], sum(offer.held_by(t) for t in begun))
-      room.add_metric([name], sum(e.slots for e in engines) * offer.room(self._sizes))
+      kv.add_metric([name], sum(self._held(driver.engines[name], driver.tickets(name)) for driver in self._drivers))
+      room.add_metric([name], sum(self._room(engine) for engine in engines))
+      for engine in engines:
+        if present := engine.pools.present.rung:
+          rung.add_metric([name, present], engine.slots)
       compiled.add_metric([name], sum(e.compilations() for e in engines))
     speed = gauge('tokens_per_second', 'Generated lately, by all engines.', ())
     speed.add_metric([], sum(d.tokens_per_second() for d in self._drivers))
-    yield from (waiting, slots, used, kv, room, compiled, speed, self._shares())
+    yield from (waiting, slots, used, kv, room, compiled, rung, speed, self._shares())
+
+  def _held(self, engine: Engine, tickets: Sequence[Ticket]) -> int:
+    """Slots of keys and values that requests take up so far."""
+    model, total = engine.generator.model, 0
+    for ticket in tickets:
+      prompt, kept = ticket.request.rows.prompt, tuple(ticket.kept)
+      if ticket.begun:
+        image = model.num_image if prompt.image_start[0] >= 0 else 0
+        text = int(prompt.length[0]) - image
+        total += sum(growth.slots(model.cfg, model.stages, text, image, len(kept), sum(kept) - ticket.evicted))
+    return total
+
+  def _room(self, engine: Engine) -> int:
+    """Those that its longest requests may take up."""
+    model, new = engine.generator.model, self._sizes.max_new_tokens
+    return engine.slots * sum(growth.slots(model.cfg, model.stages, max(self._sizes.text_lengths), model.num_image, new, new))
 
   def _shares(self) -> Metric:
     """Kept share of image and of answers, since the start."""

@@ -4,17 +4,22 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dynllava_jax import api
 from dynllava_jax.config import ConfigError
+from dynllava_jax.controller import rungs
+from dynllava_jax.controller.ladder import Ladder, Need
+from dynllava_jax.controller.rules import DECODE, Rules
 from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.layout import Layout, Loaded, Rows
-from dynllava_jax.serving import batch, growth
-from dynllava_jax.serving.engine import Engine, Ticket
+from dynllava_jax.serving import batch
+from dynllava_jax.serving.engine import Engine
+from dynllava_jax.serving.pools import Pools
 from dynllava_jax.serving.questions import SETTING
-from dynllava_jax.serving.request import Options, Request
+from dynllava_jax.serving.request import Request
 
 PROBE = 'a'  # a question of which only the length counts
 
@@ -42,18 +47,6 @@ class Offer:
     """A question laid out, a batch of one; DataError if it cannot be asked."""
     return Layout(self.loaded, [question], sizes.text_lengths, 0, SETTING).rows([0]).seeded(seed)
 
-  def held_by(self, ticket: Ticket) -> int:
-    """Slots of keys and values, over all layers, that a request takes up so far."""
-    prompt = ticket.request.rows.prompt
-    image = self.loaded.num_image if prompt.image_start[0] >= 0 else 0
-    kept = tuple(ticket.kept)
-    return sum(growth.slots(self.loaded, int(prompt.length[0]) - image, image, len(kept), sum(kept) - ticket.evicted))
-
-  def room(self, sizes: Sizes) -> int:
-    """Slots of keys and values, over all layers, that the longest request may take up."""
-    new = sizes.max_new_tokens
-    return sum(growth.slots(self.loaded, max(sizes.text_lengths), self.loaded.num_image, new, new))
-
 
 def offers(path: str, name: str, stages: api.Stages, also: Sequence[str]) -> dict[str, Offer]:
   """The model `name`, run as `stages` says, and `name:WAY` for each of `also`; CheckpointError or ConfigError as `api.load`."""
@@ -73,27 +66,44 @@ def meshes(tensor: int) -> list[Mesh]:
   return batch.meshes(devices, tensor)
 
 
-def engines(made: Mapping[str, Offer], mesh: Mesh, dtype: str, sizes: Sizes) -> dict[str, Engine]:
-  """An engine for each, on one group of devices; all that cut the decoder as the first one does share its weights."""
+def engines(made: Mapping[str, Offer], mesh: Mesh, dtype: str, sizes: Sizes, room: int | None = None) -> dict[str, Engine]:
+  """An engine for each, on one group of devices; all that cut the decoder as the first one does share its weights.
+
+  Args:
+    made: what is offered; mesh: the devices; dtype: of the computation; sizes: what the engines have room for.
+    room: with it the first one is run by a controller, which has so many bytes for keys and values; 0 is as many as the slots
+      take up dense.
+
+  Raises:
+    ConfigError: the controller has no room for a request, or a run does not fit the model.
+  """
   first, *others = made.values()
-  room = dict(max_new_tokens=sizes.max_new_tokens, batch_size=sizes.slots, text_lengths=sizes.text_lengths)
-  model = api.load(first.loaded.path, stages=first.stages, dtype=dtype, mesh=mesh, **room)
+  limits = dict(max_new_tokens=sizes.max_new_tokens, batch_size=sizes.slots, text_lengths=sizes.text_lengths)
+  model = api.load(first.loaded.path, stages=first.stages, dtype=dtype, mesh=mesh, **limits)
   models = {first.name: model} | {offer.name: model.run_as(offer.stages) for offer in others}
+  runs = {name: model.generator for name, model in models.items()}
+  if room is not None:
+    runs[first.name] = on_ladder(model, dtype, sizes, room)
   options = dict(text_length=max(sizes.text_lengths), slots=sizes.slots, steps=sizes.steps, limit=sizes.queue)
-  return {name: Engine(model.generator, made[name].loaded.tokenizer, **options) for name, model in models.items()}
+  return {name: Engine(run, made[name].loaded.tokenizer, **options) for name, run in runs.items()}
+
+
+def on_ladder(model: api.Model, dtype: str, sizes: Sizes, room: int) -> Pools:
+  """The checkpoint on the rungs that the controller's rules give it; see `engines`."""
+  loaded, text = model.loaded, max(sizes.text_lengths)
+  lists = rungs.by_rules(loaded.info.stages, loaded.model, Rules(), DECODE)
+  ladder = Ladder(rungs.rungs(loaded.model, lists, jnp.dtype(dtype).itemsize, loaded.reducer))
+  room = room or sizes.slots * ladder.rungs[0].bytes(Need(text, sizes.max_new_tokens))
+  return Pools.on(ladder, {rung.name: model.run_as(rung.stages).generator for rung in ladder.rungs}, room, text)
 
 
 def warm(offer: Offer, engine: Engine, sizes: Sizes) -> None:
   """Compiles every program that requests can need, before anybody asks."""
+  rows = offer.rows(Question('first', (PROBE,), PROBE, np.zeros((8, 8, 3), np.uint8)), 0, sizes)
+  text = rows.prompt.tokens.shape[1] - offer.loaded.num_image
+  requests = []
   for length in sizes.text_lengths:
-    rows = offer.rows(Question('first', (PROBE,), PROBE, np.zeros((8, 8, 3), np.uint8)), 0, sizes)
-    text = rows.prompt.tokens.shape[1] - offer.loaded.num_image
-    if length < text:
-      continue
-    pad = ((0, 0), (0, length - text))
-    prompt = dataclasses.replace(rows.prompt, tokens=np.pad(rows.prompt.tokens, pad))
-    size = 1
-    while size <= min(sizes.slots, engine.prefill_rows):
-      alone = Request('warm', dataclasses.replace(rows, prompt=prompt), Options(max_tokens=1 + sizes.steps))
-      engine.run([engine.submit(alone) for _ in range(size)])
-      size *= 4
+    if length >= text:
+      tokens = np.pad(rows.prompt.tokens, ((0, 0), (0, length - text)))
+      requests.append(Request('first', dataclasses.replace(rows, prompt=dataclasses.replace(rows.prompt, tokens=tokens))))
+  engine.warm(requests)

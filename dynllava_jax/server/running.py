@@ -47,6 +47,7 @@ def run(
   dtype: str,
   tensor: int,
   sizes: Sizes,
+  room: int | None,
   limits: Limits,
   host: str,
   port: int,
@@ -57,7 +58,7 @@ def run(
 
   Args:
     made: what is offered; dtype: of the computation; tensor: devices that hold the weights together.
-    sizes, limits: of engines and requests.
+    sizes, limits: of engines and requests; room: see `offers.engines`.
     host, port: where; 0 takes a free port.
     drain: seconds for the requests that are there when it is told to end.
     tell: told of progress.
@@ -67,10 +68,10 @@ def run(
     BaseException: what ended an engine.
   """
   metrics = Metrics(made, sizes)
-  drivers = [Driver(offers.engines(made, mesh, dtype, sizes), metrics.over) for mesh in offers.meshes(tensor)]
+  drivers = [Driver(offers.engines(made, mesh, dtype, sizes, room), metrics.over) for mesh in offers.meshes(tensor)]
   for driver in drivers:
     for name, engine in driver.engines.items():
-      tell(f'{name}: compiling for {sizes.slots} slots')
+      tell(f'{name}: compiling for {" or ".join(str(pool.slots) for pool in engine.pools.pools)} slots')
       offers.warm(made[name], engine, sizes)
   metrics.watch(drivers)
   server = Server(made, drivers, sizes, limits, metrics)

@@ -1,18 +1,17 @@
 """How many slots of keys and values a request takes up, stage by stage."""
 
 from dynllava_jax import cache, costs, methods
-from dynllava_jax.evals.layout import Loaded
+from dynllava_jax.config import ModelConfig, Stage
 
 
-def slots(loaded: Loaded, text: int, image: int, generated: int, kept: int) -> list[int]:
+def slots(model: ModelConfig, stages: tuple[Stage, ...], text: int, image: int, generated: int, kept: int) -> list[int]:
   """Slots in use in each stage, summed over its layers.
 
   Args:
-    loaded: the model and its stages.
+    model, stages: what is run.
     text, image: tokens of the prompt.
     generated: tokens that were fed after it, and kept: of these, what the gate kept and did not give up.
   """
-  model, stages = loaded.model, loaded.stages
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   gated, share, out = False, 1.0, []
   for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, image)):

@@ -78,7 +78,7 @@ def look(question: Question, ways: Mapping[str, tuple[Loaded, Generator]], text_
     kept, margin = out.kept[0, : length - 1], out.margin[0, : length - 1]
     image = loaded.num_image if question.image is not None else 0
     text = int(rows.prompt.length[0]) - image
-    slots = [growth.slots(loaded, text, image, fed, int(kept[:fed].sum())) for fed in range(length)]
+    slots = [growth.slots(loaded.model, loaded.stages, text, image, fed, int(kept[:fed].sum())) for fed in range(length)]
     kept_image = out.kept_image[-1][0] if image else np.zeros(0, np.int32)
     tokens = out.tokens[0, :length]
     answers.append(Answer(name, loaded.tokenizer.decode(tokens), tokens, kept, margin, kept_image, np.asarray(slots)))

@@ -6,6 +6,7 @@ import contextlib
 import io
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from dynllava_jax.server.app import Limits, Server  # noqa: E402
 from dynllava_jax.server.driver import Driver  # noqa: E402
 from dynllava_jax.server.metrics import Metrics  # noqa: E402
 from dynllava_jax.serving import request as req  # noqa: E402
-from dynllava_jax.serving.engine import Ticket  # noqa: E402
+from dynllava_jax.serving.ticket import Ticket  # noqa: E402
 from dynllava_jax.serving.waiting import FullError  # noqa: E402
 
 SIZES = offers.Sizes(slots=2, steps=4, max_new_tokens=12, text_lengths=(32, 64), queue=4)
@@ -44,8 +45,11 @@ class Paced:
 
   prefill_rows = 1
 
-  def __init__(self, tokenizer):
-    self.tokenizer, self.slots, self.pace, self.broken = tokenizer, SIZES.slots, 0.0, None
+  def __init__(self, loaded):
+    model = types.SimpleNamespace(cfg=loaded.model, stages=loaded.stages, num_image=loaded.num_image)
+    self.generator, self.pools = types.SimpleNamespace(model=model), types.SimpleNamespace(present=types.SimpleNamespace(rung=''))
+    self.tokenizer = loaded.tokenizer
+    self.slots, self.pace, self.broken = SIZES.slots, 0.0, None
     self.tickets, self.cancelled = [], []
 
   def submit(self, request):
@@ -86,7 +90,7 @@ class Served:
   def __init__(self, keys=(), timeout=30.0, drain=5.0):
     made = offers.offers(str(ROOT / 'examples/digits'), 'digits', None, ['dense'])
     metrics = Metrics(made, SIZES)
-    engines = {name: Paced(offer.loaded.tokenizer) for name, offer in made.items()}
+    engines = {name: Paced(offer.loaded) for name, offer in made.items()}
     self.engine = engines['digits']
     self.driver = Driver(engines, metrics.over)
     metrics.watch([self.driver])
