@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dynllava_jax import costs
+from dynllava_jax import costs, methods, presets
 from dynllava_jax.config import ClipTextConfig, ConfigError, EvalConfig, ModelConfig, from_config_dict
 from dynllava_jax.evals import budgets, published
 from dynllava_jax.evals.benchmarks import suite
