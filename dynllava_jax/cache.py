@@ -27,6 +27,27 @@ NEVER_EVICTED = jnp.inf  # margin of prompt tokens
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Candidates:
+  """Image tokens of a stage whose generated tokens choose among them: once per row, all layers of a token side by side.
+
+  Attributes:
+    kv: float[B, M, L, 2, K, H], rotated keys, and values.
+    keys: float[B, M, E], what they are scored by; None where that is the first layer's keys.
+    present: bool[B], False in rows without image, where the rest is arbitrary.
+  """
+
+  kv: jax.Array
+  keys: jax.Array | None
+  present: jax.Array
+
+  def chosen(self, index: jax.Array | None) -> jax.Array:
+    """Those of int32[B, k], all for None, layers first: float[L, B, k, 2, K, H]."""
+    kept = self.kv if index is None else jnp.take_along_axis(self.kv, index[:, :, None, None, None, None], 1, mode='clip')
+    return jnp.moveaxis(kept, 2, 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class StageCache:
   """Keys and values of one stage.
 
@@ -42,6 +63,7 @@ class StageCache:
     gated: whether generated tokens are judged. Static.
     budget: generated tokens a row may hold. Static.
     arrangement: how k and v lie. Static.
+    candidates: the image tokens where generated tokens choose among them; k and v then hold text alone. None otherwise.
   """
 
   k: Layers
@@ -55,6 +77,7 @@ class StageCache:
   gated: bool = dataclasses.field(metadata={'static': True})
   budget: int = dataclasses.field(metadata={'static': True})
   arrangement: Arrangement = dataclasses.field(default=STACKED, metadata={'static': True})
+  candidates: Candidates | None = None
 
   @property
   def slots(self) -> int:
@@ -124,6 +147,7 @@ def from_prompt(
   shift: jax.Array | None = None,
   first: jax.Array | None = None,
   arrangement: Arrangement = STACKED,
+  candidates: Candidates | None = None,
 ) -> StageCache:
   """A cache that holds a prompt's keys and values, as `with_room` makes them with `room_behind`; the rest as in `StageCache`."""
   budget = generated_budget(gated, text_keep_budget, spec)
@@ -140,6 +164,7 @@ def from_prompt(
     gated=gated,
     budget=budget,
     arrangement=arrangement,
+    candidates=candidates,
   )
 
 
@@ -168,6 +193,7 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
       v=put_layers(old.v, rows.v, lies, lies.values, more),
       margin=put(old.margin, margin),
       first=put(old.first, rows.first, slice(None)),
+      candidates=jax.tree.map(put, old.candidates, rows.candidates),
       **{name: put(getattr(old, name), getattr(rows, name)) for name in names},
     )
 

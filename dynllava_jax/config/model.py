@@ -183,6 +183,27 @@ class PredictorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RelevanceConfig:
+  """Weights that score image tokens anew for each generated token, at the entry of the stage with `Stage.revisit`.
+
+  Attributes:
+    score: name of the score function, `dot`, `mlp` or `transformer`.
+    width: of queries and keys, in `num_heads` parts that are rotated by position.
+  """
+
+  score: str = 'dot'
+  width: int = 64
+  num_heads: int = 2
+
+  def __post_init__(self):
+    require_positive(self, 'relevance: ', 'width', 'num_heads')
+    require(
+      self.width % (2 * self.num_heads) == 0,
+      f'relevance: width {self.width} is not a multiple of {2 * self.num_heads}, twice num_heads: rotary embedding needs pairs',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenPackerConfig:
   """The TokenPacker projector (arXiv 2407.02392); defaults are those for CLIP ViT-L/14-336.
 
@@ -211,6 +232,7 @@ class ModelConfig:
   Attributes:
     projector: kind of projector: `linear`, `mlpNx_gelu`, or `tokenpacker`, which `packer` describes.
     clip_text: the text tower that belongs to the vision tower; only reducers that match patches and question look at it.
+    relevance: weights that score image tokens for each generated token; None if the model has none.
   """
 
   vision: VisionConfig = VisionConfig()
@@ -219,6 +241,7 @@ class ModelConfig:
   llama: LlamaConfig = LlamaConfig()
   predictor: PredictorConfig | None = None
   clip_text: ClipTextConfig | None = None
+  relevance: RelevanceConfig | None = None
 
   def __post_init__(self):
     self.projector_depth  # raises on an unknown type

@@ -43,14 +43,16 @@ class Stage:
   Attributes:
     start: first decoder layer of the stage; it ends where the next stage starts.
     selector: name in `dynllava_jax.methods` of the method that picks the image tokens entering the
-      stage; 'all' keeps every token.
+      stage; 'all' keeps every token that reaches it.
     image_keep_rate: share of the run's image tokens kept, `int(num_image_tokens * rate)` of them.
     image_tokens: so many instead of a share; 0 goes by `image_keep_rate`.
     options: settings of the selector; a dict will do.
     compressor: what shrinks the stage's prompt keys and values before they are cached; None caches all.
     layers: how blocks of the stage differ from plain ones; None for plain ones.
+    revisit: what chooses, for each generated token, which of the stage's image tokens it attends to; None lets it see all.
+    gate: what judges generated tokens from this stage on; None leaves it to the selector.
     text_keep_budget: share of `max_new_tokens` that the gated cache has room for. 1.0 never evicts.
-      Only selectors that judge generated tokens use it.
+      Only selectors and gates that judge generated tokens use it.
   """
 
   start: int = 0
@@ -61,6 +63,8 @@ class Stage:
   options: Options = ()
   compressor: Piece | None = None
   layers: Piece | None = None
+  revisit: Piece | None = None
+  gate: Piece | None = None
 
   def __post_init__(self):
     require(isinstance(self.start, int) and not isinstance(self.start, bool), f'stage: start is {self.start!r}, expected a layer')
@@ -117,7 +121,9 @@ def check_stages(stages: tuple[Stage, ...], model: ModelConfig, image_tokens: in
   require(
     starts[-1] < layers, f'stages: a stage starts at layer {starts[-1]}, but the decoder has {layers} layers, 0 to {layers - 1}'
   )
-  kept = [s.kept_image_tokens(image_tokens) for s in stages]
+  kept: list[int] = []
+  for s in stages:
+    kept.append(kept[-1] if kept and s.selector == 'all' else s.kept_image_tokens(image_tokens))
   require(min(kept) > 0, f'stages: image_keep_rate leaves none of the {image_tokens} image tokens')
   asked = [s.image_tokens or k for s, k in zip(stages, kept)]
   require(max(asked) <= image_tokens, f'stages: image_tokens {max(asked)} are more than the {image_tokens} of the run')

@@ -25,6 +25,7 @@ from dynllava_jax.methods import (
   pyramidkv,
   random,
   redundancylens,
+  revisit,
   snapkv,
   sparsevlm,
   streaming_llm,
@@ -89,7 +90,14 @@ COMPRESSORS: dict[str, Compressor] = {
   'streaming_llm': streaming_llm.COMPRESSOR,
   'tova': tova.COMPRESSOR,
 }
-METHODS = {'reducer': REDUCERS, 'selector': SELECTORS, 'layers': LAYER_KINDS, 'compressor': COMPRESSORS}  # by site
+REVISITS = revisit.REVISITS
+METHODS = {  # by site
+  'reducer': REDUCERS,
+  'selector': SELECTORS,
+  'layers': LAYER_KINDS,
+  'compressor': COMPRESSORS,
+  'revisit': REVISITS,
+}
 
 
 def get(name: str, site: str = 'selector') -> Any:
@@ -139,7 +147,7 @@ def stage_image_tokens(stages: tuple[Stage, ...], num_image: int) -> tuple[int, 
   counts, reached = [], num_image
   for stage in stages:
     selector, options = selector_of(stage)
-    budget = stage.kept_image_tokens(num_image)
+    budget = min(stage.kept_image_tokens(num_image), reached)
     reached = budget + (selector.num_more(reached, budget, options) if num_image else 0)
     counts.append(reached)
   return tuple(counts)
@@ -208,6 +216,26 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
       if outside:
         raise ConfigError(f'{at}: {stage.layers.name} names {name} layers {outside}, the stage has {stage.start} to {end - 1}')
     bound(stage.compressor, 'compressor')
+  for stage, reached in zip(stages, stage_image_tokens(stages, num_image_tokens(model, reducer))):
+    if stage.revisit is not None:
+      _check_revisit(model, stage, reached, num_image_tokens(model, reducer), unmerged_tokens(model, reducer) > 0)
+
+
+def _check_revisit(model: ModelConfig, stage: Stage, candidates: int, num_image: int, unmerges: bool) -> None:
+  """Raises ConfigError unless generated tokens can choose among a stage's `candidates`."""
+  at = f'stage at layer {stage.start}: revisit {stage.revisit.name}'
+  piece, options = bound(stage.revisit, 'revisit')
+  count = options.count(num_image)
+  if not 0 < count <= candidates:
+    raise ConfigError(f'{at}: each token is to see {count} image tokens, the stage has {candidates}')
+  if piece.keys is not None and (model.relevance is None or model.relevance.score != stage.revisit.name):
+    held = 'none' if model.relevance is None else f'those of {model.relevance.score}'
+    raise ConfigError(
+      f'{at}: needs weights, and this model has {held}; train them with configs/digits.py:revisit, or use revisit attention'
+    )
+  if stage.compressor is not None or stage.layers is not None or unmerges:
+    other = stage.compressor or stage.layers
+    raise ConfigError(f'{at}: does not go together with {other.name if other else "unmerging"}; use one of them')
 
 
 def trained_by(stages: tuple[Stage, ...]) -> str:
@@ -253,6 +281,7 @@ __all__ = [
   'LAYER_KINDS',
   'METHODS',
   'REDUCERS',
+  'REVISITS',
   'SELECTORS',
   'Chosen',
   'Compressed',

@@ -6,6 +6,7 @@ text bucket and the stage list. Axes: B batch, S sequence, T new tokens, P image
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,6 +25,7 @@ from dynllava_jax.models.llama import LayerOutput, Llama
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.models.reduction import Judgement
+from dynllava_jax.models.revisiting import Chooser, Relevance, chooser
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.selection import gumbel_keep
 
@@ -42,12 +44,17 @@ class DynLlava(nn.Module):
     methods.check_run(self.cfg, self.stages, self.reducer)
     self.vision = VisionTower(self.cfg.vision, self.dtype, methods.tower_needs(self.cfg, self.reducer), self.arrangement.tower)
     self.projector = (TokenPacker if self.cfg.packer else Projector)(self.cfg, self.dtype)
-    self.llama = Llama(self.cfg.llama, self.stages, self.dtype, self.remat, self.arrangement)
+    self.llama = Llama(self.cfg.llama, self.stages, self.dtype, self.remat, self.arrangement, self.num_image)
     if self.cfg.predictor is not None:
       self.image_predictor = ImagePredictor(self.cfg.predictor, self.dtype)
       self.text_predictor = TextPredictor(self.cfg.predictor, self.dtype)
       if self.cfg.predictor.instruct:
         self.instruct_predictor = TextPredictor(self.cfg.predictor, self.dtype)
+    self.relevance = None if self.cfg.relevance is None else Relevance(self.cfg.relevance, self.cfg.llama.hidden_size)
+
+  def relevance_weights(self) -> dict[str, jax.Array]:
+    """Of the model's learned score of image tokens, by name."""
+    return self.relevance()
 
   @property
   def num_image(self) -> int:
@@ -127,10 +134,14 @@ class DynLlava(nn.Module):
       kept = state.image_index, state.positions, state.rotary, state.length
       traces.append(StageTrace(entry, stream, *kept, seen, details, out.details, state.unmerged))
       attention = out.attention
-      length, shift = state.places, state.shift
+      length, shift, candidates = state.places, state.shift, None
+      if choosing := self._chooser(i):
+        rows = state.rows(prompt.image_start)
+        candidates = choosing.candidates(out.candidates, stream, state.rotary, rows)
+        length = length - jnp.where(candidates.present, rows.num_image, 0)
       if out.length is not None:  # compressed
         length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
-      settings = dict(gated=gated, text_keep_budget=budget, spec=spec, arrangement=self.arrangement)
+      settings = dict(gated=gated, text_keep_budget=budget, spec=spec, arrangement=self.arrangement, candidates=candidates)
       caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, **settings))
     return state.x, tuple(traces), kv.Cache(tuple(caches), prompt.length)
 
@@ -159,7 +170,7 @@ class DynLlava(nn.Module):
     steps = jnp.arange(length)
     positions = cache.position[:, None] + steps
     last = steps == count[:, None] - 1
-    new = []
+    new, looked = [], []
     for i, (stage, old) in enumerate(zip(self.stages, cache.stages)):
       selector = methods.get(stage.selector)
       if judge and selector.text_margin:
@@ -169,10 +180,17 @@ class DynLlava(nn.Module):
         margin = selector.text_margin(x, self.instruct_predictor)
         keep = keep & ((margin > 0) | last)
       rotary = kv.rotary_positions(old, positions)
-      x, out = self.llama.run_stage(i, x, rotary, cache=(old.k, old.v, old.first), cache_length=old.length)
+      image, generated = None, None
+      if choosing := self._chooser(i):
+        image = old.candidates.chosen(None)
+        if judge:
+          image, index = choosing.look(x, rotary, old.candidates)
+          looked.append(index)
+          generated = jnp.ones(tokens.shape, bool) if choosing.each_layer else None
+      x, out = self.llama.run_stage(i, x, rotary, cache=old, image=image, generated=generated)
       chunk = kv.read_for(old, x), out.k, out.v
       new.append(kv.append_judged(*chunk, keep, margin, active) if judge else kv.append_chunk(*chunk, count, keep))
-    return x, kv.Cache(tuple(new), cache.position + count), Judgement(keep, margin)
+    return x, kv.Cache(tuple(new), cache.position + count), Judgement(keep, margin, tuple(looked))
 
   def recompute(self, prompt: Prompt, image: jax.Array, answer_start: jax.Array, text_slots: int, group: jax.Array | None = None):
     """One full forward over prompt and generated tokens: decoding without a cache.
@@ -199,7 +217,12 @@ class DynLlava(nn.Module):
     attention = None
     for i in range(len(self.stages)):
       state, _, _ = self._reduce(i, state, prompt, attention, weights, answer_start=answer_start, text_slots=text_slots)
-      state, out = self._run_stage(i, state, prompt, answer_start, weights)
+      view = {}
+      if choosing := self._chooser(i):
+        generated, rows = state.positions >= answer_start[:, None], state.rows(prompt.image_start)
+        view = dict(visible=choosing.visible(state.x, state.rotary, rows, generated))
+        view |= dict(generated=generated) if choosing.each_layer else {}
+      state, out = self._run_stage(i, state, prompt, answer_start, weights, **view)
       attention = out.attention
     newest = jnp.maximum(state.length - 1, 0)[:, None]
     return layout.gather_rows(state.x, newest)[:, 0], state.judgement
@@ -279,6 +302,10 @@ class DynLlava(nn.Module):
     real = jnp.arange(hidden.shape[1]) < state.length[:, None]
     return TrainOutput(hidden, head=head, places=jnp.where(real, state.positions, -1), kept_image=tuple(kept))
 
+  def _chooser(self, index: int) -> Chooser | None:
+    """How the generated tokens of stage `index` choose among its image tokens; None if they see all."""
+    return chooser(index, self.stages[index], self.num_image, self.llama, self.relevance)
+
   def gate(self, index: int) -> tuple[bool, float]:
     """Whether stage `index` holds only kept generated tokens, and its share of room for them."""
     judging = [s for s in self.stages[: index + 1] if methods.get(s.selector).text_margin]
@@ -311,15 +338,19 @@ class DynLlava(nn.Module):
     prompt_length: jax.Array,
     weights: dict[int, jax.Array | None],
     room: int = 0,
+    **view: Any,
   ) -> tuple[reduction.State, LayerOutput]:
-    """Runs a stage's layers, and what its pieces and the next stage's selector make them do besides; `room` as in `Context`."""
+    """Runs a stage's layers, and what its pieces and the next stage's selector make them do besides.
+
+    `room`, and of `view` `visible` and `generated`, as in `Context`.
+    """
     stage, queries = self.stages[index], None
     ranks_next = index + 1 < len(self.stages) and methods.selector_of(self.stages[index + 1])[0].attention == 'previous'
     if ranks_next:
       queries = reduction.ranking_queries(state, prompt.image_start, prompt_length, weights[index + 1])
-    rows = state.rows(prompt.image_start) if ranks_next or stage.layers or stage.compressor else None
+    rows = state.rows(prompt.image_start) if ranks_next or stage.layers or stage.compressor or stage.revisit else None
     behind = prompt_length if state.shift is None else prompt_length - state.shift
-    more = dict(rows=rows, queries=queries, next_position=behind, room=room, unmerged=state.unmerged)
+    more = dict(rows=rows, queries=queries, next_position=behind, room=room, unmerged=state.unmerged, **view)
     x, out = self.llama.run_stage(index, state.x, state.rotary, **more)
     last = None if out.attention is None else out.attention[-1]
     return dataclasses.replace(state, x=x), dataclasses.replace(out, attention=last)

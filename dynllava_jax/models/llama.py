@@ -16,12 +16,13 @@ from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement, parted_projections
 from dynllava_jax.config import LlamaConfig, Stage
-from dynllava_jax.methods import Depth, LayerKind, Observed, Rotation, Rows
+from dynllava_jax.methods import Depth, LayerKind, Observed, Rotation, Rows, revisit
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
 from dynllava_jax.models.lora import multiply
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.attention import attention_received, cached_attention, causal_attention, policy_attention
 from dynllava_jax.ops.rope import apply_rope, rope_angles
+from dynllava_jax.ops.visibility import Visible, visible_attention
 
 LINEAR_INIT = nn.initializers.lecun_normal()
 HEADS_INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1))  # [N, D, H]
@@ -53,6 +54,9 @@ class Context:
       `layout.unmerged_rows` has it; `cos` and `sin` are then of N places. None otherwise.
     queries: rows that the next stage's selector ranks by, by their attention in the last layer; None if it does not.
     positions: int32[B, T], rotary positions, and next_position: int32[B], that of the token to come, for a compressor.
+    visible: what of what stands before it each row sees, without a cache; None for all.
+    generated: bool[B, T], rows that are generated tokens, where each layer chooses what they see of the image; None otherwise.
+    image_seen: bool[B], rows that have an image beside their cache.
     room: slots behind the keys and values that a layer gives, so that they are stacked as the cache needs them. Static.
   """
 
@@ -66,6 +70,9 @@ class Context:
   next_position: jax.Array | None = None
   room: int = dataclasses.field(default=0, metadata={'static': True})
   unmerged: jax.Array | None = None
+  visible: Visible | None = None
+  image_seen: jax.Array | None = None
+  generated: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +86,8 @@ class LayerOutput:
     length, first, shift: int32[B], as `Compressed` has them; None without a compressor.
     attention: float32[B, N, P], what the image rows receive from `Context.queries`, zeros but for the last layer; None if
       not asked.
+    candidates: float[B, M, 2, K, H], image rows' keys and values where generated tokens choose among them, for which k and v are
+      without them; None otherwise.
     details: what records look at, by name.
   """
 
@@ -89,6 +98,7 @@ class LayerOutput:
   shift: jax.Array | None = None
   attention: jax.Array | None = None
   details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  candidates: jax.Array | None = None
 
 
 class RMSNorm(nn.Module):
@@ -124,6 +134,7 @@ class Block(nn.Module):
   stage: Stage
   layers: range
   arrangement: Arrangement = STACKED
+  num_image: int = 0  # image tokens of the run
 
   def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init=LINEAR_INIT) -> jax.Array:
     return self.param(name, partitioned(init, *axes), shape).astype(self.dtype)
@@ -135,7 +146,8 @@ class Block(nn.Module):
     Args:
       x: float[B, T, D].
       context: see `Context`.
-      cache: this layer's (k, v), as `arrangement` has them, and int32[B] `StageCache.first`; None without one.
+      cache: this layer's (k, v), as `arrangement` has them, int32[B] `StageCache.first`, and float[B, k, 2, K, H] image tokens
+        beside them; None without one.
       flags: this layer's, by name: those of the stage's `LayerKind`, `LAST` and `LAYER`; None if nothing needs any.
 
     Returns:
@@ -152,8 +164,16 @@ class Block(nn.Module):
         unrotated, k, v = (layout.gather_rows(a, context.unmerged) for a in (unrotated, k, v))
       q, k = apply_rope(unrotated, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
       if cache is not None:
-        old_k, old_v, first = cache
-        y = cached_attention(q, k, v, old_k, old_v, context.cache_length, first, self.arrangement)
+        old_k, old_v, first, image = cache
+        if context.generated is not None:
+          image = self._own_choice(q, image)
+        beside = dict(image=image, image_seen=context.image_seen)
+        y = cached_attention(q, k, v, old_k, old_v, context.cache_length, first, self.arrangement, **beside)
+      elif context.visible is not None:
+        visible = context.visible
+        if context.generated is not None:
+          visible = dataclasses.replace(visible, image=self._own_view(q, k, context))
+        y = visible_attention(q, k, v, visible)
       elif context.policy is not None:
         y = policy_attention(q, k, v, context.policy)
       elif kind.attend is not None:
@@ -199,10 +219,28 @@ class Block(nn.Module):
         depth = Depth(flags[LAYER], self.layers, cfg.num_layers)
         left = compressor.compress(Observed(q, unrotated, k, v, rows, rotation, depth), options)
         output = LayerOutput(left.k, left.v, left.length, left.first, left.shift, attention, details | left.details)
+    if context.room and self.stage.revisit is not None:
+      split = lambda x: layout.split_rows(x, rows.image_start, rows.num_image)
+      (k, image_k), (v, image_v) = split(k), split(v)
+      output = dataclasses.replace(output, k=k, v=v, candidates=jnp.stack([image_k, image_v], 2))
     if context.room:
       held_k, held_v = kv.with_room(output.k, output.v, context.room, self.arrangement)
       output = dataclasses.replace(output, k=held_k, v=held_v)
     return batch_split(x), output
+
+  def _own_choice(self, q: jax.Array, image: jax.Array) -> jax.Array:
+    """Those of float[B, M, 2, K, H] that this layer chooses for q float[B, 1, N, H]: float[B, k, 2, K, H]."""
+    piece, options = methods.bound(self.stage.revisit, 'revisit')
+    index = revisit.choose(piece.score(q, image[:, :, 0], {}, None), options.count(self.num_image))[:, 0]
+    return layout.gather_rows(image, index)
+
+  def _own_view(self, q: jax.Array, k: jax.Array, context: Context) -> jax.Array:
+    """bool[B, S, M], what each row sees of the image where this layer chooses for generated ones."""
+    piece, options = methods.bound(self.stage.revisit, 'revisit')
+    rows = context.rows
+    image_k = layout.split_rows(k, rows.image_start, rows.num_image)[1]
+    index = revisit.choose(piece.score(q, image_k, {}, None), options.count(self.num_image))
+    return revisit.seen(index, rows.num_image) | ~context.generated[..., None]
 
   def _projected(self, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normed float[B, T, D] -> queries float[B, T, N, H], keys and values float[B, T, K, H], not rotated."""
@@ -232,6 +270,7 @@ class Llama(nn.Module):
   dtype: Dtype
   remat: str = 'none'
   arrangement: Arrangement = STACKED
+  num_image: int = 0  # image tokens of the run
 
   def setup(self):
     cfg = self.cfg
@@ -241,10 +280,10 @@ class Llama(nn.Module):
     for i, stage in enumerate(self.stages):
       layers = self.layers_of(i)
       if self.arrangement.apart:
-        setattr(self, f'stage_{i}', [Block(cfg, self.dtype, stage, layers, self.arrangement) for _ in layers])
+        setattr(self, f'stage_{i}', [Block(cfg, self.dtype, stage, layers, self.arrangement, self.num_image) for _ in layers])
       else:
         block = scan_layers(Block, len(layers), (nn.broadcast, 0, 0), self.remat)
-        setattr(self, f'stage_{i}', block(cfg, self.dtype, stage, layers, self.arrangement))
+        setattr(self, f'stage_{i}', block(cfg, self.dtype, stage, layers, self.arrangement, self.num_image))
     self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
     if not cfg.tie_embeddings:
       self.head = self.param('head', partitioned(LINEAR_INIT, 'embed', 'vocab'), (cfg.hidden_size, cfg.vocab_size))
@@ -265,13 +304,15 @@ class Llama(nn.Module):
     positions: jax.Array,
     *,
     policy: jax.Array | None = None,
-    cache: tuple[kv.Layers, kv.Layers, jax.Array | None] | None = None,
-    cache_length: jax.Array | None = None,
+    cache: kv.StageCache | None = None,
+    image: jax.Array | None = None,
     rows: Rows | None = None,
     queries: Queries | None = None,
     next_position: jax.Array | None = None,
     room: int = 0,
     unmerged: jax.Array | None = None,
+    visible: Visible | None = None,
+    generated: jax.Array | None = None,
   ) -> tuple[jax.Array, LayerOutput]:
     """Runs the layers of one stage.
 
@@ -279,8 +320,8 @@ class Llama(nn.Module):
       index: stage number.
       x: float[B, T, D]; positions: int32[B, T], rotary positions; int32[B, N] with `unmerged`.
       policy: float[B, T] keep weight per key, for training.
-      cache, cache_length: `StageCache` k, v and first, and int32[B] visible slots, for decoding.
-      unmerged: as in `Context`.
+      cache: of the stage, for decoding; image: float[L, B, k, 2, K, H], what is seen of its candidates, None if it has none.
+      unmerged, visible, generated: as in `Context`.
       rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
         they are plain.
 
@@ -296,24 +337,35 @@ class Llama(nn.Module):
     if queries is not None:
       flags[LAST] = jnp.arange(layers.start, layers.stop) == layers.stop - 1
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
-    context = Context(cos, sin, policy, cache_length, rows, queries, room=room, unmerged=unmerged)
+    context = Context(
+      cos, sin, policy, rows=rows, queries=queries, room=room, unmerged=unmerged, visible=visible, generated=generated
+    )
+    held = None
+    if cache is not None:
+      held = cache.k, cache.v, cache.first, image
+      present = cache.candidates.present if cache.candidates else None
+      context = dataclasses.replace(context, cache_length=cache.length, image_seen=present)
     if rows is not None and stage.compressor is not None:
       flags[LAYER] = jnp.arange(layers.start, layers.stop)
       context = dataclasses.replace(context, positions=positions, next_position=next_position)
     run = getattr(self, f'stage_{index}')
     if not self.arrangement.apart:
-      return run(x, context, cache, flags or None)
+      return run(x, context, held, flags or None)
     outputs = []
     for i, block in enumerate(run):
-      of_layer = None if cache is None else tuple(None if a is None else a[i] for a in cache)
+      of_layer = None if held is None else tuple(None if a is None else a[i] for a in held)
       x, output = block(x, context, of_layer, {name: marks[i] for name, marks in flags.items()} or None)
       outputs.append(output)
     small = [dataclasses.replace(o, k=None, v=None) for o in outputs]
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *small)
     return x, dataclasses.replace(stacked, k=tuple(o.k for o in outputs), v=tuple(o.v for o in outputs))
 
-  def entering_attention(self, index: int, x: jax.Array, positions: jax.Array, rows: Rows, queries: Queries) -> jax.Array:
-    """What the image rows of a stream that reaches stage `index` would receive in its first layer: float32[B, N, P]."""
+  def entering_projections(self, index: int, x: jax.Array, positions: jax.Array, names: str) -> tuple[jax.Array, ...]:
+    """What the first layer of stage `index` makes of rows that reach it, float[B, T, D] at rotary positions int32[B, T].
+
+    Returns:
+      For each letter of `names`, rotated queries float[B, T, N, H] for 'q', rotated keys float[B, T, K, H] for 'k'.
+    """
     cfg = self.cfg
     stage = getattr(self, f'stage_{index}')
     if self.arrangement.apart:
@@ -323,9 +375,13 @@ class Llama(nn.Module):
       first = jax.tree.map(lambda w: w[0], nn.unbox(stage.variables['params']))
     y = rms_norm(x, first['attention_norm']['scale'], cfg.rms_norm_eps, self.dtype)
     angles = rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-    project = lambda y, name, angles: apply_rope(jnp.einsum('btd,ndh->btnh', y, first[name].astype(self.dtype)), *angles)
-    asked = jax.tree.map(lambda a: layout.gather_rows(a, queries.place), (y, angles))
-    return image_attention(project(asked[0], 'q', asked[1]), project(y, 'k', angles), queries, rows)
+    return tuple(apply_rope(jnp.einsum('btd,ndh->btnh', y, first[name].astype(self.dtype)), *angles) for name in names)
+
+  def entering_attention(self, index: int, x: jax.Array, positions: jax.Array, rows: Rows, queries: Queries) -> jax.Array:
+    """What the image rows of a stream that reaches stage `index` would receive in its first layer: float32[B, N, P]."""
+    asked = (layout.gather_rows(a, queries.place) for a in (x, positions))
+    (q,), (k,) = self.entering_projections(index, *asked, 'q'), self.entering_projections(index, x, positions, 'k')
+    return image_attention(q, k, queries, rows)
 
   def output(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """float[..., D] -> (the same after the final norm, the head float[D, V]); `head_logits` of them are the logits."""

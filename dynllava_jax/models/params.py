@@ -39,6 +39,8 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
       model.predict_text(image)
       if cfg.predictor.instruct:
         model.predict_instruct(image)
+    if cfg.relevance is not None:
+      model.relevance_weights()
     return model.logits(model.prefill(prompt, image, kv.CacheSpec(max_new_tokens=1))[0])
 
   pixels = jnp.zeros((1, cfg.vision.image_size, cfg.vision.image_size, 3))

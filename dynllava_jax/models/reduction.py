@@ -17,10 +17,14 @@ from dynllava_jax.ops import layout
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-  """The gate's view of generated tokens: bool `keep` and float32 `margin` (keep minus drop logit)."""
+  """The gate's view of generated tokens: bool `keep` and float32 `margin` (keep minus drop logit).
+
+  `looked`: of each stage whose generated tokens choose among its image tokens, int32[B, k] those of a token that was fed.
+  """
 
   keep: jax.Array
   margin: jax.Array
+  looked: tuple[jax.Array | None, ...] = ()
 
 
 @jax.tree_util.register_dataclass

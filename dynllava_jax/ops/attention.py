@@ -213,6 +213,8 @@ def cached_attention(
   cache_length: jax.Array,
   cache_first: jax.Array | None = None,
   arrangement: Arrangement = STACKED,
+  image: jax.Array | None = None,
+  image_seen: jax.Array | None = None,
 ) -> jax.Array:
   """New tokens attend to the cache and, causally, to each other.
 
@@ -224,6 +226,8 @@ def cached_attention(
     cache_k, cache_v: float[B, C, K, H], their axes as `arrangement` has them.
     cache_length: int32[B], the first `cache_length[b]` slots of row b are real,
     cache_first: int32[B], but for the first `cache_first[b]`; None for none of them.
+    image: float[B, M, 2, K, H], keys and values beside the cache; None for none.
+    image_seen: bool[B], rows that see them.
 
   Returns:
     float[B, T, N, H].
@@ -247,13 +251,19 @@ def cached_attention(
   old = jnp.where(real[:, None, None, None], old, -jnp.inf)
   new = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32)
   new = jnp.where(jnp.tril(jnp.ones((length, length), bool)), new, -jnp.inf)
-  weights = jax.nn.softmax(jnp.concatenate([old, new], -1), -1).astype(v.dtype)
-  of_old, of_new = weights[..., :slots], weights[..., slots:]
+  parts = [old, new]
+  if image is not None:
+    beside = jnp.einsum('btkgh,bmkh->bkgtm', grouped, image[:, :, 0], preferred_element_type=jnp.float32)
+    parts.append(jnp.where(image_seen[:, None, None, None, None], beside, -jnp.inf))
+  weights = jax.nn.softmax(jnp.concatenate(parts, -1), -1).astype(v.dtype)
+  of_old, of_new, of_image = jnp.split(weights, [slots, slots + length], -1)
   if arrangement.apart:
     out = jnp.matmul(of_old.reshape(*flat.shape[:3], slots), cache_v).reshape(by_head.shape).transpose(0, 3, 1, 2, 4)
   else:
     out = jnp.einsum('bkgtc,bckh->btkgh', of_old, cache_v)
   out += jnp.einsum('bkgts,bskh->btkgh', of_new, v)
+  if image is not None:
+    out += jnp.einsum('bkgtm,bmkh->btkgh', of_image, image[:, :, 1])
   return out.reshape(batch, length, heads, head_dim)
 
 
