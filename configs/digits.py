@@ -8,12 +8,15 @@
 Hardware: 2 CPU cores, 5 to 19 minutes. Expected: dense 96 %, dynamic 95 to 97 %, uniform and random 27 to 30 %.
 """
 
+import functools
+
 from ml_collections import ConfigDict
 
 from dynllava_jax.config import ModelConfig, from_config_dict
 
 SPARSE_LAYER = 1
 IMAGE_KEEP_RATE = 0.2
+REVISITED = 3  # image tokens that a generated token sees, of 49
 TEXT_KEEP_RATE = 0.5
 METHODS_QUESTIONS = 200  # per run of `methods`, of which there are several dozen
 LONGEST_ANSWER = 71  # tokens of a whole scene, the end of sentence included
@@ -117,6 +120,45 @@ def dynamic_lora() -> dict:
   return base | dict(lora=lora, optimizer=base['optimizer'] | dict(learning_rate=3e-3))
 
 
+def revisit(score: str = 'dot', objective: str = 'distil', steps: int = 100) -> dict:
+  """Scores by which each generated token chooses REVISITED of all image tokens; everything else stays as `dynamic` left it."""
+  base = dynamic()
+  evals = dict(
+    digits=dict(every=steps // 2, questions=96, batch_size=48, text_lengths=(32,), max_new_tokens=LONGEST_ANSWER, seed=1)
+  )
+  return base | dict(
+    model=base['model'] | dict(relevance=dict(score=score, width=64, num_heads=2)),
+    stages=[dict(start=0), dict(start=SPARSE_LAYER, revisit=dict(name=score, tokens=REVISITED))],
+    relevance=dict(objective=objective, weight=100.0),
+    steps=steps,
+    init_from='runs/digits/dynamic/checkpoints',
+    frozen=('vision', 'projector', 'llama', 'image_predictor', 'text_predictor'),
+    save_every=steps // 2,
+    evals=evals,
+  )
+
+
+def revisit_gumbel() -> dict:
+  return revisit(objective='gumbel') | dict(init_from='runs/digits/revisit/checkpoints')
+
+
+def revisit_decoder() -> dict:
+  """The decoder too, on what the scores choose; a third of the rows see everything, so that the same weights still run dense."""
+  base = revisit(objective='decoder')
+  sparsity = base['sparsity'] | dict(dense_share=0.3)
+  frozen = ('vision', 'projector', 'relevance', 'image_predictor', 'text_predictor')
+  return base | dict(sparsity=sparsity, frozen=frozen, init_from='runs/digits/revisit/checkpoints')
+
+
+def revisit_eval() -> dict:
+  """Beside dense and fixed choices of as many, by the checkpoint of `revisit`; `attention` needs no training."""
+  chosen = lambda name, start=SPARSE_LAYER: [dict(start=0), dict(start=start, revisit=dict(name=name, tokens=REVISITED))]
+  runs = dict(dense=dict(stages=[dict(start=0)]), dot=dict(stages=chosen('dot')), attention=dict(stages=chosen('attention', 2)))
+  for name in ('dynamic', 'random'):
+    runs[f'{name}_{REVISITED}'] = dict(stages=[dict(start=0), dict(start=SPARSE_LAYER, selector=name, image_tokens=REVISITED)])
+  return evaluate() | dict(runs=runs)
+
+
 def evaluate() -> dict:
   runs = dict(dense=dict(stages=[dict(start=0)])) | {n: dict(stages=stages(n)) for n in ('dynamic', 'uniform', 'random')}
   runs['dynamic']['stages'][1]['text_keep_budget'] = TEXT_KEEP_RATE
@@ -145,8 +187,10 @@ def methods() -> dict:
 
 
 def get_config(name: str = 'base') -> ConfigDict:
-  """`base`, `dynamic`, `conversation`, `dynamic_lora`, `eval` or `methods`."""
+  """`base`, `dynamic`, `conversation`, `dynamic_lora`, `revisit`, `revisit_mlp`, `eval`, `methods` and so on."""
   configs = dict(base=base, dynamic=dynamic, conversation=conversation, dynamic_lora=dynamic_lora, eval=evaluate, methods=methods)
+  configs |= dict(revisit=revisit, revisit_gumbel=revisit_gumbel, revisit_decoder=revisit_decoder, revisit_eval=revisit_eval)
+  configs |= {f'revisit_{score}': functools.partial(revisit, score) for score in ('mlp', 'transformer')}
   if name not in configs:
     raise ValueError(f'configs/digits.py has no {name!r}; expected one of {", ".join(configs)}')
   return ConfigDict(configs[name]())

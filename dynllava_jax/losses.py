@@ -22,6 +22,7 @@ CHUNK = 512  # positions of each row whose float32 logits are in memory at a tim
 class Losses:
   """Scalars; `total = ce + mask_loss_weight * (image_mask + text_mask + instruct_mask)`. Keep rates are batch means.
 
+  In a run that is trained by choices `with_relevance` adds `relevance`.
   Where nothing is judged mask terms are 0 and keep rates 1. A keep rate is NaN if the batch has nothing that it is about.
   """
 
@@ -33,6 +34,7 @@ class Losses:
   text_keep: jax.Array
   instruct_mask: jax.Array
   instruct_keep: jax.Array
+  relevance: jax.Array | float = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -221,3 +223,20 @@ def training_losses(
     instruct_mask=instruct_term,
     instruct_keep=instruct_keep,
   )
+
+
+def with_relevance(losses: Losses, out: TrainOutput, keep: float, weight: float, counts: Counts) -> Losses:
+  """Adds what the scores of image tokens are trained by, a mean over supervised tokens.
+
+  Args:
+    losses, counts: of the batch, or of a part of it; out: from `train_forward`.
+    keep: share of the image tokens that a generated token sees; weight: of the squared distance from it.
+  """
+  if out.distance is not None:
+    each = out.distance
+  elif out.choice is not None:
+    each = weight * jnp.square(out.choice.mean(-1) - keep)
+  else:
+    return losses
+  term = jnp.where(out.chooses, each, 0).sum() / jnp.maximum(counts.supervised, 1)
+  return dataclasses.replace(losses, relevance=term, total=losses.total + term)

@@ -25,7 +25,7 @@ from dynllava_jax.config.model import (
 )
 from dynllava_jax.config.parsing import ConfigError, Options, differences, first_difference, from_config_dict, to_dict
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, judges_instructions
-from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, SparsityConfig, TrainConfig
+from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, RelevanceTraining, SparsityConfig, TrainConfig
 
 __all__ = [
   'CLIP_MEAN',
@@ -52,6 +52,7 @@ __all__ = [
   'Piece',
   'PredictorConfig',
   'RelevanceConfig',
+  'RelevanceTraining',
   'RopeScaling',
   'SparsityConfig',
   'Stage',

@@ -179,6 +179,25 @@ class SparsityConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RelevanceTraining:
+  """How generated tokens that choose among image tokens (`Stage.revisit`) are trained, in this order, a run each.
+
+  Attributes:
+    objective: 'distil': scores follow the attention of the layers, which see everything; 'gumbel': scores by masks that are drawn,
+      and a penalty on how many they keep; 'decoder': the decoder by the k best, which is no gradient to the scores.
+    weight: of the squared distance from the share to keep, per query.
+  """
+
+  objective: str = 'distil'
+  weight: float = 100.0
+
+  def __post_init__(self):
+    known = ('distil', 'gumbel', 'decoder')
+    require(self.objective in known, f'relevance.objective is {self.objective!r}, expected one of {", ".join(known)}')
+    require(self.weight >= 0, f'relevance.weight is {self.weight}, expected 0 or more')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
   """One training run.
 
@@ -208,6 +227,7 @@ class TrainConfig:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   sparsity: SparsityConfig = SparsityConfig()
+  relevance: RelevanceTraining = RelevanceTraining()
   mesh: MeshConfig = MeshConfig()
   init_from: Path = ''
   frozen: tuple[str, ...] = ()
@@ -245,7 +265,7 @@ class TrainConfig:
     for name in ('dtype', 'param_dtype'):
       require(getattr(self, name) in FLOATS, f'{name} {getattr(self, name)!r}: expected float32 or bfloat16')
     require(self.remat in REMAT, f'remat {self.remat!r}: expected one of {", ".join(REMAT)}')
-    groups = ('vision', 'vision_tail', 'projector', 'llama', 'image_predictor', 'text_predictor', 'instruct_predictor')
+    groups = ('vision', 'vision_tail', 'projector', 'llama', 'image_predictor', 'text_predictor', 'instruct_predictor', 'relevance')
     for group in self.frozen:
       require(group in groups, f'frozen: {group!r} is no parameter group; expected some of {", ".join(groups)}')
     predictor = self.model.predictor
@@ -255,6 +275,7 @@ class TrainConfig:
     )
     learning = {'vision', 'projector', 'llama'} | ({'image_predictor', 'text_predictor'} if predictor else set())
     learning |= {'instruct_predictor'} if judges_instructions(self.stages) else set()
+    learning |= {'relevance'} if any(s.revisit for s in self.stages) else set()
     if self.lora:
       require(bool(self.init_from), 'lora: adapters belong to trained weights; give their checkpoint with init_from')
       require('llama' not in self.frozen, "frozen: with lora the decoder's own weights are; leave 'llama' out")

@@ -153,6 +153,12 @@ def stage_image_tokens(stages: tuple[Stage, ...], num_image: int) -> tuple[int, 
   return tuple(counts)
 
 
+def seen_image_tokens(stages: tuple[Stage, ...], num_image: int) -> int:
+  """Image tokens that a generated token sees in the last stage of a run that begins with `num_image`."""
+  last = stages[-1]
+  return bound(last.revisit, 'revisit')[1].count(num_image) if last.revisit else stage_image_tokens(stages, num_image)[-1]
+
+
 def prompt_slots(stage: Stage, layer: int, layers: int, text: int, image: int) -> int:
   """Cache slots that a prompt of `text` and `image` tokens in a stage takes up in one of its layers, of `layers` in the decoder."""
   compressor, options = bound(stage.compressor, 'compressor')
@@ -239,7 +245,9 @@ def _check_revisit(model: ModelConfig, stage: Stage, candidates: int, num_image:
 
 
 def trained_by(stages: tuple[Stage, ...]) -> str:
-  """How a run of these stages is trained: `Selector.training` of those that cut, '' if none does."""
+  """How a run of these stages is trained: by 'choices' if one revisits, else as its cuts have it, '' if there is none."""
+  if any(s.revisit for s in stages):
+    return 'choices'
   return next((how for s in stages if (how := get(s.selector).training)), '')
 
 
@@ -250,6 +258,12 @@ def check_training(stages: tuple[Stage, ...], adapters: bool) -> None:
     stages: of the run; adapters: whether it trains adapters beside the decoder.
   """
   cuts = [s for s in stages if s.selector != 'all']
+  chooses = [s for s in stages if s.revisit]
+  if chooses and (cuts or len(chooses) > 1 or dict(chooses[0].revisit.options).get('each_layer')):
+    raise ConfigError(
+      f'stage at layer {chooses[-1].start}: revisit is trained with all image tokens as candidates, in one stage and with one '
+      'choice for its layers; leave selectors and each_layer out'
+    )
   ways = [get(s.selector).training for s in cuts]
   if not all(ways) or len(set(ways)) > 1 or ways.count('masks') > 1:
     raise ConfigError(
@@ -308,6 +322,7 @@ __all__ = [
   'num_image_tokens',
   'options_of',
   'prompt_slots',
+  'seen_image_tokens',
   'selector_of',
   'stage_image_tokens',
   'text_room',

@@ -82,6 +82,8 @@ class TrainOutput:
     places: int32[B, S'], places in the full sequence of the rows of `hidden`, which are S' then, -1 for padding, in a run that is
       trained by gathers; None if all are there.
     kept_image: per stage of such a run, int32[B, M], the image tokens that entered it.
+    chooses: bool[B, S], rows that choose among the image tokens in a run that is trained by choices; distance: float32[B, S], how
+      far their scores are from the attention of the layers, and choice: float32[B, S, P], 0 or 1, where these are asked for.
     instruct_logits: float[B, S, 2] and instruct_mask: float32[B, S], the same of instructions; None where none are judged.
   """
 
@@ -97,6 +99,9 @@ class TrainOutput:
   policy: jax.Array | None = None
   places: jax.Array | None = None
   kept_image: tuple[jax.Array, ...] = ()
+  chooses: jax.Array | None = None
+  distance: jax.Array | None = None
+  choice: jax.Array | None = None
 
   @property
   def logits(self) -> jax.Array:

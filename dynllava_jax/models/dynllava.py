@@ -16,8 +16,8 @@ from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement
 from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, judges_instructions
-from dynllava_jax.models import reduction
-from dynllava_jax.models.batch import InstructRule, Prompt, StageTrace, TrainOutput, answer_mask, instruct_start_of
+from dynllava_jax.models import reduction, training_pass
+from dynllava_jax.models.batch import InstructRule, Prompt, StageTrace, TrainOutput, instruct_start_of
 from dynllava_jax.models.clip import VisionTower, next_block
 from dynllava_jax.models.clip_text import with_question
 from dynllava_jax.models.layers import Dtype
@@ -27,7 +27,6 @@ from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.models.reduction import Judgement
 from dynllava_jax.models.revisiting import Chooser, Relevance, chooser
 from dynllava_jax.ops import layout
-from dynllava_jax.ops.selection import gumbel_keep
 
 
 class DynLlava(nn.Module):
@@ -39,6 +38,7 @@ class DynLlava(nn.Module):
   remat: str = 'none'
   reducer: Piece | None = None
   arrangement: Arrangement = STACKED
+  relevance_objective: str = ''  # of training, as in `config.RelevanceTraining`
 
   def setup(self):
     methods.check_run(self.cfg, self.stages, self.reducer)
@@ -135,7 +135,7 @@ class DynLlava(nn.Module):
       traces.append(StageTrace(entry, stream, *kept, seen, details, out.details, state.unmerged))
       attention = out.attention
       length, shift, candidates = state.places, state.shift, None
-      if choosing := self._chooser(i):
+      if choosing := self.chooser_of(i):
         rows = state.rows(prompt.image_start)
         candidates = choosing.candidates(out.candidates, stream, state.rotary, rows)
         length = length - jnp.where(candidates.present, rows.num_image, 0)
@@ -181,7 +181,7 @@ class DynLlava(nn.Module):
         keep = keep & ((margin > 0) | last)
       rotary = kv.rotary_positions(old, positions)
       image, generated = None, None
-      if choosing := self._chooser(i):
+      if choosing := self.chooser_of(i):
         image = old.candidates.chosen(None)
         if judge:
           image, index = choosing.look(x, rotary, old.candidates)
@@ -218,7 +218,7 @@ class DynLlava(nn.Module):
     for i in range(len(self.stages)):
       state, _, _ = self._reduce(i, state, prompt, attention, weights, answer_start=answer_start, text_slots=text_slots)
       view = {}
-      if choosing := self._chooser(i):
+      if choosing := self.chooser_of(i):
         generated, rows = state.positions >= answer_start[:, None], state.rows(prompt.image_start)
         view = dict(visible=choosing.visible(state.x, state.rotary, rows, generated))
         view |= dict(generated=generated) if choosing.each_layer else {}
@@ -239,7 +239,7 @@ class DynLlava(nn.Module):
     instruct: InstructRule | None = None,
     labels: jax.Array | None = None,
   ) -> TrainOutput:
-    """Forward of training: full-length, with keep masks in place of gathers (paper section 3.3), or cut where a method trains so.
+    """Forward of training: full-length, with keep masks in place of gathers (paper section 3.3), or as a method trains.
 
     The image mask and the mask of the last answer weigh the keys from the dynamic stage on. Answers shorter
     than `min_answer_len` are kept whole.
@@ -259,34 +259,12 @@ class DynLlava(nn.Module):
       `TrainOutput`.
     """
     x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
-    if methods.trained_by(self.stages) == 'gathers':
+    trained_by = methods.trained_by(self.stages)
+    if trained_by == 'gathers':
       return self._train_cut(x, prompt, labels)
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    policy, out = None, {}
-    for i, stage in enumerate(self.stages):
-      if methods.get(stage.selector).training:
-        image_logits = self.image_predictor(layout.take_image_rows(x, prompt.image_start, self.num_image))
-        text_logits = self.text_predictor(x)
-        has_image = (prompt.image_start >= 0)[:, None]
-        image_mask = jnp.where(has_image, gumbel_keep(image_logits, noise[0], tau), 1.0)
-        text_mask = gumbel_keep(text_logits, noise[1], tau)
-        slot, is_image = layout.image_slots(positions, prompt.image_start, self.num_image)
-        judged = answer_mask(positions, prompt.length, answer_start, min_answer_len)
-        policy = jnp.where(is_image, layout.gather_rows(image_mask, slot), jnp.where(judged, text_mask, 1.0))
-        if judges_instructions((stage,)):
-          instruct_logits = self.instruct_predictor(x)
-          instruct_mask = gumbel_keep(instruct_logits, noise[2], tau)
-          policy = jnp.where(
-            (instruct or InstructRule()).mask(positions, instruct_start_of(prompt), answer_start), instruct_mask, policy
-          )
-          out = dict(instruct_logits=instruct_logits, instruct_mask=instruct_mask)
-        dense = jnp.zeros_like(prompt.length, bool) if dense is None else dense
-        policy = jnp.where(dense[:, None], 1.0, policy)
-        out['policy'] = policy
-        out |= dict(image_logits=image_logits, text_logits=text_logits, image_mask=image_mask, text_mask=text_mask, dense=dense)
-      x, _ = self.llama.run_stage(i, x, positions, policy=policy)
-    hidden, head = self.llama.output(x)
-    return TrainOutput(hidden, head=head, **out)
+    if trained_by == 'choices':
+      return training_pass.with_choices(self, x, prompt, labels, self.relevance_objective, noise, dense)
+    return training_pass.with_masks(self, x, prompt, answer_start, min_answer_len, noise, tau, dense, instruct)
 
   def _train_cut(self, x: jax.Array, prompt: Prompt, labels: jax.Array) -> TrainOutput:
     """Training of a sequence that is cut at each stage as in a prefill; answers are part of the prompt then."""
@@ -302,7 +280,7 @@ class DynLlava(nn.Module):
     real = jnp.arange(hidden.shape[1]) < state.length[:, None]
     return TrainOutput(hidden, head=head, places=jnp.where(real, state.positions, -1), kept_image=tuple(kept))
 
-  def _chooser(self, index: int) -> Chooser | None:
+  def chooser_of(self, index: int) -> Chooser | None:
     """How the generated tokens of stage `index` choose among its image tokens; None if they see all."""
     return chooser(index, self.stages[index], self.num_image, self.llama, self.relevance)
 

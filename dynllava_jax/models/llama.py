@@ -22,7 +22,7 @@ from dynllava_jax.models.lora import multiply
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.attention import attention_received, cached_attention, causal_attention, policy_attention
 from dynllava_jax.ops.rope import apply_rope, rope_angles
-from dynllava_jax.ops.visibility import Visible, visible_attention
+from dynllava_jax.ops.visibility import Visible, attention_distance, visible_attention
 
 LINEAR_INIT = nn.initializers.lecun_normal()
 HEADS_INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1))  # [N, D, H]
@@ -55,6 +55,7 @@ class Context:
     queries: rows that the next stage's selector ranks by, by their attention in the last layer; None if it does not.
     positions: int32[B, T], rotary positions, and next_position: int32[B], that of the token to come, for a compressor.
     visible: what of what stands before it each row sees, without a cache; None for all.
+    target: float32[B, T, M], log-probabilities of image tokens whose distance from the attention to them is wanted; None if not.
     generated: bool[B, T], rows that are generated tokens, where each layer chooses what they see of the image; None otherwise.
     image_seen: bool[B], rows that have an image beside their cache.
     room: slots behind the keys and values that a layer gives, so that they are stacked as the cache needs them. Static.
@@ -71,6 +72,7 @@ class Context:
   room: int = dataclasses.field(default=0, metadata={'static': True})
   unmerged: jax.Array | None = None
   visible: Visible | None = None
+  target: jax.Array | None = None
   image_seen: jax.Array | None = None
   generated: jax.Array | None = None
 
@@ -180,6 +182,8 @@ class Block(nn.Module):
         y = kind.attend(q, k, v, rows, flags, kind_options)
       else:
         y = causal_attention(q, k, v)
+      if context.target is not None:
+        details |= {'distance': attention_distance(q, k, context.target, rows.image_start)}
       if context.unmerged is not None:
         y = layout.mean_rows(y, context.unmerged, x.shape[1])
       out = self._weight('o', (heads, head_dim, width), ('heads', 'head_dim', 'embed'), HEADS_OUT_INIT)
@@ -312,6 +316,7 @@ class Llama(nn.Module):
     room: int = 0,
     unmerged: jax.Array | None = None,
     visible: Visible | None = None,
+    target: jax.Array | None = None,
     generated: jax.Array | None = None,
   ) -> tuple[jax.Array, LayerOutput]:
     """Runs the layers of one stage.
@@ -321,7 +326,7 @@ class Llama(nn.Module):
       x: float[B, T, D]; positions: int32[B, T], rotary positions; int32[B, N] with `unmerged`.
       policy: float[B, T] keep weight per key, for training.
       cache: of the stage, for decoding; image: float[L, B, k, 2, K, H], what is seen of its candidates, None if it has none.
-      unmerged, visible, generated: as in `Context`.
+      unmerged, visible, target, generated: as in `Context`.
       rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
         they are plain.
 
@@ -337,9 +342,8 @@ class Llama(nn.Module):
     if queries is not None:
       flags[LAST] = jnp.arange(layers.start, layers.stop) == layers.stop - 1
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
-    context = Context(
-      cos, sin, policy, rows=rows, queries=queries, room=room, unmerged=unmerged, visible=visible, generated=generated
-    )
+    context = Context(cos, sin, policy, rows=rows, queries=queries, room=room, unmerged=unmerged)
+    context = dataclasses.replace(context, visible=visible, generated=generated, target=target)
     held = None
     if cache is not None:
       held = cache.k, cache.v, cache.first, image

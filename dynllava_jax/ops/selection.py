@@ -32,3 +32,9 @@ def gumbel_keep(logits: jax.Array, noise: jax.Array, tau: jax.Array) -> jax.Arra
   perturbed = log_probs + noise
   hard = (perturbed[..., 0] >= perturbed[..., 1]).astype(jnp.float32)
   return hard - jax.lax.stop_gradient(soft) + soft
+
+
+def threshold_keep(scores: jax.Array) -> jax.Array:
+  """float32[...], 1 where a score is above 0, else 0, with the gradient of its sigmoid."""
+  soft = jax.nn.sigmoid(scores.astype(jnp.float32))
+  return (scores > 0).astype(jnp.float32) - jax.lax.stop_gradient(soft) + soft

@@ -72,3 +72,28 @@ def _attend(q, k, v, rows: Visible, until: jax.Array | None, start: int):
     weights *= weight[:, None, None]
   weights /= weights.sum(-1, keepdims=True)
   return jnp.einsum('bkgts,bskh->btkgh', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+
+def attention_distance(q: jax.Array, k: jax.Array, log_prob: jax.Array, image_start: jax.Array) -> jax.Array:
+  """Cross-entropy of a distribution over the image with a layer's own attention to it, its heads' mean weighted by its mass.
+
+  Args:
+    q: float[B, S, N, H], k: float[B, S, K, H], rotated.
+    log_prob: float32[B, S, M] of each row; image_start: int32[B].
+
+  Returns:
+    float32[B, S], without a gradient to q and k.
+  """
+  batch, length, _, head_dim = q.shape
+  grouped = jax.lax.stop_gradient(q.reshape(batch, length, k.shape[2], -1, head_dim))
+  k, count = jax.lax.stop_gradient(k), log_prob.shape[2]
+  blocks = []
+  for start, end in causal_blocks(length):
+    visible = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+    scores = jnp.einsum('btkgh,bskh->bkgts', grouped[:, start:end], k[:, :end], preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(visible, scores * head_dim**-0.5, -jnp.inf), -1).mean((1, 2))
+    weights = jnp.pad(weights, [(0, 0), (0, 0), (0, length - end)])
+    place = jnp.broadcast_to(jnp.maximum(image_start, 0)[:, None, None] + jnp.arange(count), (batch, end - start, count))
+    of_image = jnp.take_along_axis(weights, place, 2, mode='clip')
+    blocks.append(-(of_image * log_prob[:, start:end]).sum(-1))
+  return jnp.concatenate(blocks, 1)

@@ -73,7 +73,8 @@ def to_save(state: State) -> dict[str, Any]:
 def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Parameters of `init_from`. Predictors may be missing there; everything else must fit."""
   found = checkpoint.read_info(cfg.init_from)
-  theirs, ours = (to_dict(dataclasses.replace(m, predictor=None, clip_text=None)) for m in (found.model, cfg.model))
+  forget = dict(predictor=None, clip_text=None, relevance=None)
+  theirs, ours = (to_dict(dataclasses.replace(m, **forget)) for m in (found.model, cfg.model))
   if difference := first_difference(theirs, ours):
     key, old, new = difference
     raise ConfigError(
@@ -83,7 +84,9 @@ def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   grown = cfg.model.predictor and dataclasses.replace(cfg.model.predictor, instruct=False)  # one for instructions is added
   if cfg.model.predictor and known not in (None, cfg.model.predictor, grown):
     raise ConfigError(f'config.init_from: {cfg.init_from} has other predictors: {known}')
-  left_out = () if cfg.model.predictor else PREDICTORS
+  if cfg.model.relevance and found.model.relevance not in (None, cfg.model.relevance):
+    raise ConfigError(f'config.init_from: {cfg.init_from} has another score of image tokens: {found.model.relevance}')
+  left_out = {*(() if cfg.model.predictor else PREDICTORS[:3]), *(() if cfg.model.relevance else PREDICTORS[3:])}
   return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
 
 

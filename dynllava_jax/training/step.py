@@ -22,14 +22,14 @@ from dynllava_jax.config import (
   judges_instructions,
 )
 from dynllava_jax.data.batches import Batch
-from dynllava_jax.losses import count, instruct_rule, training_losses
+from dynllava_jax.losses import count, instruct_rule, training_losses, with_relevance
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.lora import ADAPTERS, SCALES, abstract_adapters, abstract_scales, as_variables
 from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.ops.images import normalize
 from dynllava_jax.training.precision import in_float32, moments_in, store
 
-PREDICTORS = ('image_predictor', 'text_predictor', 'instruct_predictor')
+PREDICTORS = ('image_predictor', 'text_predictor', 'instruct_predictor', 'relevance')
 EMBEDDINGS = ('embedding', 'class_embedding', 'position_embedding')
 ROUNDING, DROPOUT, INSTRUCT = range(2**31, 2**31 + 3)  # what the keys for these are made with
 NEVER_RUN = checkpoint.TAIL
@@ -116,7 +116,8 @@ def decays(params: Any, embeddings: bool) -> Any:
 
 def unused(cfg: TrainConfig) -> tuple[str, ...]:
   """Groups that the run has no use for; an export needs them."""
-  return NEVER_RUN if judges_instructions(cfg.stages) else (*NEVER_RUN, 'instruct_predictor')
+  idle = () if judges_instructions(cfg.stages) else ('instruct_predictor',)
+  return (*NEVER_RUN, *idle) if methods.trained_by(cfg.stages) == 'choices' else (*NEVER_RUN, *idle, 'relevance')
 
 
 def split_frozen(params: dict[str, Any], held: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -206,18 +207,22 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
   The random numbers of a step follow from (cfg.seed, step) alone. Metrics are float32 scalars by name.
   """
   methods.check_training(cfg.stages, bool(cfg.lora))
-  model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat, cfg.reducer)
+  how, objective = methods.trained_by(cfg.stages), cfg.relevance.objective
+  model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat, cfg.reducer, relevance_objective=objective)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
-  dynamic, instruct = methods.trained_by(cfg.stages) == 'masks', judges_instructions(cfg.stages)
+  dynamic, instruct = how == 'masks', judges_instructions(cfg.stages)
   places = state_shardings(cfg, optimizer, mesh)
+  seen_share = methods.seen_image_tokens(cfg.stages, num_image) / num_image
 
   def step_fn(state: State, frozen: dict[str, Any], batch: Batch):
     rows, positions = batch.tokens.shape
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
     noise_key, dense_key = jax.random.split(key)
     noise = gumbel_noise(noise_key, rows, num_image, positions, instruct) if dynamic else None
+    if how == 'choices' and objective == 'gumbel':
+      noise = (jax.random.logistic(noise_key, (rows, positions, num_image)),)
     tau = temperature(state.step, cfg.steps, cfg.sparsity) if dynamic else None
-    dense = jax.random.bernoulli(dense_key, cfg.sparsity.dense_share, (rows,)) if dynamic else None
+    dense = jax.random.bernoulli(dense_key, cfg.sparsity.dense_share, (rows,)) if dynamic or how == 'choices' else None
     counts = count(as_prompt(batch), batch.labels, batch.answer_start, dense, cfg.sparsity, cfg.accumulate)
 
     def loss_fn(trained, batch, noise, dense, dropout):
@@ -226,6 +231,8 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
       judging = cfg.sparsity.min_answer_len, noise, tau, dense, instruct_rule(cfg.sparsity)
       out = model.apply(variables, prompt, image, batch.answer_start, *judging, batch.labels, method='train_forward')
       losses = training_losses(out, prompt, batch.labels, batch.answer_start, cfg.sparsity, counts)
+      if how == 'choices':
+        losses = with_relevance(losses, out, seen_share, cfg.relevance.weight, counts)
       return losses.total, losses
 
     inputs = (batch, noise, dense, row_keys(jax.random.fold_in(key, DROPOUT), rows) if cfg.lora and cfg.lora.dropout else None)
@@ -249,6 +256,8 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
         'tau': tau,
         'predictor_learning_rate': schedule(cfg.optimizer.predictor_learning_rate, cfg.steps, cfg.optimizer)(state.step),
       }
+    if how == 'choices':
+      metrics |= {'relevance': losses.relevance}
     if instruct:
       metrics |= {'instruct_mask': losses.instruct_mask, 'instruct_keep': losses.instruct_keep}
     moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, state.params, updates)

@@ -1,17 +1,15 @@
-"""Generated tokens that choose among image tokens: what is chosen, who is restricted, and that caching, neighbours and padding change nothing."""
+"""Generated tokens that choose among image tokens: caching, neighbours and padding change nothing."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_invariants import CFG, NEW, ROWS, TEXT, P, batch
+from test_invariants import CFG, NEW, ROWS, TEXT, batch
 
-from dynllava_jax import methods, sharding
-from dynllava_jax.config import ConfigError, Piece, RelevanceConfig, Stage
+from dynllava_jax import sharding
+from dynllava_jax.config import Piece, RelevanceConfig, Stage
 from dynllava_jax.generate import Generator
-from dynllava_jax.methods import revisit
 from dynllava_jax.models.params import init_params
 
 K = 3
