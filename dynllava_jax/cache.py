@@ -14,6 +14,7 @@ counted in `evicted`. Counting tokens rather than free slots makes the rule inde
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,7 @@ class StageCache:
     budget: generated tokens a row may hold. Static.
     arrangement: how k and v lie. Static.
     candidates: the image tokens where generated tokens choose among them; k and v then hold text alone. None otherwise.
+    recent: int32[B, W], slots of the newest W generated tokens, which are judged later: that of number n at n % W; None for W = 0.
   """
 
   k: Layers
@@ -78,6 +80,7 @@ class StageCache:
   budget: int = dataclasses.field(metadata={'static': True})
   arrangement: Arrangement = dataclasses.field(default=STACKED, metadata={'static': True})
   candidates: Candidates | None = None
+  recent: jax.Array | None = None
 
   @property
   def slots(self) -> int:
@@ -88,10 +91,14 @@ class StageCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """One `StageCache` per stage and int32[B] `position`: tokens seen so far, the next token's position in the conversation."""
+  """One `StageCache` per stage and int32[B] `position`: tokens seen so far, the next token's position in the conversation.
+
+  `gate` is what a gate with a memory knows of the rows (`methods.gate.GateState`), None in runs without one.
+  """
 
   stages: tuple[StageCache, ...]
   position: jax.Array
+  gate: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +155,7 @@ def from_prompt(
   first: jax.Array | None = None,
   arrangement: Arrangement = STACKED,
   candidates: Candidates | None = None,
+  window: int = 0,
 ) -> StageCache:
   """A cache that holds a prompt's keys and values, as `with_room` makes them with `room_behind`; the rest as in `StageCache`."""
   budget = generated_budget(gated, text_keep_budget, spec)
@@ -165,6 +173,7 @@ def from_prompt(
     budget=budget,
     arrangement=arrangement,
     candidates=candidates,
+    recent=jnp.zeros((batch, window), jnp.int32) if window else None,
   )
 
 
@@ -186,7 +195,7 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
   def put_stage(old: StageCache, rows: StageCache) -> StageCache:
     lies, more = old.arrangement, old.slots - rows.slots
     margin = jnp.pad(rows.margin, [(0, 0), (0, more)], constant_values=NEVER_EVICTED)
-    names = ('length', 'generated', 'evicted', 'shift')
+    names = ('length', 'generated', 'evicted', 'shift', 'recent')
     return dataclasses.replace(
       old,
       k=put_layers(old.k, rows.k, lies, lies.keys, more),
@@ -198,7 +207,7 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
     )
 
   stages = tuple(put_stage(old, rows) for old, rows in zip(cache.stages, new.stages))
-  return Cache(stages, put(cache.position, new.position))
+  return Cache(stages, put(cache.position, new.position), jax.tree.map(put, cache.gate, new.gate))
 
 
 def stacked(cache: StageCache, kv_heads: int) -> StageCache:
@@ -249,7 +258,15 @@ def append_chunk(cache: StageCache, k: Layers, v: Layers, count: jax.Array, keep
   return dataclasses.replace(cache, **_written(cache, k, v, slot), length=length)
 
 
-def append_judged(cache: StageCache, k: Layers, v: Layers, keep: jax.Array, margin: jax.Array, active: jax.Array) -> StageCache:
+def append_judged(
+  cache: StageCache,
+  k: Layers,
+  v: Layers,
+  keep: jax.Array,
+  margin: jax.Array,
+  active: jax.Array,
+  number: jax.Array | None = None,
+) -> StageCache:
   """Writes one generated token per row and applies the gate.
 
   Args:
@@ -257,7 +274,11 @@ def append_judged(cache: StageCache, k: Layers, v: Layers, keep: jax.Array, marg
     k, v: of each layer float[B, 1, K, H].
     keep: bool[B]; margin: float32[B], the larger the more worth keeping.
     active: bool[B]; rows that have ended write nothing.
+    number: int32[B], of the token among the generated ones. In a cache with `recent` slots it is not the new token that is judged,
+      but the one that leaves them; `keep` is True where there is none.
   """
+  if cache.recent is not None:
+    return _append_later_judged(cache, k, v, keep, margin, active, number)
   rows = jnp.arange(keep.shape[0])
   keep = keep & active
   full = keep & (cache.generated >= cache.budget)
@@ -275,6 +296,28 @@ def append_judged(cache: StageCache, k: Layers, v: Layers, keep: jax.Array, marg
     length=cache.length + grows,
     generated=cache.generated + grows,
     evicted=cache.evicted + full.astype(jnp.int32),
+  )
+
+
+def _append_later_judged(cache, k, v, keep, margin, active, number) -> StageCache:
+  """The new token takes the slot of the one that leaves, if that is dropped, else a new one, or the weakest one's of a full row."""
+  rows, window, nowhere = jnp.arange(keep.shape[0]), cache.recent.shape[1], cache.slots
+  place = number % window
+  leaving = cache.recent[rows, place]
+  stays = keep & active
+  margins = cache.margin.at[rows, jnp.where(stays & (number >= window), leaving, nowhere)].set(margin, mode='drop')
+  full = stays & (cache.generated >= cache.budget)
+  slot = jnp.where(full, jnp.argmin(margins, axis=-1), jnp.where(stays, cache.length, leaving))
+  slot = jnp.where(active, slot, nowhere).astype(jnp.int32)
+  grows = (stays & ~full).astype(jnp.int32)
+  return dataclasses.replace(
+    cache,
+    **_written(cache, k, v, slot[:, None]),
+    margin=margins.at[rows, slot].set(NEVER_EVICTED, mode='drop'),
+    length=cache.length + grows,
+    generated=cache.generated + grows,
+    evicted=cache.evicted + full.astype(jnp.int32),
+    recent=cache.recent.at[rows, jnp.where(active, place, window)].set(slot, mode='drop'),
   )
 
 

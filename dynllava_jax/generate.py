@@ -19,6 +19,7 @@ from dynllava_jax import arguments, buckets, compilation, methods
 from dynllava_jax.arrangement import STACKED, Arrangement, best_for, of_run
 from dynllava_jax.cache import Cache, CacheSpec
 from dynllava_jax.config import LoraConfig, ModelConfig, Piece, Stage
+from dynllava_jax.models import gating
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
 from dynllava_jax.models.lora import as_variables
 from dynllava_jax.models.params import cut_params
@@ -179,7 +180,8 @@ class Generator:
     arguments.within('tokens', values, 0, self.model.cfg.llama.vocab_size - 1)
     arguments.check_room(turn.cache, None if fed is None else fed.astype(np.int32), 'raise max_new_tokens')
     count = active.astype(jnp.int32)
-    (turn, _), judgement = self._extend(self.params, tokens[:, None], count, cache=turn.cache, judge=True)
+    told = self.told(turn.logits, jnp.asarray(tokens))
+    (turn, _), judgement = self._extend(self.params, tokens[:, None], count, cache=turn.cache, judge=True, told=told)
     return turn, judgement
 
   def append(self, turn: Turn, chunk: jax.Array, count: jax.Array) -> tuple[Turn, jax.Array]:
@@ -255,10 +257,29 @@ class Generator:
     """Programs compiled so far."""
     return sum(f._cache_size() for f in (self._prefill, self._extend, self._decode, self._uncached, self._force))
 
-  def fed(self, params: dict[str, Any], tokens: jax.Array, active: jax.Array, cache: Cache) -> tuple[Turn, Judgement]:
-    """As `step`, to be traced inside a compiled loop: nothing is checked, and `params` are an argument of that program."""
-    (turn, _), judgement = self._extend_impl(params, tokens[:, None], active.astype(jnp.int32), cache, True)
+  def fed(
+    self, params: dict[str, Any], tokens: jax.Array, active: jax.Array, cache: Cache, told: jax.Array | None
+  ) -> tuple[Turn, Judgement]:
+    """As `step`, to be traced inside a compiled loop: nothing is checked, and `params` are an argument of that program.
+
+    `told` is what `self.told` makes of the logits that the tokens were drawn from.
+    """
+    (turn, _), judgement = self._extend_impl(params, tokens[:, None], active.astype(jnp.int32), cache, True, told)
     return turn, judgement
+
+  def told(self, logits: jax.Array, tokens: jax.Array) -> jax.Array | None:
+    """What a gate may want to know of tokens int32[B] drawn from float32[B, V]: `Fed.told`; None if the run's does not."""
+    index = self.model.gate_stage
+    if index is None or not methods.get(self.model.stages[index].gate.name, 'gate').needs_told:
+      return None
+    log_prob = jax.nn.log_softmax(logits, -1)
+    drawn = jnp.take_along_axis(log_prob, tokens[:, None], 1)[:, 0]
+    return jnp.stack([-drawn, -jnp.where(jnp.isfinite(log_prob), jnp.exp(log_prob) * log_prob, 0).sum(-1)], -1)
+
+  @property
+  def judged_later(self) -> int:
+    """How many tokens later the gate judges a token that is fed."""
+    return gating.window(self.model, len(self.model.stages) - 1)
 
   def _apply(self, params, *args, method):
     return self.model.apply(as_variables(params, self._lora, self.model.stages, None), *args, method=method)
@@ -272,8 +293,8 @@ class Generator:
       kept_image = tuple(gather_rows(image.index, kept) for kept in kept_image)
     return Turn(cache, self._apply(params, last, method='logits')), kept_image
 
-  def _extend_impl(self, params, tokens, count, cache, judge):
-    hidden, cache, judgement = self._apply(params, tokens, count, cache, judge, method='extend')
+  def _extend_impl(self, params, tokens, count, cache, judge, told=None):
+    hidden, cache, judgement = self._apply(params, tokens, count, cache, judge, told, method='extend')
     logits = self._apply(params, hidden, method='logits')
     last = jnp.take_along_axis(logits, jnp.maximum(count - 1, 0)[:, None, None], 1, mode='clip')[:, 0]
     return (Turn(cache, last), logits), judgement
@@ -288,7 +309,7 @@ class Generator:
 
   def _decode_impl(self, params, logits, cache, seed, kept_image):
     batch = seed.shape[0]
-    size = self.max_new_tokens
+    size, later = self.max_new_tokens, self.judged_later
     first = sample(logits, self.sampling, seed, cache.position)
     state = dict(
       i=jnp.int32(0),
@@ -299,11 +320,13 @@ class Generator:
       kept=jnp.ones((batch, size), bool),
       margin=jnp.full((batch, size), jnp.inf, jnp.float32),
       finite=are_numbers(logits),
+      told=self.told(logits, first),
     )
 
     def feed(s):
       token, active = s['tokens'][:, s['i']], s['active']
-      after, judgement = self.fed(params, token, active, s['cache'])
+      after, judgement = self.fed(params, token, active, s['cache'], s['told'])
+      judged = active & (s['i'] >= later) if later else active
       new = jnp.where(active, sample(after.logits, self.sampling, seed, after.cache.position), PAD)
       return dict(
         i=s['i'] + 1,
@@ -311,9 +334,10 @@ class Generator:
         active=active & ~self._ended(new) & self._has_room(after.cache),
         tokens=s['tokens'].at[:, s['i'] + 1].set(new),
         length=s['length'] + active,
-        kept=s['kept'].at[:, s['i']].set(jnp.where(active, judgement.keep, True)),
-        margin=s['margin'].at[:, s['i']].set(jnp.where(active, judgement.margin, jnp.inf)),
+        kept=s['kept'].at[:, s['i'] - later].set(jnp.where(judged, judgement.keep, True)),
+        margin=s['margin'].at[:, s['i'] - later].set(jnp.where(judged, judgement.margin, jnp.inf)),
         finite=s['finite'] & (~active | (are_numbers(after.logits) & ~jnp.isnan(judgement.margin))),
+        told=self.told(after.logits, new),
       )
 
     end = jax.lax.while_loop(lambda s: (s['i'] < size - 1) & s['active'].any(), feed, state)
@@ -326,13 +350,15 @@ class Generator:
       i, token = step
       log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), token[:, None], 1)[:, 0]
       real, fed = i < length, i < length - 1
-      after, judgement = self.fed(params, token, fed, cache)
+      after, judgement = self.fed(params, token, fed, cache, self.told(logits, token))
       out = jnp.where(real, log_prob, 0), real & (logits.argmax(-1) == token), jnp.where(fed, judgement.keep, True)
       return (after.cache, jnp.where(fed[:, None], after.logits, logits)), out
 
     steps = jnp.arange(tokens.shape[1]), tokens.T
-    (cache, logits), out = jax.lax.scan(feed, (cache, logits), steps)
-    return Forced(*(x.T for x in out), cache.stages[-1].evicted), Turn(cache, logits)
+    (cache, logits), (log_prob, best, kept) = jax.lax.scan(feed, (cache, logits), steps)
+    later = self.judged_later
+    kept = jnp.concatenate([kept[later:], jnp.ones_like(kept[:later])])
+    return Forced(log_prob.T, best.T, kept.T, cache.stages[-1].evicted), Turn(cache, logits)
 
   def _uncached_impl(self, params, prompt, pixels):
     image = self._apply(params, normalize(pixels, self.model.cfg.vision), prompt.question, method='reduce_images')
@@ -342,24 +368,29 @@ class Generator:
     text_slots = slots - self.model.num_image + size
     full = functools.partial(self._apply, params, method='recompute')
 
-    def forward(buffer, length):
+    def forward(buffer, length, told):
       now = dataclasses.replace(prompt, tokens=buffer, length=length)
-      hidden, judgement = full(now, image.tokens, prompt.length, text_slots, image.group)
+      hidden, judgement = full(now, image.tokens, prompt.length, text_slots, image.group, told)
       logits = self._apply(params, hidden, method='logits')
-      return sample(logits, self.sampling, prompt.seed, length), judgement, are_numbers(logits)
+      token = sample(logits, self.sampling, prompt.seed, length)
+      if told is not None:
+        told = told.at[rows, length].set(self.told(logits, token), mode='drop')
+      return token, judgement, are_numbers(logits), told
 
     buffer = jnp.pad(prompt.tokens, [(0, 0), (0, size)])
-    first, judgement, finite = forward(buffer, prompt.length)
+    told = self.told(jnp.zeros((batch, 1)), jnp.zeros(batch, jnp.int32))
+    told = told if told is None else jnp.zeros((batch, slots + size, 2), jnp.float32)
+    first, judgement, finite, told = forward(buffer, prompt.length, told)
     buffer = buffer.at[rows, prompt.length].set(first)
-    state = (jnp.int32(1), buffer, prompt.length + 1, ~self._ended(first), judgement, finite)
+    state = (jnp.int32(1), buffer, prompt.length + 1, ~self._ended(first), judgement, finite, told)
 
     def feed(s):
-      i, buffer, length, active, _, finite = s
-      token, judgement, numbers = forward(buffer, length)
+      i, buffer, length, active, _, finite, told = s
+      token, judgement, numbers, told = forward(buffer, length, told)
       buffer = buffer.at[rows, length].set(jnp.where(active, token, PAD))
-      return i + 1, buffer, length + active, active & ~self._ended(token), judgement, finite & (numbers | ~active)
+      return i + 1, buffer, length + active, active & ~self._ended(token), judgement, finite & (numbers | ~active), told
 
-    _, buffer, length, _, judgement, finite = jax.lax.while_loop(lambda s: (s[0] < size) & s[3].any(), feed, state)
+    _, buffer, length, _, judgement, finite, _ = jax.lax.while_loop(lambda s: (s[0] < size) & s[3].any(), feed, state)
     answer = prompt.length[:, None] + jnp.arange(size)
     take = lambda x: jnp.take_along_axis(x, answer, 1, mode='clip')
     fed = jnp.arange(size) < (length - prompt.length - 1)[:, None]

@@ -14,21 +14,25 @@ from dynllava_jax.methods import (
   expected_attention,
   fastervlm,
   fastv,
+  frequency,
   keydiff,
   knorm,
   lagkv,
   look_m,
+  novelty,
   observed_attention,
   pool,
   prumerge,
   pyramiddrop,
   pyramidkv,
   random,
+  recency,
   redundancylens,
   revisit,
   snapkv,
   sparsevlm,
   streaming_llm,
+  surprisal,
   tova,
   uniform,
   visionzip,
@@ -52,6 +56,7 @@ from dynllava_jax.methods.base import (
   TowerNeeds,
   TowerOutput,
 )
+from dynllava_jax.methods.gate import Gate
 
 REDUCERS: dict[str, Reducer] = {
   'cdpruner': cdpruner.REDUCER,
@@ -91,12 +96,22 @@ COMPRESSORS: dict[str, Compressor] = {
   'tova': tova.COMPRESSOR,
 }
 REVISITS = revisit.REVISITS
+GATES: dict[str, Gate] = {
+  'entropy': surprisal.ENTROPY,
+  'frequency': frequency.GATE,
+  'novelty': novelty.GATE,
+  'predictor': dynamic.GATE,
+  'random': random.GATE,
+  'recency': recency.GATE,
+  'surprisal': surprisal.SURPRISAL,
+}
 METHODS = {  # by site
   'reducer': REDUCERS,
   'selector': SELECTORS,
   'layers': LAYER_KINDS,
   'compressor': COMPRESSORS,
   'revisit': REVISITS,
+  'gate': GATES,
 }
 
 
@@ -222,9 +237,28 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
       if outside:
         raise ConfigError(f'{at}: {stage.layers.name} names {name} layers {outside}, the stage has {stage.start} to {end - 1}')
     bound(stage.compressor, 'compressor')
+  _check_gate(model, stages)
   for stage, reached in zip(stages, stage_image_tokens(stages, num_image_tokens(model, reducer))):
     if stage.revisit is not None:
       _check_revisit(model, stage, reached, num_image_tokens(model, reducer), unmerged_tokens(model, reducer) > 0)
+
+
+def judges(stage: Stage) -> bool:
+  """Whether generated tokens are judged at the entry of a stage: by its gate, or as its selector does."""
+  return stage.gate is not None or get(stage.selector).text_margin is not None
+
+
+def _check_gate(model: ModelConfig, stages: tuple[Stage, ...]) -> None:
+  """Raises ConfigError unless generated tokens are judged once, by what this model has."""
+  judging = [s for s in stages if judges(s)]
+  for stage in (s for s in judging if s.gate is not None):
+    at = f'stage at layer {stage.start}: gate {stage.gate.name}'
+    gate, _ = bound(stage.gate, 'gate')
+    if len(judging) > 1:
+      others = ', '.join(str(s.start) for s in judging if s is not stage)
+      raise ConfigError(f'{at}: generated tokens are judged at layer {others} too; one stage of a run may')
+    if gate.needs_predictor and model.predictor is None:
+      raise ConfigError(f'{at}: needs a text predictor, and this model has none')
 
 
 def _check_revisit(model: ModelConfig, stage: Stage, candidates: int, num_image: int, unmerges: bool) -> None:
@@ -271,7 +305,7 @@ def check_training(stages: tuple[Stage, ...], adapters: bool) -> None:
       f'{[s.selector for s in stages]}'
     )
   for stage in stages:
-    for piece in (stage.compressor, stage.layers):
+    for piece in (stage.compressor, stage.layers, stage.gate):
       if piece is not None:
         raise ConfigError(
           f'stage at layer {stage.start}: {piece.name} acts in generation only, training knows nothing of it; leave it out'
@@ -292,6 +326,7 @@ def text_room(stages: tuple[Stage, ...], num_image: int) -> int:
 
 __all__ = [
   'COMPRESSORS',
+  'GATES',
   'LAYER_KINDS',
   'METHODS',
   'REDUCERS',
@@ -318,6 +353,7 @@ __all__ = [
   'check_tail',
   'check_training',
   'get',
+  'judges',
   'needs_tail',
   'num_image_tokens',
   'options_of',

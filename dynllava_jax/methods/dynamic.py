@@ -3,6 +3,7 @@
 import dataclasses
 
 from dynllava_jax.methods.base import Chosen, Selector, SelectorInputs
+from dynllava_jax.methods.gate import Gate
 from dynllava_jax.ops.selection import keep_margin, top_indices
 
 
@@ -36,3 +37,5 @@ SELECTOR = Selector(
   source='arXiv 2412.00876',
   verified="the authors' code",
 )
+
+GATE = Gate(score=lambda fed, state, options: fed.margin, needs_predictor=True, source='arXiv 2412.00876')

@@ -16,7 +16,7 @@ from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement
 from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, judges_instructions
-from dynllava_jax.models import reduction, training_pass
+from dynllava_jax.models import gating, reduction, revisiting, training_pass
 from dynllava_jax.models.batch import InstructRule, Prompt, StageTrace, TrainOutput, instruct_start_of
 from dynllava_jax.models.clip import VisionTower, next_block
 from dynllava_jax.models.clip_text import with_question
@@ -25,7 +25,7 @@ from dynllava_jax.models.llama import LayerOutput, Llama
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.models.reduction import Judgement
-from dynllava_jax.models.revisiting import Chooser, Relevance, chooser
+from dynllava_jax.models.revisiting import Chooser, Relevance
 from dynllava_jax.ops import layout
 
 
@@ -121,12 +121,12 @@ class DynLlava(nn.Module):
       (hidden float[B, S', D] of what remains, one `StageTrace` per stage, `Cache`).
     """
     x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
-    state = self._start(x, prompt, group)
+    state = self.start(x, prompt, group)
     weights = self._query_weights(x, prompt, prompt.length)
-    caches, traces, attention = [], [], None
+    caches, traces, attention, judging = [], [], None, gating.start(self, x.shape[0], spec)
     for i in range(len(self.stages)):
       entry = state.x
-      state, seen, details = self._reduce(i, state, prompt, attention, weights, answer_start=None)
+      state, seen, details = self.reduce(i, state, prompt, attention, weights, answer_start=None)
       stream = state.x
       gated, budget = self.gate(i)
       room = kv.room_behind(gated, budget, spec)
@@ -142,10 +142,11 @@ class DynLlava(nn.Module):
       if out.length is not None:  # compressed
         length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
       settings = dict(gated=gated, text_keep_budget=budget, spec=spec, arrangement=self.arrangement, candidates=candidates)
+      settings |= dict(window=gating.window(self, i))
       caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, **settings))
-    return state.x, tuple(traces), kv.Cache(tuple(caches), prompt.length)
+    return state.x, tuple(traces), kv.Cache(tuple(caches), prompt.length, judging)
 
-  def extend(self, tokens: jax.Array, count: jax.Array, cache: kv.Cache, judge: bool):
+  def extend(self, tokens: jax.Array, count: jax.Array, cache: kv.Cache, judge: bool, told: jax.Array | None = None):
     """Runs new tokens on top of a cache.
 
     A chunk of a later user turn is appended as it is (`judge=False`), but where instructions are judged: there the gated stages
@@ -155,7 +156,7 @@ class DynLlava(nn.Module):
     Args:
       tokens: int32[B, T], right-padded; count: int32[B], real ones, 0 for rows that have ended.
       cache: consumed; donate it.
-      judge: static.
+      judge: static; told: float32[B, 2], `Fed.told` of generated tokens, if the run's gate looks at it.
 
     Returns:
       (hidden float[B, T, D], new cache, `Judgement` with [B] entries, of chunks with [B, T]).
@@ -170,10 +171,12 @@ class DynLlava(nn.Module):
     steps = jnp.arange(length)
     positions = cache.position[:, None] + steps
     last = steps == count[:, None] - 1
-    new, looked = [], []
+    new, looked, judging = [], [], cache.gate
     for i, (stage, old) in enumerate(zip(self.stages, cache.stages)):
       selector = methods.get(stage.selector)
-      if judge and selector.text_margin:
+      if judge and i == self.gate_stage:
+        keep, margin, judging = gating.feed(self, x[:, 0], tokens[:, 0], told, judging, active)
+      elif judge and selector.text_margin and stage.gate is None:
         margin = selector.text_margin(x[:, 0], self.text_predictor)
         keep = keep & (margin > 0)
       elif not judge and judges_instructions((stage,)):
@@ -189,10 +192,19 @@ class DynLlava(nn.Module):
           generated = jnp.ones(tokens.shape, bool) if choosing.each_layer else None
       x, out = self.llama.run_stage(i, x, rotary, cache=old, image=image, generated=generated)
       chunk = kv.read_for(old, x), out.k, out.v
-      new.append(kv.append_judged(*chunk, keep, margin, active) if judge else kv.append_chunk(*chunk, count, keep))
-    return x, kv.Cache(tuple(new), cache.position + count), Judgement(keep, margin, tuple(looked))
+      number = cache.gate and cache.gate.fed
+      new.append(kv.append_judged(*chunk, keep, margin, active, number) if judge else kv.append_chunk(*chunk, count, keep))
+    return x, kv.Cache(tuple(new), cache.position + count, judging), Judgement(keep, margin, tuple(looked))
 
-  def recompute(self, prompt: Prompt, image: jax.Array, answer_start: jax.Array, text_slots: int, group: jax.Array | None = None):
+  def recompute(
+    self,
+    prompt: Prompt,
+    image: jax.Array,
+    answer_start: jax.Array,
+    text_slots: int,
+    group: jax.Array | None = None,
+    told: jax.Array | None = None,
+  ):
     """One full forward over prompt and generated tokens: decoding without a cache.
 
     The kept set is the gate's: a generated token stays where `keep > drop`, the newest is always present.
@@ -203,6 +215,7 @@ class DynLlava(nn.Module):
       image: float[B, P, D].
       answer_start: int32[B], position of the first generated token.
       text_slots: static; positions kept for text in reduced stages (text bucket + max_new_tokens); group: as in `prefill`.
+      told: float32[B, S, 2], `Fed.told` by position, if the run's gate looks at it.
 
     Returns:
       (hidden float[B, D] at the newest position, `Judgement` with [B, S] entries, that of the newest token
@@ -212,16 +225,14 @@ class DynLlava(nn.Module):
     for stage in self.stages:
       if stage.compressor is not None:
         raise ConfigError(f'stage at layer {stage.start}: {stage.compressor.name} shrinks a cache, and uncached decoding has none')
-    state = self._start(x, prompt, group)
+    state = self.start(x, prompt, group)
     weights = self._query_weights(x, prompt, answer_start)
-    attention = None
+    attention, until = None, None
     for i in range(len(self.stages)):
-      state, _, _ = self._reduce(i, state, prompt, attention, weights, answer_start=answer_start, text_slots=text_slots)
-      view = {}
-      if choosing := self.chooser_of(i):
-        generated, rows = state.positions >= answer_start[:, None], state.rows(prompt.image_start)
-        view = dict(visible=choosing.visible(state.x, state.rotary, rows, generated))
-        view |= dict(generated=generated) if choosing.each_layer else {}
+      state, _, _ = self.reduce(i, state, prompt, attention, weights, answer_start=answer_start, text_slots=text_slots)
+      if i == self.gate_stage:
+        state, until = gating.replay(self, state, prompt, answer_start, told)
+      view = revisiting.view(self.chooser_of(i), state, prompt.image_start, answer_start, until)
       state, out = self._run_stage(i, state, prompt, answer_start, weights, **view)
       attention = out.attention
     newest = jnp.maximum(state.length - 1, 0)[:, None]
@@ -261,35 +272,26 @@ class DynLlava(nn.Module):
     x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
     trained_by = methods.trained_by(self.stages)
     if trained_by == 'gathers':
-      return self._train_cut(x, prompt, labels)
+      return training_pass.with_cuts(self, x, prompt, labels)
     if trained_by == 'choices':
       return training_pass.with_choices(self, x, prompt, labels, self.relevance_objective, noise, dense)
     return training_pass.with_masks(self, x, prompt, answer_start, min_answer_len, noise, tau, dense, instruct)
 
-  def _train_cut(self, x: jax.Array, prompt: Prompt, labels: jax.Array) -> TrainOutput:
-    """Training of a sequence that is cut at each stage as in a prefill; answers are part of the prompt then."""
-    state, weights, kept = self._start(x, prompt, None), {}, []
-    for i, stage in enumerate(self.stages):
-      selector, options = methods.selector_of(stage)
-      weights[i] = selector.training_weight(labels, options) if selector.training_weight else None
-      state, _, _ = self._reduce(i, state, prompt, None, weights, answer_start=None)
-      kept.append(state.image_index)
-      x, _ = self.llama.run_stage(i, state.x, state.rotary)
-      state = dataclasses.replace(state, x=x)
-    hidden, head = self.llama.output(state.x)
-    real = jnp.arange(hidden.shape[1]) < state.length[:, None]
-    return TrainOutput(hidden, head=head, places=jnp.where(real, state.positions, -1), kept_image=tuple(kept))
-
   def chooser_of(self, index: int) -> Chooser | None:
     """How the generated tokens of stage `index` choose among its image tokens; None if they see all."""
-    return chooser(index, self.stages[index], self.num_image, self.llama, self.relevance)
+    return revisiting.chooser(index, self.stages[index], self.num_image, self.llama, self.relevance)
+
+  @property
+  def gate_stage(self) -> int | None:
+    """The stage with a gate of its own."""
+    return next((i for i, stage in enumerate(self.stages) if stage.gate is not None), None)
 
   def gate(self, index: int) -> tuple[bool, float]:
     """Whether stage `index` holds only kept generated tokens, and its share of room for them."""
-    judging = [s for s in self.stages[: index + 1] if methods.get(s.selector).text_margin]
+    judging = [s for s in self.stages[: index + 1] if methods.judges(s)]
     return (True, judging[-1].text_keep_budget) if judging else (False, 1.0)
 
-  def _start(self, x: jax.Array, prompt: Prompt, group: jax.Array | None) -> reduction.State:
+  def start(self, x: jax.Array, prompt: Prompt, group: jax.Array | None) -> reduction.State:
     """What reaches the first stage."""
     state = reduction.start(x, prompt.length, self.num_image)
     if not methods.unmerged_tokens(self.cfg, self.reducer):
@@ -333,7 +335,7 @@ class DynLlava(nn.Module):
     last = None if out.attention is None else out.attention[-1]
     return dataclasses.replace(state, x=x), dataclasses.replace(out, attention=last)
 
-  def _reduce(
+  def reduce(
     self,
     index: int,
     state: reduction.State,
@@ -381,7 +383,7 @@ class DynLlava(nn.Module):
       size = state.x.shape[1] - reached + budget + more
     else:
       size = text_slots + budget + more
-      if selector.text_margin:
+      if selector.text_margin and stage.gate is None:
         margin = selector.text_margin(state.x, self.text_predictor)
         generated = (state.positions >= answer_start[:, None]) & (state.positions < prompt.length[:, None])
         newest = state.positions == prompt.length[:, None] - 1

@@ -16,6 +16,7 @@ from dynllava_jax.config import LlamaConfig, RelevanceConfig, Stage
 from dynllava_jax.methods import Rows, revisit
 from dynllava_jax.models.layers import partitioned
 from dynllava_jax.models.llama import LINEAR_INIT, Llama
+from dynllava_jax.models.reduction import State
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.rope import apply_rope, rope_angles
 from dynllava_jax.ops.visibility import Visible
@@ -114,3 +115,24 @@ def chooser(index: int, stage: Stage, num_image: int, llama: Llama, relevance: R
   learned = piece.keys is not None
   weights = relevance() if learned else {}
   return Chooser(index, piece, options, options.count(num_image), llama, weights, relevance.cfg if learned else None)
+
+
+def view(
+  choosing: Chooser | None, state: State, image_start: jax.Array, answer_start: jax.Array, until: jax.Array | None
+) -> dict[str, Any]:
+  """`visible` and `generated` of `Llama.run_stage` for a stage without a cache.
+
+  Args:
+    choosing: how its generated tokens choose, if they do.
+    state: what enters it; image_start: int32[B]; answer_start: int32[B], position of the first generated token.
+    until: int32[B, S], by position in the full sequence, the last position that sees a token; None if a gate has dropped none.
+  """
+  visible, more = None, {}
+  if choosing:
+    generated, rows = state.positions >= answer_start[:, None], state.rows(image_start)
+    visible = choosing.visible(state.x, state.rotary, rows, generated)
+    more = dict(generated=generated) if choosing.each_layer else {}
+  if until is not None:
+    last = layout.gather_rows(until, state.positions)
+    visible = dataclasses.replace(visible or Visible(), positions=state.positions, until=last)
+  return dict(visible=visible, **more)

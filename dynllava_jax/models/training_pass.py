@@ -1,8 +1,9 @@
-"""Forward passes of training over sequences of full length: keep masks in place of gathers, or a choice for every query row.
+"""Forward passes of training over sequences of full length: keep masks in place of gathers, a choice for every query row, or cuts.
 
 Axes: B batch, S sequence, P image tokens, D width.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -102,3 +103,18 @@ def with_choices(
       more = dict(distance=total if 'distance' not in more else more['distance'] + total)
   hidden, head = model.llama.output(x)
   return TrainOutput(hidden, head=head, chooses=answers, dense=dense, **more)
+
+
+def with_cuts(model: Any, x: jax.Array, prompt: Prompt, labels: jax.Array) -> TrainOutput:
+  """A sequence that is cut at each stage as in a prefill; answers are part of the prompt then. Arguments as in `with_choices`."""
+  state, weights, kept = model.start(x, prompt, None), {}, []
+  for i, stage in enumerate(model.stages):
+    selector, options = methods.selector_of(stage)
+    weights[i] = selector.training_weight(labels, options) if selector.training_weight else None
+    state, _, _ = model.reduce(i, state, prompt, None, weights, answer_start=None)
+    kept.append(state.image_index)
+    x, _ = model.llama.run_stage(i, state.x, state.rotary)
+    state = dataclasses.replace(state, x=x)
+  hidden, head = model.llama.output(state.x)
+  real = jnp.arange(hidden.shape[1]) < state.length[:, None]
+  return TrainOutput(hidden, head=head, places=jnp.where(real, state.positions, -1), kept_image=tuple(kept))

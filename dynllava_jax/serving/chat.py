@@ -20,7 +20,7 @@ from dynllava_jax.serving import questions
 from dynllava_jax.serving import request as req
 from dynllava_jax.serving.remembering import Remembering
 from dynllava_jax.serving.request import Options, Reply, Timings
-from dynllava_jax.serving.stepping import Running, Stepper, wishes
+from dynllava_jax.serving.stepping import Running, Stepper, of_tokens, wishes
 from dynllava_jax.serving.text import Text
 
 
@@ -151,7 +151,8 @@ class Chat:
 
   def _joined(self, parts: list[Any]) -> tuple[list[float], list[bool], int]:
     log_probs, kept, evicted = zip(*parts)
-    return np.concatenate(log_probs).tolist(), np.concatenate(kept).tolist(), int(evicted[-1])
+    of_each = of_tokens(np.concatenate(kept).tolist(), self._stepper.generator.judged_later)
+    return np.concatenate(log_probs).tolist(), of_each, int(evicted[-1])
 
   def _make_room(self, text: str, options: Options) -> None:
     """Before a later turn: leaves out of earlier ones what it has no room for, or more than the budget."""

@@ -208,6 +208,7 @@ class Engine:
         self._halted[slot] = False
         if rows.prompt.image_start[row] >= 0:
           ticket.kept_image = lambda kept=kept_image, row=row: np.asarray(kept)[row]
+          ticket.judged_later = self.generator.judged_later
 
   def _rung(self) -> Decision | bool | None:
     """Lets the ladder say how who is next is answered; None if nobody can begin yet. True without a ladder.

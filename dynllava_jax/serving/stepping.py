@@ -57,7 +57,7 @@ class Emitted:
   Attributes:
     tokens: int32; count: int32[B].
     log_prob: float32, of the model itself.
-    kept: whether the gate kept it; True for what was not fed.
+    kept: whether the gate kept the token that it judged by then, `Generator.judged_later` tokens before; True for what was not fed.
     evicted: int32, given up by a full cache after this token, over all turns.
     finite: bool[B], whether all logits and margins were numbers.
     active: bool[B], rows that go on.
@@ -78,6 +78,11 @@ def wishes(options: Sequence[Options], room: Sequence[int]) -> Wishes:
   settings = Settings(column('temperature', np.float32), column('top_k', np.int32), column('top_p', np.float32))
   left = np.asarray([r if o.max_tokens is None else min(o.max_tokens, r) for o, r in zip(options, room)], np.int32)
   return Wishes(settings, column('repetition_penalty', np.float32), column('seed', np.uint32), left)
+
+
+def of_tokens(kept: Sequence[bool], later: int) -> list[bool]:
+  """`Emitted.kept` of an answer, as it was told, to what was decided of each of its tokens; those not judged yet are held."""
+  return [*kept[later:], *[True] * min(later, len(kept))]
 
 
 class Stepper:
@@ -163,7 +168,7 @@ class Stepper:
       goes_on = active & (left > 0)
       if self.generator.eos_id is not None:
         goes_on &= token != self.generator.eos_id
-      after, judgement = self.generator.fed(params, token, goes_on, turn.cache)
+      after, judgement = self.generator.fed(params, token, goes_on, turn.cache, self.generator.told(logits, token))
       here = lambda old, new: old.at[:, i].set(jnp.where(active, new, old[:, i]))
       numbers = are_numbers(logits) & ~(goes_on & jnp.isnan(judgement.margin))
       out = Emitted(

@@ -7,6 +7,7 @@ import numpy as np
 
 from dynllava_jax.data.tokenizer import Tokenizer
 from dynllava_jax.serving.request import Reply, Request, Timings
+from dynllava_jax.serving.stepping import of_tokens
 from dynllava_jax.serving.text import Text
 
 
@@ -23,6 +24,7 @@ class Ticket:
     self.kept_image: Callable[[], np.ndarray] = lambda: np.zeros(0, np.int32)
     self.log_probs: list[float] = []
     self.kept: list[bool] = []
+    self.judged_later = 0  # as `Generator` has it
     self.evicted = 0
     self.rung = ''
     self.wanted: str = ''  # why somebody wants it to be over
@@ -45,7 +47,7 @@ class Ticket:
       tuple(self.output.tokens),
       tuple(self.log_probs),
       kept_image,
-      tuple(self.kept[:-1]),
+      tuple(of_tokens(self.kept, self.judged_later)[:-1]),
       self.evicted,
       self.finish,
       timings,

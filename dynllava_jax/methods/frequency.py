@@ -1,0 +1,56 @@
+"""Gate: rare tokens stay, as counted in what was generated so far, or in a corpus (`data.frequencies` writes the table)."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynllava_jax.config import ConfigError
+from dynllava_jax.config.parsing import require
+from dynllava_jax.methods.gate import Fed, Gate, GateOptions, GateState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(GateOptions):
+  """`table`: file with how often a corpus holds each token id, int64[V] as numpy saves it; '' counts in the context."""
+
+  table: str = ''
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.table:
+      read(self.table)
+
+
+@functools.cache
+def read(path: str) -> np.ndarray:
+  """int64[V] counts; ConfigError for a file that has none."""
+  try:
+    counts = np.load(pathlib.Path(path), allow_pickle=False)
+  except (OSError, ValueError, EOFError) as e:
+    raise ConfigError(f'table: {path}: {e}; data preparation writes one, token_counts.npy') from None
+  require(
+    counts.ndim == 1 and np.issubdtype(counts.dtype, np.integer) and counts.size and counts.min() >= 0 and counts.sum() > 0,
+    f'table: {path} holds {counts.dtype} of shape {counts.shape}, expected a count for each token id',
+  )
+  return counts
+
+
+def score(fed: Fed, state: GateState, options: Options) -> jax.Array:
+  """-log of the token's share of the corpus (each token once more than counted), or how rarely it was fed before."""
+  if not options.table:
+    return -(state.before & (state.memory['tokens'] == fed.token[:, None])).sum(-1).astype(jnp.float32)
+  counts = read(options.table) + 1
+  rarity = jnp.asarray(-np.log(counts / counts.sum()), jnp.float32)
+  return rarity[jnp.clip(fed.token, 0, len(counts) - 1)]
+
+
+GATE = Gate(
+  score=score,
+  options=Options,
+  memory=lambda rows, size, width, options: {} if options.table else {'tokens': jnp.zeros((rows, size), jnp.int32)},
+  remember=lambda fed, options: {} if options.table else {'tokens': fed.token},
+)
