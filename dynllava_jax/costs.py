@@ -75,6 +75,15 @@ def ranking_flops(model: ModelConfig, stage: Stage, rows: int, reached: int, bud
   return total
 
 
+def revisit_flops(model: ModelConfig, stage: Stage, candidates: int) -> float:
+  """What it costs a generated token to choose among `candidates` image tokens, keys and queries of learned scores included."""
+  llama, relevance = model.llama, model.relevance
+  if methods.get(stage.revisit.name, 'revisit').keys is None:
+    return 2 * llama.hidden_size * (llama.num_heads * llama.head_dim + candidates)
+  weights = methods.get(relevance.score, 'revisit').weights(llama.hidden_size, relevance)
+  return 2 * sum(a * b for a, b in weights.values()) + 2 * candidates * relevance.width
+
+
 def predictor_flops(model: ModelConfig, image_tokens: int, text_tokens: float) -> float:
   """Vision predictor over `image_tokens` once, text predictor over `text_tokens`."""
   p, width = model.predictor, model.llama.hidden_size
@@ -113,8 +122,9 @@ def sample_flops(
     kind, options = methods.bound(stage.layers, 'layers', methods.LayerKind())
     compressor, settings = methods.bound(stage.compressor, 'compressor')
     total += ranking_flops(model, stage, text_tokens + reached, reached, stage.kept_image_tokens(num_image)) if image else 0.0
-    if methods.get(stage.selector).text_margin:
+    if methods.judges(stage):
       gated, budget_share = True, stage.text_keep_budget
+    if methods.get(stage.selector).text_margin:
       judged = text_tokens + num_image if image and judges_instructions((stage,)) else 0  # computed of every row that arrives
       total += predictor_flops(model, num_image, len(kept) + judged)
     budget = kv.generated_budget(gated, budget_share, spec)
@@ -125,6 +135,9 @@ def sample_flops(
       total += compressor.flops(model.llama, text_tokens, image_tokens, settings) if compressor else 0.0
     reached = image_tokens
     cached = sum(stage_slots(model, stage, end, text_tokens, image_tokens)) / layers + unmerged
+    if stage.revisit and image:
+      cached -= image_tokens - methods.seen_image_tokens((stage,), methods.num_image_tokens(model, reducer))
+      total += len(kept) * revisit_flops(model, stage, image_tokens)
     held = 0
     for keep in kept:
       total += layers * layer_flops(model, 1, cached + held + 1)
@@ -153,7 +166,7 @@ def cache_bytes(
   ends = [s.start for s in stages[1:]] + [llama.num_layers]
   sizes, gate, budget_share = [], False, 1.0
   for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, num_image)):
-    if methods.get(stage.selector).text_margin:
+    if methods.judges(stage):
       gate, budget_share = True, stage.text_keep_budget
     budget = kv.generated_budget(gate, budget_share, spec)
     slots = kv.capacity(max(stage_slots(model, stage, end, text_length, image_tokens)) + unmerged, budget, gate, spec)
