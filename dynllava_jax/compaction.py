@@ -38,6 +38,10 @@ def why_not(cache: kv.Cache) -> str:
   for stage in cache.stages:
     if stage.first is not None:
       return 'a compressor keeps other tokens in each layer'
+    if stage.candidates is not None:
+      return 'image tokens lie beside the cache'
+    if stage.recent is not None:
+      return 'a gate that judges later has slots that are not in order'
   return ''
 
 
@@ -51,6 +55,8 @@ def _compacted(stage: kv.StageCache, slots: jax.Array, length: jax.Array, moved:
   angles = rope_angles(moved, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
 
   def moved_on(keys: jax.Array, axes: str) -> jax.Array:
+    if stage.arrangement.flat:
+      return apply_rope(keys.reshape(*keys.shape[:-1], cfg.num_kv_heads, -1), *angles).reshape(keys.shape)
     rotated = apply_rope(jnp.einsum(f'{axes}->bckh', keys), *angles)
     return jnp.einsum(f'bckh->{axes}', rotated)
 

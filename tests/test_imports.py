@@ -38,6 +38,7 @@ PROGRAMS = {
     'bench.py',
     'chat.py',
     'hello.py',
+    'looked.py',
     'controller/__main__.py',
     'methods/__main__.py',
     'serve.py',

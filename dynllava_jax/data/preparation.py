@@ -10,7 +10,8 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from dynllava_jax import paths
 from dynllava_jax.config import ConfigError, DataConfig, first_difference
@@ -27,6 +28,7 @@ from dynllava_jax.data.check import (
   table,
   with_buckets,
 )
+from dynllava_jax.data.frequencies import COUNTS_FILE, as_file, count_records
 from dynllava_jax.data.index import Index, index_key, index_path, write_index
 from dynllava_jax.data.integrity import (
   FEATURES_FILE,
@@ -288,6 +290,12 @@ def write_store(
       raise OSError(f'{shard}: read back it is not what was written; is the disk failing? The same command writes it again')
   content = sealed(settings, known)
   if scan.tokenizer:
+    parts = [(job[1], scan.tokenizer) for job in jobs]
+    with (
+      parallel_map(count_records, parts, scan.processes) as counted,
+      progress(Terminal(), 'counting tokens', len(parts)) as advance,
+    ):
+      write_atomically(out / COUNTS_FILE, as_file(_counted(counted, advance)))
     path = index_path(out, scan.tokenizer, scan.data.conversation)
     write_index(path, Index.of(f for _, f in good), content[SEAL])
   write(out / SETTINGS_FILE, content)
@@ -337,6 +345,12 @@ def write_pictures(out: pathlib.Path, shards: Sequence[pathlib.Path]) -> None:
       why = 'read back it is not what was written; is the disk failing? The same command writes it again'
       raise OSError(f'{pictures_of(shard)}: {why}') from None
   write_atomically(out / PICTURES_FILE, pictures.to_bytes(pictures.joined(parts)))
+
+
+def _counted(parts: Iterable[Any], advance: Callable[[int], Any]) -> Iterator[Any]:
+  for part in parts:
+    yield part
+    advance(1)
 
 
 def write_metadata(out: pathlib.Path, shards: Sequence[pathlib.Path], lengths: Sequence[int]) -> None:

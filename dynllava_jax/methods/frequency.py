@@ -43,9 +43,9 @@ def score(fed: Fed, state: GateState, options: Options) -> jax.Array:
   """-log of the token's share of the corpus (each token once more than counted), or how rarely it was fed before."""
   if not options.table:
     return -(state.before & (state.memory['tokens'] == fed.token[:, None])).sum(-1).astype(jnp.float32)
-  counts = read(options.table) + 1
-  rarity = jnp.asarray(-np.log(counts / counts.sum()), jnp.float32)
-  return rarity[jnp.clip(fed.token, 0, len(counts) - 1)]
+  counts = np.append(read(options.table) + 1, 1)  # the last for all ids beyond the table
+  rarity = jnp.asarray(-np.log(counts / counts[:-1].sum()), jnp.float32)
+  return rarity[jnp.minimum(fed.token, len(counts) - 1)]
 
 
 GATE = Gate(

@@ -206,9 +206,9 @@ class Engine:
       for row, (slot, ticket) in enumerate(zip(free, group)):
         self._tickets[slot] = ticket
         self._halted[slot] = False
+        ticket.judged_later = pool.generator.judged_later
         if rows.prompt.image_start[row] >= 0:
           ticket.kept_image = lambda kept=kept_image, row=row: np.asarray(kept)[row]
-          ticket.judged_later = self.generator.judged_later
 
   def _rung(self) -> Decision | bool | None:
     """Lets the ladder say how who is next is answered; None if nobody can begin yet. True without a ladder.
