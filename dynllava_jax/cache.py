@@ -41,10 +41,14 @@ class Candidates:
   keys: jax.Array | None
   present: jax.Array
 
-  def chosen(self, index: jax.Array | None) -> jax.Array:
-    """Those of int32[B, k], all for None, layers first: float[L, B, k, 2, K, H]."""
-    kept = self.kv if index is None else jnp.take_along_axis(self.kv, index[:, :, None, None, None, None], 1, mode='clip')
-    return jnp.moveaxis(kept, 2, 0)
+  def of_layer(self, index: jax.Array | None, layer: jax.Array) -> jax.Array:
+    """Those of int32[B, k], all for None, in a layer of the stage, int32[]: float[B, k, 2, K, H].
+
+    One gather that reads nothing else. Its result is small enough for a TPU to keep it in VMEM, so that memory is read once.
+    """
+    if index is None:
+      return jax.lax.dynamic_index_in_dim(self.kv, layer, 2, keepdims=False)
+    return self.kv.at[jnp.arange(index.shape[0])[:, None], index, layer].get(mode='clip')
 
 
 @jax.tree_util.register_dataclass

@@ -183,14 +183,11 @@ class DynLlava(nn.Module):
         margin = selector.text_margin(x, self.instruct_predictor)
         keep = keep & ((margin > 0) | last)
       rotary = kv.rotary_positions(old, positions)
-      image, generated = None, None
-      if choosing := self.chooser_of(i):
-        image = old.candidates.chosen(None)
-        if judge:
-          image, index = choosing.look(x, rotary, old.candidates)
-          looked.append(index)
-          generated = jnp.ones(tokens.shape, bool) if choosing.each_layer else None
-      x, out = self.llama.run_stage(i, x, rotary, cache=old, image=image, generated=generated)
+      view = {}
+      if judge and (choosing := self.chooser_of(i)):
+        looked.append(choosing.look(x, rotary, old.candidates))
+        view = dict(chosen=looked[-1], generated=jnp.ones(tokens.shape, bool) if choosing.each_layer else None)
+      x, out = self.llama.run_stage(i, x, rotary, cache=old, **view)
       chunk = kv.read_for(old, x), out.k, out.v
       number = cache.gate and cache.gate.fed
       new.append(kv.append_judged(*chunk, keep, margin, active, number) if judge else kv.append_chunk(*chunk, count, keep))

@@ -27,7 +27,7 @@ from dynllava_jax.ops.visibility import Visible, attention_distance, visible_att
 LINEAR_INIT = nn.initializers.lecun_normal()
 HEADS_INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1))  # [N, D, H]
 LAST = 'last'  # flag of a stage's last layer
-LAYER = 'layer'  # what is scanned along for a compressor: which layer it is
+LAYER = 'layer'  # what is scanned along for a compressor and for image tokens beside the cache: which layer it is
 HEADS_OUT_INIT = nn.initializers.lecun_normal(in_axis=(-3, -2))  # [N, H, D]
 
 
@@ -57,7 +57,7 @@ class Context:
     visible: what of what stands before it each row sees, without a cache; None for all.
     target: float32[B, T, M], log-probabilities of image tokens whose distance from the attention to them is wanted; None if not.
     generated: bool[B, T], rows that are generated tokens, where each layer chooses what they see of the image; None otherwise.
-    image_seen: bool[B], rows that have an image beside their cache.
+    candidates: image tokens beside the cache, and chosen: int32[B, k], those that are seen; None for all.
     room: slots behind the keys and values that a layer gives, so that they are stacked as the cache needs them. Static.
   """
 
@@ -73,7 +73,8 @@ class Context:
   unmerged: jax.Array | None = None
   visible: Visible | None = None
   target: jax.Array | None = None
-  image_seen: jax.Array | None = None
+  candidates: kv.Candidates | None = None
+  chosen: jax.Array | None = None
   generated: jax.Array | None = None
 
 
@@ -148,8 +149,7 @@ class Block(nn.Module):
     Args:
       x: float[B, T, D].
       context: see `Context`.
-      cache: this layer's (k, v), as `arrangement` has them, int32[B] `StageCache.first`, and float[B, k, 2, K, H] image tokens
-        beside them; None without one.
+      cache: this layer's (k, v), as `arrangement` has them, and int32[B] `StageCache.first`; None without one.
       flags: this layer's, by name: those of the stage's `LayerKind`, `LAST` and `LAYER`; None if nothing needs any.
 
     Returns:
@@ -166,10 +166,11 @@ class Block(nn.Module):
         unrotated, k, v = (layout.gather_rows(a, context.unmerged) for a in (unrotated, k, v))
       q, k = apply_rope(unrotated, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
       if cache is not None:
-        old_k, old_v, first, image = cache
-        if context.generated is not None:
-          image = self._own_choice(q, image)
-        beside = dict(image=image, image_seen=context.image_seen)
+        old_k, old_v, first = cache
+        beside = {}
+        if context.candidates is not None:
+          image = self._image(q, context, flags[LAYER] - self.layers.start)
+          beside = dict(image=image, image_seen=context.candidates.present)
         y = cached_attention(q, k, v, old_k, old_v, context.cache_length, first, self.arrangement, **beside)
       elif context.visible is not None:
         visible = context.visible
@@ -232,11 +233,14 @@ class Block(nn.Module):
       output = dataclasses.replace(output, k=held_k, v=held_v)
     return batch_split(x), output
 
-  def _own_choice(self, q: jax.Array, image: jax.Array) -> jax.Array:
-    """Those of float[B, M, 2, K, H] that this layer chooses for q float[B, 1, N, H]: float[B, k, 2, K, H]."""
-    piece, options = methods.bound(self.stage.revisit, 'revisit')
-    index = revisit.choose(piece.score(q, image[:, :, 0], {}, None), options.count(self.num_image))[:, 0]
-    return layout.gather_rows(image, index)
+  def _image(self, q: jax.Array, context: Context, layer: jax.Array) -> jax.Array:
+    """What is seen of the candidates in this layer of the stage: float[B, k, 2, K, H]; q float[B, T, N, H]."""
+    held, index = context.candidates, context.chosen
+    if context.generated is not None:
+      piece, options = methods.bound(self.stage.revisit, 'revisit')
+      keys = held.of_layer(None, layer)[:, :, 0]
+      index = revisit.choose(piece.score(q, keys, {}, None), options.count(self.num_image))[:, 0]
+    return held.of_layer(index, layer)
 
   def _own_view(self, q: jax.Array, k: jax.Array, context: Context) -> jax.Array:
     """bool[B, S, M], what each row sees of the image where this layer chooses for generated ones."""
@@ -309,7 +313,7 @@ class Llama(nn.Module):
     *,
     policy: jax.Array | None = None,
     cache: kv.StageCache | None = None,
-    image: jax.Array | None = None,
+    chosen: jax.Array | None = None,
     rows: Rows | None = None,
     queries: Queries | None = None,
     next_position: jax.Array | None = None,
@@ -325,7 +329,7 @@ class Llama(nn.Module):
       index: stage number.
       x: float[B, T, D]; positions: int32[B, T], rotary positions; int32[B, N] with `unmerged`.
       policy: float[B, T] keep weight per key, for training.
-      cache: of the stage, for decoding; image: float[L, B, k, 2, K, H], what is seen of its candidates, None if it has none.
+      cache: of the stage, for decoding; chosen: int32[B, k], what is seen of its candidates; None for all.
       unmerged, visible, target, generated: as in `Context`.
       rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
         they are plain.
@@ -346,9 +350,10 @@ class Llama(nn.Module):
     context = dataclasses.replace(context, visible=visible, generated=generated, target=target)
     held = None
     if cache is not None:
-      held = cache.k, cache.v, cache.first, image
-      present = cache.candidates.present if cache.candidates else None
-      context = dataclasses.replace(context, cache_length=cache.length, image_seen=present)
+      held = cache.k, cache.v, cache.first
+      context = dataclasses.replace(context, cache_length=cache.length, candidates=cache.candidates, chosen=chosen)
+      if cache.candidates is not None:
+        flags[LAYER] = jnp.arange(layers.start, layers.stop)
     if rows is not None and stage.compressor is not None:
       flags[LAYER] = jnp.arange(layers.start, layers.stop)
       context = dataclasses.replace(context, positions=positions, next_position=next_position)

@@ -95,16 +95,12 @@ class Chooser:
     image, places = (layout.split_rows(a, rows.image_start, rows.num_image)[1] for a in (x, rotary))
     return kv.Candidates(jnp.moveaxis(of_layers, 0, 2), self.keys(image, places), rows.image_start >= 0)
 
-  def look(self, x: jax.Array, rotary: jax.Array, held: kv.Candidates) -> tuple[jax.Array, jax.Array | None]:
-    """What generated tokens float[B, 1, D] see: (float[L, B, k, 2, K, H], int32[B, k] which they are).
-
-    All of them and None where each layer chooses for itself.
-    """
+  def look(self, x: jax.Array, rotary: jax.Array, held: kv.Candidates) -> jax.Array | None:
+    """Which candidates generated tokens float[B, 1, D] see, int32[B, k]; None where each layer chooses for itself."""
     if self.each_layer:
-      return held.chosen(None), None
+      return None
     keys = held.kv[:, :, 0, 0] if held.keys is None else held.keys
-    index = revisit.choose(self.scores(x, rotary, keys), self.count)[:, 0]
-    return held.chosen(index), index
+    return revisit.choose(self.scores(x, rotary, keys), self.count)[:, 0]
 
 
 def chooser(index: int, stage: Stage, num_image: int, llama: Llama, relevance: Relevance | None) -> Chooser | None:
