@@ -28,6 +28,7 @@ from dynllava_jax.serving.waiting import FullError  # noqa: E402
 SIZES = offers.Sizes(slots=2, steps=4, max_new_tokens=12, text_lengths=(32, 64), queue=4)
 KEY = 'a-key'
 ANSWER = 9  # tokens
+KEPT = [3, 10, 11]  # patches
 
 
 def png(width=98, height=98):
@@ -70,6 +71,7 @@ class Paced:
     for ticket in self.tickets[: self.slots]:
       ticket.begun = ticket.begun or time.monotonic()
       ticket.first = ticket.first or time.monotonic()
+      ticket.kept_image = lambda: np.asarray(KEPT)
       most = min(ticket.request.options.max_tokens or ANSWER, ANSWER)
       token = 260 + (int(ticket.request.rows.prompt.length[0]) + len(ticket.output.tokens)) % 100
       ticket.log_probs.append(-0.5)
@@ -87,8 +89,8 @@ class Paced:
 class Served:
   """A running server. `url`: where; `engine`: of the model 'digits'."""
 
-  def __init__(self, keys=(), timeout=30.0, drain=5.0):
-    made = offers.offers(str(ROOT / 'examples/digits'), 'digits', None, ['dense'])
+  def __init__(self, keys=(), timeout=30.0, drain=5.0, also=('dense',)):
+    made = offers.offers(str(ROOT / 'examples/digits'), 'digits', None, also)
     metrics = Metrics(made, SIZES)
     engines = {name: Paced(offer.loaded) for name, offer in made.items()}
     self.engine = engines['digits']
