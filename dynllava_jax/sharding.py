@@ -62,7 +62,9 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
   inner = (sizes['data'] // cfg.slices, sizes['fsdp'], sizes['tensor'])
   try:  # without TPU slices, those are the processes
-    array = mesh_utils.create_hybrid_device_mesh(inner, (cfg.slices, 1, 1), devices, process_is_granule=not of_tpus)
+    array = mesh_utils.create_hybrid_device_mesh(
+      inner, (cfg.slices, 1, 1), devices, process_is_granule=not of_tpus, allow_split_physical_axes=True
+    )
   except ValueError as e:
     raise ConfigError(f'config.mesh.slices: {cfg.slices} is not how these devices are joined ({e})') from None
   return Mesh(array, tuple(sizes), axis_types=types)

@@ -17,6 +17,7 @@ ARRAY = re.compile(r'\b([a-z]+)(\d*)\w*\[([\d,]*)\]')
 GROUPS_OF_MESH = re.compile(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}')
 GROUPS_BY_COUNT = re.compile(r'replica_groups=\[(\d+),(\d+)\]')
 GROUPS_LISTED = re.compile(r'replica_groups=\{\{([\d,]+)\}')
+CHANNEL = re.compile(r'channel_id=(\d+)')
 SCATTERED = 'all-reduce-scatter'  # how the TPU compiler names a sum of which each device keeps a part
 
 
@@ -63,31 +64,43 @@ class Module:
     Raises:
       ValueError: no instruction has an estimate.
     """
-    cycles = sum(times * self._cycles[name] for name, times in self._walk(lambda name: ()))
+    cycles = sum(times * self._cycles[name] for name, times, _ in self._walk(lambda name: ()))
     if not cycles:
       raise ValueError('no instruction of the module has an estimate')
     return cycles / clock_hz
 
   def collectives(self) -> list[Collective]:
     """Of one run on one device, by kind, the largest first."""
-    count, sent = collections.Counter(), collections.Counter()
-    for name, times in self._walk(lambda name: self._calls[name]):
-      for kind, bytes_ in self._collectives[name]:
+    count, sent, seen = collections.Counter(), collections.Counter(), set()
+    for name, times, body in self._walk(lambda name: self._calls[name]):
+      for kind, bytes_, channel in self._collectives[name]:
+        # One that goes on behind several fusions stands in each of them, always with its channel.
+        if channel and (body, kind, bytes_, channel) in seen:
+          continue
+        seen.add((body, kind, bytes_, channel))
         count[kind] += times
         sent[kind] += times * bytes_
     return [Collective(kind, count[kind], bytes_) for kind, bytes_ in sent.most_common()]
 
-  def _walk(self, called: Callable[[str], Iterable[str]], name: str = 'ENTRY', times: int = 1) -> Iterable[tuple[str, int]]:
-    """Computations that run, and how often."""
-    yield name, times
-    for condition, body in self._loops[name]:
-      yield from self._walk(called, body, times * self._trips.get(condition, 1))
+  def _walk(
+    self, called: Callable[[str], Iterable[str]], name: str = 'ENTRY', times: int = 1, body: str = 'ENTRY'
+  ) -> Iterable[tuple[str, int, str]]:
+    """Computations that run, how often, and the body of a loop that each is part of."""
+    yield name, times, body
+    for condition, inner in self._loops[name]:
+      yield from self._walk(called, inner, times * self._trips.get(condition, 1), inner)
     for other in called(name):
-      yield from self._walk(called, other, times)
+      yield from self._walk(called, other, times, body)
 
 
-def _collective(found: re.Match, line: str, computation: str) -> tuple[str, float]:
-  """(kind, bytes that a device sends): ring algorithms, which no other one undercuts."""
+def _collective(found: re.Match, line: str, computation: str) -> tuple[str, float, str]:
+  """(kind, bytes that a device sends, its channel or ''): ring algorithms, which no other one undercuts."""
+  kind, sent = _sent(found, line, computation)
+  channel = CHANNEL.search(line)
+  return kind, sent, channel[1] if channel else ''
+
+
+def _sent(found: re.Match, line: str, computation: str) -> tuple[str, float]:
   arrays, kind = [_bytes(*a) for a in ARRAY.findall(found[1])], found[2]
   if found[3]:  # a started one's result lists operands, results and tokens of the hardware
     arrays = [max(arrays)]

@@ -38,8 +38,12 @@ RUN = TrainConfig(
 ONE = {'data': 1, 'fsdp': 1, 'tensor': 1}
 MODULE = """
 %body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %g = bf16[4,16]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %g = bf16[4,16]{1,0} all-gather(%x), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
   %f = f32[8]{0} fusion(%y), kind=kLoop, calls=%all-reduce-scatter.3, backend_config={"estimated_cycles":"100"}
+  %w = f32[8]{0} fusion(%y), kind=kLoop, calls=%async_collective_fusion.1
+}
+%async_collective_fusion.1 (input: bf16[1,16]) -> f32[8] {
+  %h = bf16[4,16]{1,0} all-gather(%input), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
 }
 %condition (arg: (s32[], f32[8])) -> pred[] {
   %limit = s32[]{:T(128)} constant(30)
