@@ -57,7 +57,7 @@ def make_talk(split: str, rng: np.random.Generator, facts: int, turns: int) -> t
       out.append(Turn(told(cell, digit), str(digit), FACT))
     elif rng.random() < IMAGE_SHARE:
       out.append(Turn(*ask('which', scene, rng), IMAGE))
-    elif rng.random() < SUMMARY_SHARE:
+    elif rng.random() < SUMMARY_SHARE and all(t.kind != SUMMARY for t in out):  # a second one would be too long for a row
       out.append(Turn(SUMMARISE, summary(known), SUMMARY))
     else:
       cell, digit, when = known[rng.integers(len(known))]
