@@ -1,6 +1,7 @@
 """Evaluation: killed, on full disks, with damaged answers and checkpoints, twice at once."""
 
 import json
+import shutil
 
 import fault_programs
 import pytest
@@ -57,6 +58,13 @@ def test_damaged_results(nursery, evaluation, whole, tmp_path):
   files = files_of(whole[0], KINDS, lambda name: None if name.startswith('answers/') else GROSS)
   arguments = (evaluation.words, evaluated, evaluated(whole[0]))
   damage_all(nursery, EVALUATION, whole[0], tmp_path / 'scratch', files, 30, *arguments, first=('answers/dense.jsonl',))
+
+
+def test_a_line_that_is_none(nursery, evaluation, whole, tmp_path):
+  broken = shutil.copytree(whole[0], tmp_path / 'broken')
+  file = broken / 'answers' / 'dense.jsonl'
+  file.write_bytes(b'x' + file.read_bytes())
+  refuse(nursery, EVALUATION, evaluation.words(broken), 'dense.jsonl, line 1', 'not a JSON object', 'delete the line')
 
 
 def test_damaged_answers_that_are_scored(nursery, tiny, whole, tmp_path):
