@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dynllava_jax.config import CLIP_TOKENIZER_FILES, ClipTextConfig, ConfigError
-from dynllava_jax.data.tokenizer import CONFIG_FILE, FastTokenizer, table
+from dynllava_jax.data.tokenizer import CONFIG_FILE, FastTokenizer, read_table
 
 FOLDER = 'vision/'  # of a checkpoint's assets
 
@@ -19,7 +19,7 @@ class QuestionWords:
         "the checkpoint has no tokenizer of CLIP's text tower (assets/vision/tokenizer.json, or vocab.json and merges.txt); "
         'copy it to the CLIP directory and convert again'
       )
-    if CONFIG_FILE not in files or 'tokenizer_class' not in table(files, CONFIG_FILE):
+    if CONFIG_FILE not in files or 'tokenizer_class' not in read_table(files, CONFIG_FILE):
       raise ConfigError(f"{CONFIG_FILE} of CLIP's text tower is missing or names no tokenizer_class; CLIP's is CLIPTokenizer")
     self._tokenizer = FastTokenizer(files)
     begin, end = self._tokenizer.bos_id, self._tokenizer.eos_id

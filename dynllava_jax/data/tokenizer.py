@@ -114,7 +114,7 @@ def _self_check(tokenizer: Tokenizer) -> None:
       raise ConfigError(f'tokenizer: {text!r} comes back as {tokenizer.decode(ids)!r}; is its vocabulary empty or incomplete?')
 
 
-def table(files: Mapping[str, bytes], name: str) -> dict:
+def read_table(files: Mapping[str, bytes], name: str) -> dict:
   """The object in a JSON file of a bundle, empty if there is no such file; ConfigError if it holds something else."""
   try:
     table = json.loads(files.get(name, b'{}'))
@@ -132,9 +132,9 @@ def _added(files: Mapping[str, bytes], pieces: Sequence[str]) -> dict[str, int]:
   Raises:
     ConfigError: an entry is no token, or says another thing than the model or than another entry.
   """
-  decoder = table(files, CONFIG_FILE).get('added_tokens_decoder')
+  decoder = read_table(files, CONFIG_FILE).get('added_tokens_decoder')
   if decoder is None or decoder == {}:
-    named = [(f'{OLDER_FILE}: {token!r}', token, i) for token, i in table(files, OLDER_FILE).items()]
+    named = [(f'{OLDER_FILE}: {token!r}', token, i) for token, i in read_table(files, OLDER_FILE).items()]
   elif isinstance(decoder, dict):
     where = f'{CONFIG_FILE}: added_tokens_decoder'
     texts = {key: entry.get('content') if isinstance(entry, dict) else None for key, entry in decoder.items()}
@@ -159,9 +159,9 @@ def _named(files: Mapping[str, bytes]) -> dict[str, tuple[str, str]]:
   """
   found: dict[str, tuple[str, str]] = {}
   for file in (CONFIG_FILE, MAP_FILE):
-    names = table(files, file)
+    table = read_table(files, file)
     for name in ('tokenizer_class', *(f'{which}_token' for which in ('bos', 'eos', 'unk', 'pad', 'sep', 'cls', 'mask'))):
-      value = names.get(name)
+      value = table.get(name)
       text = value.get('content') if isinstance(value, dict) else value
       if value is None:
         continue
@@ -187,7 +187,7 @@ class SentencePieceTokenizer:
       raise ConfigError(f'{MODEL_FILE}: its vocabulary is empty')
     if proto.normalizer_spec.remove_extra_whitespaces:
       raise ConfigError(f"{MODEL_FILE}: removes whitespace, which LLaMA's tokenizers do not; give a tokenizer.json instead")
-    config = table(files, CONFIG_FILE)
+    config = read_table(files, CONFIG_FILE)
     self.legacy = config.get('legacy') if proto.normalizer_spec.add_dummy_prefix else False
     if not isinstance(self.legacy, bool):
       raise ConfigError(
