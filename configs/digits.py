@@ -159,6 +159,20 @@ def revisit_eval() -> dict:
   return evaluate() | dict(runs=runs)
 
 
+def gates_eval() -> dict:
+  """Gates of generated text on the checkpoint of `dynamic`, a fifth of the image: half of the text, none of it guarded or the first
+  and the last 4 tokens. A guard of 4 and 8 reads the scene alone, which says nothing about gates."""
+  runs = {}
+  for guard in (0, 4):
+    for name in ('predictor', 'novelty', 'frequency', 'surprisal', 'entropy', 'random'):
+      gate = dict(name=name, share=TEXT_KEEP_RATE, sinks=guard, window=guard)
+      runs[f'{name}_{guard}'] = dict(stages=[dict(start=0), stages('dynamic')[1] | dict(gate=gate)])
+  for window in (4, 8):
+    gate = dict(name='recency', sinks=4, window=window)
+    runs[f'recency_{window}'] = dict(stages=[dict(start=0), stages('dynamic')[1] | dict(gate=gate)])
+  return evaluate() | dict(runs=evaluate()['runs'] | runs)
+
+
 def evaluate() -> dict:
   runs = dict(dense=dict(stages=[dict(start=0)])) | {n: dict(stages=stages(n)) for n in ('dynamic', 'uniform', 'random')}
   runs['dynamic']['stages'][1]['text_keep_budget'] = TEXT_KEEP_RATE
@@ -190,6 +204,7 @@ def get_config(name: str = 'base') -> ConfigDict:
   """`base`, `dynamic`, `conversation`, `dynamic_lora`, `revisit`, `revisit_mlp`, `eval`, `methods` and so on."""
   configs = dict(base=base, dynamic=dynamic, conversation=conversation, dynamic_lora=dynamic_lora, eval=evaluate, methods=methods)
   configs |= dict(revisit=revisit, revisit_gumbel=revisit_gumbel, revisit_decoder=revisit_decoder, revisit_eval=revisit_eval)
+  configs |= dict(gates_eval=gates_eval)
   configs |= {f'revisit_{score}': functools.partial(revisit, score) for score in ('mlp', 'transformer')}
   if name not in configs:
     raise ValueError(f'configs/digits.py has no {name!r}; expected one of {", ".join(configs)}')
