@@ -165,7 +165,7 @@ def gates_eval() -> dict:
   runs = {}
   for guard in (0, 4):
     for name in ('predictor', 'novelty', 'frequency', 'surprisal', 'entropy', 'random'):
-      gate = dict(name=name, share=TEXT_KEEP_RATE, sinks=guard, window=guard)
+      gate = dict(name=name, share=TEXT_KEEP_RATE, gain=0.25, sinks=guard, window=guard)
       runs[f'{name}_{guard}'] = dict(stages=[dict(start=0), stages('dynamic')[1] | dict(gate=gate)])
   for window in (4, 8):
     gate = dict(name='recency', sinks=4, window=window)

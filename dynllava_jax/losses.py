@@ -22,7 +22,7 @@ CHUNK = 512  # positions of each row whose float32 logits are in memory at a tim
 class Losses:
   """Scalars; `total = ce + mask_loss_weight * (image_mask + text_mask + instruct_mask)`. Keep rates are batch means.
 
-  In a run that is trained by choices `with_relevance` adds `relevance`.
+  `relevance` is 0 but in a run that is trained by choices, where `with_relevance` adds it.
   Where nothing is judged mask terms are 0 and keep rates 1. A keep rate is NaN if the batch has nothing that it is about.
   """
 
@@ -34,7 +34,7 @@ class Losses:
   text_keep: jax.Array
   instruct_mask: jax.Array
   instruct_keep: jax.Array
-  relevance: jax.Array | float = 0.0
+  relevance: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -197,7 +197,7 @@ def training_losses(
   ce = cross_entropy(out.hidden, remaining(labels, out.places), out.head, counts.supervised)
   if out.image_mask is None:
     zero, one = jnp.zeros(()), jnp.full((), counts.share)
-    return Losses(ce, ce, zero, zero, one, one, zero, one)
+    return Losses(ce, ce, zero, zero, one, one, zero, one, zero)
   has_image = (prompt.image_start >= 0) & ~out.dense
   image_means = out.image_mask.mean(-1)
   image_term = jnp.where(has_image, jnp.square(cfg.image_keep_rate - image_means), 0).sum() / jnp.maximum(counts.images, 1)
@@ -222,6 +222,7 @@ def training_losses(
     text_keep=jnp.where(lengths > 0, text_means, 0).sum() / counts.answers,
     instruct_mask=instruct_term,
     instruct_keep=instruct_keep,
+    relevance=jnp.zeros(()),
   )
 
 

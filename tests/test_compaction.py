@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynllava_jax.arrangement import APART, STACKED
+from dynllava_jax.arrangement import APART, STACKED, TILED
 from dynllava_jax.cache import Cache, CacheSpec, from_prompt, stacked, with_room
 from dynllava_jax.compaction import Survivors, compacted, why_not
 from dynllava_jax.config import LlamaConfig
@@ -26,7 +26,7 @@ def cache_of(keys, values, positions, arrangement):
   return Cache((stage,), length)
 
 
-@pytest.mark.parametrize('arrangement', [STACKED, APART], ids=['stacked', 'apart'])
+@pytest.mark.parametrize('arrangement', [STACKED, APART, TILED], ids=['stacked', 'apart', 'tiled'])
 @pytest.mark.parametrize('rerotated', [True, False])
 def test_what_stays_stands_where_it_would_have_stood(arrangement, rerotated):
   rng = np.random.default_rng(0)
@@ -34,15 +34,15 @@ def test_what_stays_stands_where_it_would_have_stood(arrangement, rerotated):
   keys, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
   stays, length = np.array([[0, 3, 5, 0], [1, 2, 4, 5]]), np.array([3, 4], np.int32)
   places = np.arange(4)[None].repeat(BATCH, 0) if rerotated else stays
-  pad = lambda rows: jnp.asarray(np.pad(rows, [(0, 0), (0, SLOTS + ROOM - 4)]), jnp.int32)
   before = cache_of(keys, values, jnp.arange(SLOTS)[None].repeat(BATCH, 0), arrangement)
+  pad = lambda rows: jnp.asarray(np.pad(rows, [(0, 0), (0, before.stages[0].slots - 4)]), jnp.int32)
   survivors = Survivors((pad(stays),), (jnp.asarray(length),), (pad(places - stays),), jnp.asarray(length))
   after = jax.jit(compacted, static_argnums=2)(before, survivors, CFG)
   pick = lambda x: jnp.take_along_axis(x, jnp.asarray(stays)[None, :, :, None, None], 2)
-  expected = stacked(cache_of(pick(keys), pick(values), jnp.asarray(places), arrangement).stages[0])
-  found = stacked(after.stages[0])
+  expected = stacked(cache_of(pick(keys), pick(values), jnp.asarray(places), arrangement).stages[0], CFG.num_kv_heads)
+  found = stacked(after.stages[0], CFG.num_kv_heads)
   assert why_not(before) == '' and after.position.tolist() == length.tolist() == found.length.tolist()
-  assert found.k.shape == stacked(before.stages[0]).k.shape
+  assert found.k.shape == stacked(before.stages[0], CFG.num_kv_heads).k.shape
   for row, count in enumerate(length):
     np.testing.assert_allclose(found.k[:, row, :count], expected.k[:, row, :count], atol=2e-6)
     np.testing.assert_array_equal(found.v[:, row, :count], expected.v[:, row, :count])

@@ -195,8 +195,8 @@ def smaller_image(s: Setting, budget: int) -> Run:
 
 
 def registered() -> list[str]:
-  """Names of all pieces of all sites."""
-  return sorted({name for pieces in methods.METHODS.values() for name in pieces})
+  """Names of all pieces of the sites that act on prompts; what generated tokens see and leave has no budget of image tokens."""
+  return sorted({name for site, pieces in methods.METHODS.items() if site not in ('gate', 'revisit') for name in pieces})
 
 
 def rows(setting: Setting, budgets: Iterable[int], without: Iterable[str] = ()) -> dict[str, Run]:

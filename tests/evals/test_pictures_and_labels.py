@@ -85,10 +85,6 @@ def blank_vqa(root, text):
   edited(root / 'vqav2/v2_mscoco_val2014_annotations.json', lambda c: c['annotations'][1].update(answers=[{'answer': text}] * 10))
 
 
-def blank_textvqa(root, text):
-  edited(root / 'textvqa/TextVQA_0.5.1_val.json', lambda c: c['data'][1].update(answers=[text] * 10))
-
-
 def blank_vizwiz(root, text):
   edited(root / 'vizwiz/val.json', lambda c: c[1].update(answers=[{'answer': text}] * 10))
 
@@ -99,7 +95,6 @@ def blank_vizwiz(root, text):
   [
     ('gqa', blank_gqa, 'balanced_questions.json, question 21'),
     ('vqav2_val', blank_vqa, 'annotations.json, annotation 2'),
-    ('textvqa', blank_textvqa, 'val.json, row 2'),
     ('vizwiz_val', blank_vizwiz, 'val.json, row 2'),
   ],
 )

@@ -27,6 +27,8 @@ DENSE = {
       'rope_scaling': {'kind': 'llama3', 'factor': 8.0},
     },
     'predictor': {'d_model': 16, 'num_heads': 2, 'num_layers': 1, 'mlp_dim': 16, 'instruct': True},
+    'clip_text': {'vocab_size': 32, 'hidden_size': 16, 'mlp_dim': 16, 'num_layers': 2, 'num_heads': 2, 'end_id': 3},
+    'relevance': {'width': 16},
   },
   'reducer': {'name': 'fastervlm'},
   'init_from': 'base',
@@ -38,6 +40,7 @@ MAY_CHANGE = {
   'mesh.data': 'the same numbers on other devices',
   'mesh.fsdp': 'the same numbers on other devices',
   'mesh.tensor': 'the same numbers on other devices',
+  'mesh.slices': 'the same numbers on other devices',
   'accumulate': 'the same update in parts',
   'remat': 'the same gradients, other memory',
   'log_every': 'what is shown',
@@ -59,7 +62,7 @@ MAY_CHANGE = {
   'steps': 'of a dense run: more',
 }
 WORDS = ('float32', 'bfloat16', 'int8', 'linear', 'llama3', 'adamw', 'adafactor', 'all', 'block', 'pad', 'square')
-WORDS += ('error', 'skip', 'other', 'none', 'held')
+WORDS += ('error', 'skip', 'other', 'none', 'held', 'gumbel', 'mlp')
 
 
 def leaves(settings, where=''):

@@ -195,7 +195,8 @@ def _kinds(row: Mapping[str, Any], where: str) -> list[str]:
 def _given(answers: Sequence[Mapping[str, Any]], where: str) -> list[str]:
   """The annotators' answers."""
   given = [a.get('answer') if isinstance(a, dict) else a for i, a in enumerate(answers, 1)]
-  return check_annotators(given, where)
+  check_label(''.join(check_annotators(given, where)), where)
+  return given
 
 
 def check_annotators(answers: list[Any], where: str) -> list[str]:
@@ -205,5 +206,4 @@ def check_annotators(answers: list[Any], where: str) -> list[str]:
   for i, answer in enumerate(answers, 1):
     if not isinstance(answer, str):
       raise DataError(f'{where}: annotator {i} answers {reprlib.repr(answer)}, expected a text; get the file again')
-  check_label(''.join(answers), where)
   return answers
