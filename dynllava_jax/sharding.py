@@ -59,7 +59,11 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   if of_tpus and len(of_tpus) != cfg.slices:
     raise ConfigError(f'config.mesh.slices: {cfg.slices}, but the devices are of {len(of_tpus)}; set it to {len(of_tpus)}')
   if cfg.slices == 1:
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    try:
+      return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    except NotImplementedError:  # no axis, or product of axes, of the torus is as long as an axis of the mesh
+      array = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+      return Mesh(array, tuple(sizes), axis_types=types)
   inner = (sizes['data'] // cfg.slices, sizes['fsdp'], sizes['tensor'])
   try:  # without TPU slices, those are the processes
     array = mesh_utils.create_hybrid_device_mesh(
