@@ -164,10 +164,11 @@ class Chat:
       raise DataError(
         f'this turn has {max(chunk, question)} tokens, and a conversation without its earlier turns has room for '
         f'{memory.room(self._running)}; shorten it, or raise later_tokens of chat', 'too_long')  # fmt: skip
-    full = self._later_left < chunk + question or self._new_left < answer + summary
-    if not full and memory.held <= history.budget:
+    short = lambda: self._later_left < chunk or self._new_left < answer or memory.held > history.budget
+    if not short():
       return
-    if question:
+    fits = min(history.budget, memory.room(self._running) - chunk)  # together, what is held may fit as it is
+    if question and memory.held > fits:
       if self._later_left < question or self._new_left < summary:
         self._left(memory.make_room(self._running, min(history.budget, memory.room(self._running) - question)))
       self._running = self._later(history.prompt, wishes([Options()], [summary]))
@@ -175,8 +176,8 @@ class Chat:
       for _ in self._answer(output, [], Options(), 0, time.monotonic()):
         pass
       self._left(memory.make_room(self._running, history.budget, memory.exchange, output.text))
-    if not question or self._later_left < chunk or memory.held > history.budget:
-      self._left(memory.make_room(self._running, min(history.budget, memory.room(self._running) - chunk)))
+    if short():
+      self._left(memory.make_room(self._running, fits))
 
   def _left(self, running: Running) -> None:
     """Room was made: the cache has that of later turns which nothing holds, and that of answers anew."""

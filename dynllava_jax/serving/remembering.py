@@ -90,7 +90,8 @@ class Remembering:
         gone.setdefault((t.turn, t.answer, t.sentence), []).append(t.id)
     left_out = tuple(self._tokenizer.decode(ids).strip() for ids in gone.values())
     running = self._reduced(running, stays)
-    self.compactions.append(Compaction(self._exchange + 1, self.history.mode, before, self.memory.held, left_out, summary))
+    if left_out:
+      self.compactions.append(Compaction(self._exchange + 1, self.history.mode, before, self.memory.held, left_out, summary))
     return running
 
   @property
