@@ -8,7 +8,7 @@ RUN pip install --no-cache-dir -r requirements.txt -r requirements-cloud.txt -r 
  && version=$(sed -n 's/^jax==//p' requirements.txt) \
  && case "$EXTRA" in \
       tpu) pip install --no-cache-dir "jax[tpu]==$version" ;; \
-      cuda) pip install --no-cache-dir "jax[cuda12]==$version" ;; \
+      cuda) pip install --no-cache-dir "jax[cuda13]==$version" ;; \
       cpu) ;; \
       *) echo "EXTRA is $EXTRA, expected tpu, cuda or cpu" >&2; exit 1 ;; \
     esac
