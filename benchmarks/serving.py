@@ -38,7 +38,8 @@ TEXT, LONGEST = 32, 72
 
 def asked():
   """(question, picture as PNG, expected answer, task) of the test split."""
-  from dynllava_jax.data.digits import LONG_TASKS, Questions
+  from dynllava_jax.data.digits import Questions
+  from dynllava_jax.evals.benchmarks.digits import LONG_TASKS
 
   source, out, i = Questions('test', 0, 50 * QUESTIONS.value), [], 0
   while len(out) < QUESTIONS.value:

@@ -99,8 +99,7 @@ def dynamic() -> dict:
 def conversation() -> dict:
   """Conversations of up to 20 turns, in which facts are told that the picture does not show (`data/talks.py`). Dense, from `base`.
 
-  Trained at the full length, as rotary positions beyond it fail. Expected: 10 minutes on 2 CPU cores; docs/controller.md has what
-  is recalled.
+  Trained at the full length, as rotary positions beyond it fail. About 10 minutes on 2 CPU cores, by its first 600 steps.
   """
   return base() | dict(
     data=DATA | dict(source='digits_talks', text_length=320),

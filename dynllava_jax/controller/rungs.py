@@ -26,7 +26,12 @@ def cut(own: Stages, image: float, text: float, model: ModelConfig) -> Stages:
   trained = next((s for s in own if s.selector == 'dynamic'), None)
   if trained is None:
     return (Stage(), Stage(start=start, selector='fastv', image_keep_rate=image))
-  return (Stage(), dataclasses.replace(trained, start=start, image_tokens=0, image_keep_rate=image, text_keep_budget=text))
+  # The predictor's threshold keeps less than it was trained to; a share that is followed uses the room (docs/controller.md).
+  gate = Piece('predictor', {'share': text, 'gain': 0.25}) if text < 1 else None
+  return (
+    Stage(),
+    dataclasses.replace(trained, start=start, image_tokens=0, image_keep_rate=image, text_keep_budget=text, gate=gate),
+  )
 
 
 def by_rules(own: Stages, model: ModelConfig, rules: Rules, phase: str, cached: bool = True) -> dict[str, Stages]:

@@ -15,7 +15,7 @@ def slots(model: ModelConfig, stages: tuple[Stage, ...], text: int, image: int, 
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   gated, share, out = False, 1.0, []
   for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, image)):
-    if methods.get(stage.selector).text_margin:
+    if methods.judges(stage):
       gated, share = True, stage.text_keep_budget
     most = cache.generated_budget(gated, share, cache.CacheSpec(max_new_tokens=max(generated, 1)))
     answer = min(kept, most) if gated else generated
