@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -197,8 +198,7 @@ def test_the_plan_is_within_a_tenth_of_what_the_compiler_said(name):
   spec = importlib.util.spec_from_file_location('llava_config', ROOT / 'configs' / 'llava.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  words = [w.strip('"') for w in row['command'].split(' --')[1:]]
-  options = dict(w.strip().split('=', 1) for w in words)
+  options = dict(w.removeprefix('--').split('=', 1) for w in shlex.split(row['command']) if w.startswith('--'))
   config = module.get_config(options['config'].rpartition(':')[2])
   for key, value in options.items():
     if key.startswith('config.'):
@@ -206,7 +206,7 @@ def test_the_plan_is_within_a_tenth_of_what_the_compiler_said(name):
       place = config
       for group in groups:
         place = place[group]
-      place[last] = value if isinstance(place[last], str) else eval(value.strip('"'))
+      place[last] = value if isinstance(place[last], str) else eval(value)
   cfg = from_config_dict(TrainConfig, config)
   machine = machines.read(options['compile_for'], '')
   reckoned = footprint.of_run(cfg, sharding.mesh_sizes(cfg.mesh, machine.devices * cfg.mesh.slices))
