@@ -19,6 +19,7 @@ from dynllava_jax import arguments, buckets, compilation, methods
 from dynllava_jax.arrangement import STACKED, Arrangement, best_for, of_run
 from dynllava_jax.cache import Cache, CacheSpec
 from dynllava_jax.config import LoraConfig, ModelConfig, Piece, Stage
+from dynllava_jax.generated import PAD, Forced, Generated, Turn
 from dynllava_jax.models import gating
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
 from dynllava_jax.models.lora import as_variables
@@ -26,60 +27,6 @@ from dynllava_jax.models.params import cut_params
 from dynllava_jax.ops.images import normalize
 from dynllava_jax.ops.layout import gather_rows
 from dynllava_jax.sampling import GREEDY, Sampling, are_numbers, sample
-
-PAD = 0  # token after the end of a row
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Turn:
-  """A conversation so far: the cache and float32[B, V] logits of the token to come."""
-
-  cache: Cache
-  logits: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Generated:
-  """Answers of a batch.
-
-  Attributes:
-    tokens: int32[B, T], `PAD` after a row's end. The last real token was never fed to the model.
-    length: int32[B], real tokens, the end token included.
-    kept: bool[B, T], whether the gate kept each fed token (True where nothing was judged).
-    margin: float32[B, T], keep minus drop logit behind it; +inf where nothing was judged.
-    kept_image: tuple of int32[B, M], patches of the image tokens that entered each stage; of tokens that a reducer made the
-      patch that each stands for, -1 for the class token. Empty for uncached decoding.
-    evicted: int32[B], kept tokens given up because a bounded cache was full.
-    finite: bool[B], whether all logits that tokens were drawn from, and all margins, were numbers.
-  """
-
-  tokens: jax.Array
-  length: jax.Array
-  kept: jax.Array
-  margin: jax.Array
-  kept_image: tuple[jax.Array, ...]
-  evicted: jax.Array
-  finite: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Forced:
-  """Given answers of a batch, read as if the model had generated them.
-
-  Attributes:
-    log_prob: float32[B, T] of each given token, 0 beyond a row's end.
-    best: bool[B, T], whether greedy decoding would have chosen it; False beyond the end.
-    kept: bool[B, T], as in `Generated`.
-    evicted: int32[B], as in `Generated`, over all turns so far.
-  """
-
-  log_prob: jax.Array
-  best: jax.Array
-  kept: jax.Array
-  evicted: jax.Array
 
 
 class Generator:

@@ -16,7 +16,7 @@ ORDER = [
   ('methods',),
   ('models',),
   ('arguments', 'buckets', 'compaction', 'compilation', 'conversation', 'costs', 'sampling'),
-  ('losses', 'generate', 'sealing', 'stored', 'checkpoint'),
+  ('losses', 'generated', 'generate', 'sealing', 'stored', 'checkpoint'),
   ('data',),
   ('training', 'evals', 'convert'),
   ('controller',),

@@ -26,7 +26,8 @@ from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, load_weights, pad_rows
 from dynllava_jax.evals.runner import check_numbers, on_host, provenance
 from dynllava_jax.evals.store import AnswerStore
-from dynllava_jax.generate import Forced, Generator
+from dynllava_jax.generate import Generator
+from dynllava_jax.generated import Forced
 from dynllava_jax.progress import progress
 
 LENGTHS = 32  # answers are padded to a multiple of this

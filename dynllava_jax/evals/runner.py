@@ -22,7 +22,8 @@ from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.hosts import own_part
 from dynllava_jax.evals.layout import Layout, Loaded, Rows, load_weights
 from dynllava_jax.evals.store import AnswerStore, folder_sha256, pictures_sha256, questions_sha256, source_sha256, versions
-from dynllava_jax.generate import Generated, Generator, Turn
+from dynllava_jax.generate import Generator
+from dynllava_jax.generated import Generated, Turn
 from dynllava_jax.progress import progress
 
 PICTURED = 100  # so many first questions keep the list of their image tokens, for pictures

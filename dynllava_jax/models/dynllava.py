@@ -20,8 +20,9 @@ from dynllava_jax.models import gating, reduction, revisiting, training_pass
 from dynllava_jax.models.batch import InstructRule, Prompt, StageTrace, TrainOutput, instruct_start_of
 from dynllava_jax.models.clip import VisionTower, next_block
 from dynllava_jax.models.clip_text import with_question
+from dynllava_jax.models.layer_types import LayerOutput
 from dynllava_jax.models.layers import Dtype
-from dynllava_jax.models.llama import LayerOutput, Llama
+from dynllava_jax.models.llama import Llama
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.models.reduction import Judgement

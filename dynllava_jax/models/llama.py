@@ -17,6 +17,7 @@ from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement, parted_projections
 from dynllava_jax.config import LlamaConfig, Stage
 from dynllava_jax.methods import Depth, LayerKind, Observed, Rotation, Rows, revisit
+from dynllava_jax.models.layer_types import Context, LayerOutput, Queries
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
 from dynllava_jax.models.lora import multiply
 from dynllava_jax.ops import layout
@@ -29,79 +30,6 @@ HEADS_INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=(-3, -1))  # [N, 
 LAST = 'last'  # flag of a stage's last layer
 LAYER = 'layer'  # what is scanned along for a compressor and for image tokens beside the cache: which layer it is
 HEADS_OUT_INIT = nn.initializers.lecun_normal(in_axis=(-3, -2))  # [N, H, D]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Queries:
-  """Rows whose attention a selector ranks by: `place` int32[B, R] in the sequence, `weight` float32[B, R]."""
-
-  place: jax.Array
-  weight: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-  """What every layer of a stage shares.
-
-  Attributes:
-    cos, sin: float32[B, T, H/2] rotary angles.
-    policy: float[B, T] keep weight per key (training), or None.
-    cache_length: int32[B] visible cache slots, or None without a cache.
-    rows: where text and image stand, for the pieces of the stage; None if it has none.
-    unmerged: int32[B, N], the row that stands at each place of the full sequence where rows are merged ones, as
-      `layout.unmerged_rows` has it; `cos` and `sin` are then of N places. None otherwise.
-    queries: rows that the next stage's selector ranks by, by their attention in the last layer; None if it does not.
-    positions: int32[B, T], rotary positions, and next_position: int32[B], that of the token to come, for a compressor.
-    visible: what of what stands before it each row sees, without a cache; None for all.
-    target: float32[B, T, M], log-probabilities of image tokens whose distance from the attention to them is wanted; None if not.
-    generated: bool[B, T], rows that are generated tokens, where each layer chooses what they see of the image; None otherwise.
-    candidates: image tokens beside the cache, and chosen: int32[B, k], those that are seen; None for all.
-    room: slots behind the keys and values that a layer gives, so that they are stacked as the cache needs them. Static.
-  """
-
-  cos: jax.Array
-  sin: jax.Array
-  policy: jax.Array | None = None
-  cache_length: jax.Array | None = None
-  rows: Rows | None = None
-  queries: Queries | None = None
-  positions: jax.Array | None = None
-  next_position: jax.Array | None = None
-  room: int = dataclasses.field(default=0, metadata={'static': True})
-  unmerged: jax.Array | None = None
-  visible: Visible | None = None
-  target: jax.Array | None = None
-  candidates: kv.Candidates | None = None
-  chosen: jax.Array | None = None
-  generated: jax.Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerOutput:
-  """What a layer gives besides its stream; of a stage, stacked [L, ...].
-
-  Attributes:
-    k, v: float[B, T, K, H] of these tokens, keys rotated; what a compressor left of them where the stage has one. With
-      `Context.room` as a cache has them, with as many slots of zeros behind. Of a stage, as `cache.Layers`.
-    length, first, shift: int32[B], as `Compressed` has them; None without a compressor.
-    attention: float32[B, N, P], what the image rows receive from `Context.queries`, zeros but for the last layer; None if
-      not asked.
-    candidates: float[B, M, 2, K, H], image rows' keys and values where generated tokens choose among them, for which k and v are
-      without them; None otherwise.
-    details: what records look at, by name.
-  """
-
-  k: kv.Layers
-  v: kv.Layers
-  length: jax.Array | None = None
-  first: jax.Array | None = None
-  shift: jax.Array | None = None
-  attention: jax.Array | None = None
-  details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-  candidates: jax.Array | None = None
 
 
 class RMSNorm(nn.Module):

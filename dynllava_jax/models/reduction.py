@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax.methods import Chosen, Rows
-from dynllava_jax.models.llama import Queries
+from dynllava_jax.models.layer_types import Queries
 from dynllava_jax.ops import layout
 
 

@@ -15,7 +15,7 @@ from dynllava_jax.data.batches import encode_turns
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.evals.benchmarks.kinds import check_words
 from dynllava_jax.evals.layout import CHUNK, IMAGE_MARK, Loaded, first_turn
-from dynllava_jax.generate import PAD
+from dynllava_jax.generated import PAD
 from dynllava_jax.serving import questions
 from dynllava_jax.serving import request as req
 from dynllava_jax.serving.remembering import Remembering

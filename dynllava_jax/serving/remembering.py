@@ -13,7 +13,7 @@ from dynllava_jax.conversation import FIXED, FRAME, IMPORTANCE, REROTATE, Compac
 from dynllava_jax.data.conversation import Template
 from dynllava_jax.data.tokenizer import Tokenizer
 from dynllava_jax.evals.layout import Rows
-from dynllava_jax.generate import Turn
+from dynllava_jax.generated import Turn
 from dynllava_jax.serving.stepping import Running, Stepper
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from dynllava_jax import cache as kv
 from dynllava_jax.compaction import Survivors, compacted
-from dynllava_jax.generate import PAD, Generator, Turn
+from dynllava_jax.generate import Generator
+from dynllava_jax.generated import PAD, Turn
 from dynllava_jax.models.dynllava import Prompt
 from dynllava_jax.sampling import Settings, are_numbers, draw, penalised
 from dynllava_jax.serving.request import Options

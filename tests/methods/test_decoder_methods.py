@@ -18,7 +18,7 @@ from dynllava_jax.convert.records.runs import Asked, Runner
 from dynllava_jax.convert.verify import OF_METHODS
 from dynllava_jax.methods import Chosen, fastv, look_m, pyramiddrop, redundancylens, sparsevlm
 from dynllava_jax.models import reduction
-from dynllava_jax.models.llama import Queries
+from dynllava_jax.models.layer_types import Queries
 from dynllava_jax.ops import attention, layout
 from dynllava_jax.ops.selection import top_indices
 
