@@ -1,8 +1,8 @@
 """Prefill and cached decoding, dense and dynamic, against Hugging Face transformers on this machine's CPU, in one run.
 
     pip install torch        # any CPU build
-    python benchmarks/against_transformers.py                     # a decoder of 134 M parameters, batches of 1, 4 and 8
-    python benchmarks/against_transformers.py --rows 16 --text 1472
+    python benchmarks/against_transformers.py                     # a decoder of 134 M parameters, 1 to 16 rows
+    python benchmarks/against_transformers.py --batches 8x1472
 
 The same random weights, tokens, pixels and threads for everybody (`generation.py`). Times are relative to transformers, turn by
 turn, with quartiles; `same_tokens` says whether the greedy tokens are equal too (a dynamic run's need not be).

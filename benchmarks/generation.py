@@ -27,6 +27,7 @@ SIZES = {  # width, mlp, layers, heads, vocabulary; tower width, layers, heads, 
   'tiny': (64, 96, 2, 4, 512, 32, 3, 4, 56),
 }
 PATCH = 14
+BATCHES = ('1x64', '4x64', '8x64', '16x64', '1x1472')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,15 +237,14 @@ def arguments(text: str) -> argparse.ArgumentParser:
   parser.add_argument('--size', choices=SIZES, default='mid', help='of the model')
   parser.add_argument('--turns', type=int, default=8, help='times that each contender runs a case')
   parser.add_argument('--threads', type=int, default=2, help='of each contender')
-  parser.add_argument('--rows', type=int, nargs='+', default=[1, 4, 8], help='batch sizes')
-  parser.add_argument('--text', type=int, nargs='+', default=[64], help='text tokens of a prompt')
+  parser.add_argument('--batches', nargs='+', default=BATCHES, help='rows x text tokens of a prompt, e.g. 4x64')
   parser.add_argument('--new', type=int, default=32, help='tokens that are decoded')
   return parser
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
   """Prefill and decoding for all sizes asked for."""
-  sizes = [(rows, text) for rows in args.rows for text in args.text]
+  sizes = [map(int, batch.split('x')) for batch in args.batches]
   return [Case(what, rows, text, args.new) for rows, text in sizes for what in ('prefill', 'decode')]
 
 

@@ -2,7 +2,7 @@
 
     git worktree add ../before COMMIT
     python benchmarks/regress.py ../before
-    python benchmarks/regress.py ../before --rows 1 --text 64 1472 --at_most 1.03
+    python benchmarks/regress.py ../before --batches 1x64 1x1472 --at_most 1.03
 
 Both read the same weights and inputs and take turns (`generation.py`). Prints times and ratios (this one over the other) with
 quartiles, dense and dynamic. With --at_most the exit status is 1 if a median ratio is larger.
