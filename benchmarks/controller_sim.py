@@ -11,6 +11,7 @@ prompts in their text buckets, answers drawn around their usual lengths, room co
 results/controller_sim.json.
 """
 
+import argparse
 import collections
 import dataclasses
 import datetime
@@ -19,6 +20,7 @@ import json
 import pathlib
 import statistics
 
+import checkout  # noqa: F401
 import numpy as np
 
 from dynllava_jax import presets
@@ -187,6 +189,7 @@ def capacity(machine: Machine, dense: Rung) -> float:
 
 def main() -> None:
   """All machines, arrivals and settings."""
+  argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
   results = dict(date=str(datetime.date.today()), suites={k: v[:4] for k, v in SUITES.items()}, rows=[])
   for name in ('v5e-8', 'v5p-8'):
     machine = Machine(calibrated(name))

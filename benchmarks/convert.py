@@ -24,6 +24,7 @@ import time
 import ml_dtypes
 import numpy as np
 from absl import app, flags
+from checkout import ROOT
 
 from dynllava_jax import presets
 from dynllava_jax.checkpoint import CheckpointInfo
@@ -37,7 +38,6 @@ SIZES = {'tiny': presets.TINY, '7b': presets.LLAVA_1_5_7B, '13b': presets.LLAVA_
 SIZE = flags.DEFINE_enum('size', '7b', list(SIZES), 'Which LLaVA-1.5.')
 SCRATCH = flags.DEFINE_string('scratch', None, 'Directory on the disk to measure.', required=True)
 RESULTS = pathlib.Path(__file__).parent / 'results'
-ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = 2**25  # numbers
 ROUNDS = 3
 RESIZED = 64  # rows that transformers adds for <image> and <pad>

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 
+import checkout  # noqa: F401
 import numpy as np
 from absl import app, flags
 from PIL import Image

@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 
+import checkout  # noqa: F401
 import jax
 import numpy as np
 

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 
+import checkout  # noqa: F401
 import jax
 import numpy as np
 from absl import app, flags, logging

@@ -14,9 +14,10 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
-import pathlib
 import re
 import sys
+
+from checkout import ROOT
 
 from dynllava_jax.training import machines
 
@@ -30,7 +31,6 @@ from dynllava_jax.config import ConfigError, TrainConfig, from_config_dict
 from dynllava_jax.display import Terminal
 from dynllava_jax.training import ahead, fitting, footprint, plan
 
-ROOT = pathlib.Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / 'benchmarks' / 'results' / 'scale.json', ROOT / 'docs' / 'scale.md'
 # Clouds count v4 and v5p by cores, two to a chip, the others by chips.
 SLICES = {

@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.parse
 
+import checkout  # noqa: F401
 import numpy as np
 from absl import app, flags
 from PIL import Image

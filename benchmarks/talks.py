@@ -14,6 +14,7 @@ import json
 import pathlib
 import time
 
+import checkout  # noqa: F401
 import numpy as np
 
 import dynllava_jax as dl

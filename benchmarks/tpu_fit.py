@@ -16,6 +16,8 @@ import json
 import pathlib
 import sys
 
+import checkout  # noqa: F401
+
 from dynllava_jax.training import machines
 
 machines.pretend(machines.read('v5p:1x1x1', 'benchmarks'))  # before jax
