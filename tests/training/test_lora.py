@@ -134,6 +134,7 @@ def test_what_adapters_belong_to_is_checked(base, run, tmp_path):
     checkpoint.load_params(copy)
 
 
+@pytest.mark.slow
 def test_a_lora_run_goes_on_where_it_was(base, run, tmp_path, monkeypatch):
   """Ended after step 2 of 4, then started again: what it saved, on the base that it belongs to."""
   real = loop.make_train_step

@@ -186,12 +186,10 @@ def require_like(workdir, expected, steps):
     np.testing.assert_allclose([found[s] for s in steps], [whole[s] for s in steps], rtol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'mesh, attempts',
-  [
-    (MeshConfig(data=2, fsdp=1, tensor=2), 1),
-    pytest.param(MeshConfig(data=1, fsdp=1, tensor=4), 2, marks=pytest.mark.slow),
-  ],
+  [(MeshConfig(data=2, fsdp=1, tensor=2), 1), (MeshConfig(data=1, fsdp=1, tensor=4), 2)],
   ids=['rows of their own', 'the same rows'],
 )
 def test_two_hosts_train_as_one(mesh, attempts, base_run, tmp_path):
