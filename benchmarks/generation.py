@@ -89,14 +89,14 @@ def ours(folder: pathlib.Path, dynamic: bool) -> Callable[[Case], tuple[float, l
   from dynllava_jax.config import DENSE, PredictorConfig, Stage
   from dynllava_jax.generate import Generator
   from dynllava_jax.models.dynllava import Prompt
-  from dynllava_jax.models.params import init_predictors
+  from dynllava_jax.models.groups import init_groups
 
   info, params = checkpoint.read_info(folder / 'ours'), checkpoint.load_params(folder / 'ours')
   model, stages = info.model, DENSE
   if dynamic:
     model = dataclasses.replace(model, predictor=PredictorConfig(d_model=min(512, model.llama.hidden_size), num_heads=8))
     stages = (Stage(), Stage(start=min(2, model.llama.num_layers - 1), selector='dynamic', image_keep_rate=0.2))
-    params |= init_predictors(model, jax.random.key(0))
+    params |= init_groups(model, ('image_predictor', 'text_predictor'), jax.random.key(0))
   image = model.vision.num_patches
   generators: dict[int, Generator] = {}
 

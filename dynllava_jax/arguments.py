@@ -15,7 +15,7 @@ import numpy as np
 
 from dynllava_jax.cache import Cache
 from dynllava_jax.config import ModelConfig, Stage
-from dynllava_jax.config.run import judges_instructions
+from dynllava_jax.config.groups import GROUPS
 from dynllava_jax.models.clip_text import NO_SEGMENT
 from dynllava_jax.models.lora import ADAPTERS, SCALES
 from dynllava_jax.models.params import abstract_params
@@ -73,7 +73,7 @@ def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[st
   """Compares parameters, in checkpoint form or cut, with those that a model has.
 
   Args:
-    cfg, stages: the model and how it is run; predictors may be missing where no stage asks them.
+    cfg, stages: the model and how it is run; what methods bring may be missing where no stage asks it.
     params: by group; int8 weights of the decoder have their scales beside them.
     adapters: whether those of a training run may be there.
 
@@ -85,7 +85,7 @@ def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[st
   more = (ADAPTERS, SCALES) if adapters else ()
   if strange := next((group for group in params if group not in groups and group not in more), None):
     raise ValueError(f'params: {strange} is no group of this model, expected {", ".join(groups)}; take it out, or give its cfg')
-  asked = set(groups) - set(_not_asked(stages))
+  asked = set(groups) - {name for name, group in GROUPS.items() if not group.asked(stages)}
   found = {_as_stored(jax.tree_util.keystr(path, simple=True, separator='/')): leaf for path, leaf in _leaves(params)}
   for name, leaf in found.items():
     group = name.partition('/')[0]
@@ -98,7 +98,7 @@ def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[st
       continue
     if name not in expected:
       raise ValueError(f'params: {name} is no parameter of this model; take it out, or give its cfg')
-    cut = int(name.startswith('llama/layers/') and 'layers' not in params['llama'])  # as many as the stage has, see `check_cut`
+    cut = int('/layers/' in name and 'layers' not in params[group])  # as many as the stage has, see `check_cut`
     if tuple(leaf.shape[cut:]) != expected[name][cut:]:
       raise ValueError(f'params: {name} has shape {_sizes(leaf.shape)}, expected {_sizes(expected[name])}; is it of this cfg?')
   apart = any(name.startswith('llama/stage_') for name in found)
@@ -120,14 +120,7 @@ def _leaves(params: Mapping[str, Any]) -> list[tuple]:
 
 def _as_stored(name: str) -> str:
   """The name in checkpoint form of a parameter of a stack of layers that a stage has."""
-  return re.sub(r'^llama/stage_\d+/', 'llama/layers/', name)
-
-
-def _not_asked(stages: tuple[Stage, ...]) -> tuple[str, ...]:
-  """Groups of predictors that no stage asks."""
-  if not any(s.selector == 'dynamic' for s in stages):
-    return ('image_predictor', 'text_predictor', 'instruct_predictor')
-  return () if judges_instructions(stages) else ('instruct_predictor',)
+  return re.sub(r'^(\w+)/stage_\d+/', r'\1/layers/', name)
 
 
 def _sizes(shape: Sequence[int]) -> str:

@@ -40,6 +40,7 @@ from dynllava_jax.config import (
   from_config_dict,
   to_dict,
 )
+from dynllava_jax.config.groups import STORED_ALONG, layered
 from dynllava_jax.files import read_regular, write_atomically
 from dynllava_jax.models.lora import ADAPTERS, abstract_adapters, merged
 from dynllava_jax.models.params import abstract_params
@@ -52,7 +53,7 @@ from dynllava_jax.stored import Part, Step
 FORMAT = 1
 MODEL_FILE = 'model.json'
 ASSETS = 'assets'
-TAIL = ('vision_tail', 'clip_text')  # groups that only some reducers look at
+TAIL = STORED_ALONG  # only some reducers look at them
 STEP_NAME = re.compile('0|[1-9][0-9]*')
 
 
@@ -354,10 +355,10 @@ def _cut(
     return [(name, 0, None)]
   if group in TAIL:
     return []  # never run
-  if group not in ('llama', ADAPTERS) or not rest.startswith('layers/'):
+  if group not in ('llama', ADAPTERS, *layered()) or not rest.startswith('layers/'):
     return [(name, 0, None)]
   starts = [s.start for s in stages]
-  if arrangement.apart:
+  if arrangement.apart and group not in layered():
     layers = enumerate(layer_names(starts, shape[0]))
     return [(name.replace('/layers/', f'/{layer}/'), n, n + 1) for n, layer in layers]
   ends = [*starts[1:], None]

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from dynllava_jax.config.evaluation import PERPLEXITY, RUN_NAME, TrainEval
+from dynllava_jax.config.groups import GROUPS, LLAVA, STORED_ALONG, groups_of, idle
 from dynllava_jax.config.model import ModelConfig
 from dynllava_jax.config.parsing import Path, require, require_positive, require_seed
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, judges_instructions
@@ -203,7 +204,9 @@ class TrainConfig:
 
   Attributes:
     init_from: checkpoint directory to start from; '' initialises at random.
-    frozen: top-level parameter groups that are not trained.
+    frozen: what is not trained: groups of parameters, or paths in them, in which `*` stands for any part, such as `llama/norm`,
+      `llama/layers/q` or `llama/*/q`.
+    only: such groups and paths outside of which nothing is trained; () for no such limit.
     lora: train adapters of the decoder in place of its own weights; the other groups as ever.
     accumulate: parts in which each device computes its rows, one after the other: the same update, less memory.
     dtype: of the computation.
@@ -231,6 +234,7 @@ class TrainConfig:
   mesh: MeshConfig = MeshConfig()
   init_from: Path = ''
   frozen: tuple[str, ...] = ()
+  only: tuple[str, ...] = ()
   lora: LoraConfig | None = None
   batch_size: int = 64
   accumulate: int = 1
@@ -265,17 +269,17 @@ class TrainConfig:
     for name in ('dtype', 'param_dtype'):
       require(getattr(self, name) in FLOATS, f'{name} {getattr(self, name)!r}: expected float32 or bfloat16')
     require(self.remat in REMAT, f'remat {self.remat!r}: expected one of {", ".join(REMAT)}')
-    groups = ('vision', 'vision_tail', 'projector', 'llama', 'image_predictor', 'text_predictor', 'instruct_predictor', 'relevance')
-    for group in self.frozen:
-      require(group in groups, f'frozen: {group!r} is no parameter group; expected some of {", ".join(groups)}')
+    groups = (*LLAVA, STORED_ALONG[0], *GROUPS)
+    for name in ('frozen', 'only'):
+      for path in getattr(self, name):
+        group = path.split('/')[0]
+        require(group in groups, f'{name}: {group!r} is no parameter group; expected some of {", ".join(groups)}')
     predictor = self.model.predictor
     require(
       not judges_instructions(self.stages) or (predictor is not None and predictor.instruct),
       'stages: option instruct needs an instruction predictor; set model.predictor.instruct to True',
     )
-    learning = {'vision', 'projector', 'llama'} | ({'image_predictor', 'text_predictor'} if predictor else set())
-    learning |= {'instruct_predictor'} if judges_instructions(self.stages) else set()
-    learning |= {'relevance'} if any(s.revisit for s in self.stages) else set()
+    learning = {*LLAVA, *(name for name, group in groups_of(self.model).items() if group.learns(self.stages))}
     if self.lora:
       require(bool(self.init_from), 'lora: adapters belong to trained weights; give their checkpoint with init_from')
       require('llama' not in self.frozen, "frozen: with lora the decoder's own weights are; leave 'llama' out")
@@ -310,6 +314,6 @@ class TrainConfig:
 
   @property
   def held(self) -> tuple[str, ...]:
-    """Parameter groups that the step takes and leaves as they are."""
-    idle = () if judges_instructions(self.stages) else ('instruct_predictor',)
-    return (*self.frozen, *idle, 'llama', 'scales') if self.lora else (*self.frozen, *idle)
+    """Parameter groups, and paths in them, that the step takes and leaves as they are; see `only` besides."""
+    out = (*self.frozen, *idle(self.stages))
+    return (*out, 'llama', 'scales') if self.lora else out

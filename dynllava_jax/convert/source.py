@@ -42,10 +42,12 @@ from dynllava_jax.convert.readers import (
   has_weights,
 )
 from dynllava_jax.convert.tables import clip_text_rules, predictor_rules, projector_rules
-from dynllava_jax.models.params import init_predictors, init_projector
+from dynllava_jax.models.groups import init_groups
+from dynllava_jax.models.params import init_projector
 
 TOWER_CARRIED = ('config.json', 'preprocessor_config.json')
 TOWER = 'vision_model.'
+PREDICTORS = ('image_predictor', 'text_predictor')
 EMBEDDING, HEAD = VOCAB_KEYS = ('model.embed_tokens.weight', 'lm_head.weight')
 
 
@@ -261,7 +263,7 @@ def _add_predictors(request: Request, info: CheckpointInfo, found: list[tuple[st
     stages = dynamic_stages(model, 2, sparsity.image_keep_rate)
   except ConfigError as e:
     raise ConversionError(f'{request.src}: no predictors can be added: {e}') from None
-  params = init_predictors(model, jax.random.key(request.seed))
+  params = init_groups(model, PREDICTORS, jax.random.key(request.seed))
   fresh = _fresh(params, predictor_rules(), _dtype(found), request.seed)
   return dataclasses.replace(info, model=model, stages=stages, sparsity=sparsity), fresh
 

@@ -16,17 +16,18 @@ from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement
 from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, judges_instructions
+from dynllava_jax.config.groups import groups_of
 from dynllava_jax.models import gating, reduction, revisiting, training_pass
 from dynllava_jax.models.batch import InstructRule, Prompt, StageTrace, TrainOutput, instruct_start_of
 from dynllava_jax.models.clip import VisionTower, next_block
 from dynllava_jax.models.clip_text import with_question
+from dynllava_jax.models.groups import modules_of
 from dynllava_jax.models.layer_types import LayerOutput
 from dynllava_jax.models.layers import Dtype
 from dynllava_jax.models.llama import Llama
-from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.models.reduction import Judgement
-from dynllava_jax.models.revisiting import Chooser, Relevance
+from dynllava_jax.models.revisiting import Chooser
 from dynllava_jax.ops import layout
 
 
@@ -46,16 +47,16 @@ class DynLlava(nn.Module):
     self.vision = VisionTower(self.cfg.vision, self.dtype, methods.tower_needs(self.cfg, self.reducer), self.arrangement.tower)
     self.projector = (TokenPacker if self.cfg.packer else Projector)(self.cfg, self.dtype)
     self.llama = Llama(self.cfg.llama, self.stages, self.dtype, self.remat, self.arrangement, self.num_image)
-    if self.cfg.predictor is not None:
-      self.image_predictor = ImagePredictor(self.cfg.predictor, self.dtype)
-      self.text_predictor = TextPredictor(self.cfg.predictor, self.dtype)
-      if self.cfg.predictor.instruct:
-        self.instruct_predictor = TextPredictor(self.cfg.predictor, self.dtype)
-    self.relevance = None if self.cfg.relevance is None else Relevance(self.cfg.relevance, self.cfg.llama.hidden_size)
+    for name, module in modules_of(self.cfg, self.dtype, self.stages).items():
+      setattr(self, name, module)
 
-  def relevance_weights(self) -> dict[str, jax.Array]:
-    """Of the model's learned score of image tokens, by name."""
-    return self.relevance()
+  def run_layers(self, index: int, x: jax.Array, positions: jax.Array, **how: Any) -> tuple[jax.Array, LayerOutput]:
+    """`Llama.run_stage`, with what methods keep per layer."""
+    weights = {}
+    for name, group in groups_of(self.cfg).items():
+      if group.layered and group.asked(self.stages):
+        weights |= {f'{name}/{leaf}': rows for leaf, rows in getattr(self, name)()[index].items()}
+    return self.llama.run_stage(index, x, positions, weights=weights, **how)
 
   @property
   def num_image(self) -> int:
@@ -188,7 +189,7 @@ class DynLlava(nn.Module):
       if judge and (choosing := self.chooser_of(i)):
         looked.append(choosing.look(x, rotary, old.candidates))
         view = dict(chosen=looked[-1], generated=jnp.ones(tokens.shape, bool) if choosing.each_layer else None)
-      x, out = self.llama.run_stage(i, x, rotary, cache=old, **view)
+      x, out = self.run_layers(i, x, rotary, cache=old, **view)
       chunk = kv.read_for(old, x), out.k, out.v
       number = cache.gate and cache.gate.fed
       new.append(kv.append_judged(*chunk, keep, margin, active, number) if judge else kv.append_chunk(*chunk, count, keep))
@@ -329,7 +330,7 @@ class DynLlava(nn.Module):
     rows = state.rows(prompt.image_start) if ranks_next or stage.layers or stage.compressor or stage.revisit else None
     behind = prompt_length if state.shift is None else prompt_length - state.shift
     more = dict(rows=rows, queries=queries, next_position=behind, room=room, unmerged=state.unmerged, **view)
-    x, out = self.llama.run_stage(index, state.x, state.rotary, **more)
+    x, out = self.run_layers(index, state.x, state.rotary, **more)
     last = None if out.attention is None else out.attention[-1]
     return dataclasses.replace(state, x=x), dataclasses.replace(out, attention=last)
 
@@ -354,7 +355,6 @@ class DynLlava(nn.Module):
     selector, options = methods.selector_of(stage)
     reached = state.image_index.shape[1]
     budget = stage.kept_image_tokens(self.num_image)
-    has_predictors = self.cfg.predictor is not None
     prompt_length = prompt.length if answer_start is None else answer_start
     if selector.attention == 'entering':
       queries = reduction.ranking_queries(state, prompt.image_start, prompt_length, weights[index])
@@ -364,8 +364,8 @@ class DynLlava(nn.Module):
       methods.SelectorInputs(
         image_hidden=layout.take_image_rows(state.x, prompt.image_start, reached),
         seed=prompt.seed,
-        image_predictor=self.image_predictor if has_predictors else None,
-        text_predictor=self.text_predictor if has_predictors else None,
+        image_predictor=self.image_predictor,
+        text_predictor=self.text_predictor,
         attention=attention if selector.attention else None,
       ),
       budget,

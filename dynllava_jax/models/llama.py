@@ -78,7 +78,8 @@ class Block(nn.Module):
       x: float[B, T, D].
       context: see `Context`.
       cache: this layer's (k, v), as `arrangement` has them, and int32[B] `StageCache.first`; None without one.
-      flags: this layer's, by name: those of the stage's `LayerKind`, `LAST` and `LAYER`; None if nothing needs any.
+      flags: this layer's, by name: those of the stage's `LayerKind` and weights that it has, `LAST` and `LAYER`; None if nothing
+        needs any.
 
     Returns:
       (float[B, T, D], `LayerOutput`).
@@ -250,6 +251,7 @@ class Llama(nn.Module):
     visible: Visible | None = None,
     target: jax.Array | None = None,
     generated: jax.Array | None = None,
+    weights: dict[str, jax.Array] | None = None,
   ) -> tuple[jax.Array, LayerOutput]:
     """Runs the layers of one stage.
 
@@ -261,11 +263,12 @@ class Llama(nn.Module):
       unmerged, visible, target, generated: as in `Context`.
       rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
         they are plain.
+      weights: by name, float[L, ...], what methods keep for each of these layers beside the blocks' own weights.
 
     Returns:
       (float[B, T, D], `LayerOutput` of all layers).
     """
-    stage, layers, flags = self.stages[index], self.layers_of(index), {}
+    stage, layers, flags = self.stages[index], self.layers_of(index), dict(weights or {})
     if rows is not None and stage.layers is not None:
       kind, options = methods.bound(stage.layers, 'layers')
       flags |= {

@@ -17,16 +17,21 @@ from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement, joined_projections, layer_names
 from dynllava_jax.config import ModelConfig, Stage
+from dynllava_jax.config.groups import groups_of, layered
 from dynllava_jax.models.clip import VisionBlock
 from dynllava_jax.models.clip_text import ClipText
 from dynllava_jax.models.dynllava import DynLlava, Prompt
+from dynllava_jax.models.groups import MODULES
 from dynllava_jax.models.layers import LayerNorm, scan_layers
 from dynllava_jax.models.lora import ADAPTERS, SCALES
-from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.sharding import unboxed
 
-GROUPS = ('llama', ADAPTERS, SCALES)  # groups that hold decoder layers
+LAYERED = ('llama', ADAPTERS, SCALES)  # groups that hold decoder layers; methods may bring more
+
+
+def _layered(params: dict[str, Any]) -> tuple[str, ...]:
+  return tuple(name for name in (*LAYERED, *layered()) if name in params)
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -34,32 +39,15 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
   def everything(model: DynLlava, pixels, prompt):
     image = model.encode_images(pixels)
-    if cfg.predictor is not None:
-      model.predict_image(image)
-      model.predict_text(image)
-      if cfg.predictor.instruct:
-        model.predict_instruct(image)
-    if cfg.relevance is not None:
-      model.relevance_weights()
+    for name in groups_of(cfg):
+      getattr(model, name)(*MODULES[name].inputs(cfg))
     return model.logits(model.prefill(prompt, image, kv.CacheSpec(max_new_tokens=1))[0])
 
   pixels = jnp.zeros((1, cfg.vision.image_size, cfg.vision.image_size, 3))
   size = methods.num_image_tokens(cfg) + 1
   prompt = Prompt(jnp.zeros((1, size), jnp.int32), jnp.full(1, size), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.uint32))
   params = DynLlava(cfg).init(key, pixels, prompt, method=everything)['params']
-  return params | {'llama': {k.replace('stage_0', 'layers'): v for k, v in params['llama'].items()}}
-
-
-def init_predictors(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
-  """Random `image_predictor` and `text_predictor` for a model that has none yet, without axis names."""
-  image_key, text_key = jax.random.split(key)
-  x = jnp.zeros((1, methods.num_image_tokens(cfg), cfg.llama.hidden_size))
-  return unboxed(
-    {
-      'image_predictor': ImagePredictor(cfg.predictor, jnp.float32).init(image_key, x)['params'],
-      'text_predictor': TextPredictor(cfg.predictor, jnp.float32).init(text_key, x)['params'],
-    }
-  )
+  return params | {name: {k.replace('stage_0', 'layers'): v for k, v in params[name].items()} for name in _layered(params)}
 
 
 def init_projector(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -107,8 +95,9 @@ def cut_params(params: dict[str, Any], stages: tuple[Stage, ...], arrangement: A
     layers, starts = params['llama']['layers'], [s.start for s in stages]
     taken = lambda number: joined_projections(jax.tree.map(lambda x: x[number], layers))
     rest = {k: v for k, v in params['llama'].items() if k != 'layers'}
-    return params | {'llama': rest | {name: taken(n) for n, name in enumerate(layer_names(starts, depth(layers)))}}
-  return params | {name: cut_layers(params[name], stages) for name in GROUPS if name in params}
+    cut = {name: cut_layers(params[name], stages) for name in layered() if name in params}
+    return params | cut | {'llama': rest | {name: taken(n) for n, name in enumerate(layer_names(starts, depth(layers)))}}
+  return params | {name: cut_layers(params[name], stages) for name in _layered(params)}
 
 
 def depth(layers: dict[str, Any]) -> int:
@@ -140,7 +129,7 @@ def join_layers(llama: dict[str, Any]) -> dict[str, Any]:
 
 def join_params(params: dict[str, Any]) -> dict[str, Any]:
   """The inverse of `cut_params`."""
-  return params | {name: join_layers(params[name]) for name in GROUPS if name in params}
+  return params | {name: join_layers(params[name]) for name in _layered(params)}
 
 
 def count_parameters(params: Any) -> int:

@@ -54,7 +54,7 @@ def with_masks(
       policy = jnp.where(dense[:, None], 1.0, policy)
       out['policy'] = policy
       out |= dict(image_logits=image_logits, text_logits=text_logits, image_mask=image_mask, text_mask=text_mask, dense=dense)
-    x, _ = model.llama.run_stage(i, x, positions, policy=policy)
+    x, _ = model.run_layers(i, x, positions, policy=policy)
   hidden, head = model.llama.output(x)
   return TrainOutput(hidden, head=head, **out)
 
@@ -97,7 +97,7 @@ def with_choices(
           image = revisit.seen(revisit.choose(scores, choosing.count), model.num_image)
         image = jnp.where(answers[..., None], image, jnp.ones_like(image))
         visible = Visible(image, prompt.image_start)
-    x, out = model.llama.run_stage(i, x, positions, visible=visible, target=target, rows=None if target is None else rows)
+    x, out = model.run_layers(i, x, positions, visible=visible, target=target, rows=None if target is None else rows)
     if target is not None:
       total = out.details['distance'].sum(0)
       more = dict(distance=total if 'distance' not in more else more['distance'] + total)
@@ -113,7 +113,7 @@ def with_cuts(model: Any, x: jax.Array, prompt: Prompt, labels: jax.Array) -> Tr
     weights[i] = selector.training_weight(labels, options) if selector.training_weight else None
     state, _, _ = model.reduce(i, state, prompt, None, weights, answer_start=None)
     kept.append(state.image_index)
-    x, _ = model.llama.run_stage(i, state.x, state.rotary)
+    x, _ = model.run_layers(i, state.x, state.rotary)
     state = dataclasses.replace(state, x=x)
   hidden, head = model.llama.output(state.x)
   real = jnp.arange(hidden.shape[1]) < state.length[:, None]

@@ -11,6 +11,7 @@ from dynllava_jax import checkpoint, paths, sharding
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import TrainConfig
 from dynllava_jax.models.lora import SCALES, abstract_adapters, init_adapters, to_int8
+from dynllava_jax.training.freezing import joined
 
 
 def new_adapters(cfg: TrainConfig, mesh: Mesh) -> dict[str, Any]:
@@ -41,7 +42,8 @@ def adapted(cfg: TrainConfig, directory: pathlib.Path, mesh: Mesh) -> dict[str, 
 def to_store(info: CheckpointInfo, trained: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
   """What a checkpoint of adapters holds: the trained groups, and of the others those that its base does not have."""
   of_base = checkpoint.groups(info.base)
-  return trained | {name: group for name, group in held.items() if name not in of_base and name != SCALES}
+  partly = lambda name: name in trained and name != 'llama'
+  return joined(trained, {n: group for n, group in held.items() if n != SCALES and (n not in of_base or partly(n))})
 
 
 def belonging(cfg: TrainConfig, info: CheckpointInfo, directory: pathlib.Path) -> CheckpointInfo:

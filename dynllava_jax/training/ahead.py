@@ -86,7 +86,7 @@ def abstract_state(cfg: TrainConfig) -> tuple[State, dict[str, Any]]:
   What is frozen is taken to be bfloat16, as converted checkpoints are, the decoder of a LoRA run what `lora.base` says.
   """
   optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-  trained, kept = (sharding.unboxed(t) for t in split_frozen(cut_abstract(cfg), cfg.held))
+  trained, kept = (sharding.unboxed(t) for t in split_frozen(cut_abstract(cfg), cfg.held, cfg.only))
   trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, cfg.param_dtype), trained)
   kept = jax.tree_util.tree_map_with_path(lambda path, x: jax.ShapeDtypeStruct(x.shape, _held_dtype(path, cfg)), kept)
   watch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), new_watch(cfg))

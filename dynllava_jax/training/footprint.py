@@ -62,7 +62,7 @@ def stored(cfg: TrainConfig, sizes: dict[str, int]) -> Stored:
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
   state, kept = abstract_state(cfg)
   places = state_shardings(cfg, make_optimizer(cfg.optimizer, cfg.steps), mesh)
-  kept_places = sharding.shardings(split_frozen(cut_abstract(cfg), cfg.held)[1], mesh)
+  kept_places = sharding.shardings(split_frozen(cut_abstract(cfg), cfg.held, cfg.only)[1], mesh)
   trained = _bytes(state.params, places.params)
   bytes_each = np.dtype(cfg.param_dtype).itemsize
   return Stored(trained + _bytes(kept, kept_places), trained, _bytes(state.opt_state, places.opt_state), trained / bytes_each)

@@ -21,11 +21,12 @@ from dynllava_jax.training import record as records
 from dynllava_jax.training.adapters import belonging, to_store
 from dynllava_jax.training.agreement import require_same
 from dynllava_jax.training.evaluating import Evaluations, summary
+from dynllava_jax.training.freezing import joined
 from dynllava_jax.training.keeping import Keeping
 from dynllava_jax.training.metrics import TENSORBOARD, Display, MetricsLog, missing_lines, read_metrics, unreadable_lines
 from dynllava_jax.training.record import CHECKPOINTS
 from dynllava_jax.training.saving import Saver, SaveTimes, check_path
-from dynllava_jax.training.starting import inherited_tokenizer, initial_state, text_tower, to_save
+from dynllava_jax.training.starting import added, inherited_tokenizer, initial_state, text_tower, to_save
 from dynllava_jax.training.step import State, make_optimizer, make_train_step, unused
 from dynllava_jax.training.stopping import Interrupted, StopRequest
 from dynllava_jax.training.throughput import Clock, compilations
@@ -102,8 +103,10 @@ def _train(
   optimizer = make_optimizer(cfg.optimizer, cfg.steps)
   with sharding.on_mesh(mesh):
     state, frozen = initial_state(cfg, optimizer, mesh, directory)
-    limits.check_weights(state.params | frozen, str(directory if first else cfg.init_from or 'the random weights'))
-    # The top of a CLIP tower, and an instruction predictor that is not run: no use for the step, but an export needs them.
+    limits.check_weights(joined(state.params, frozen), str(directory if first else cfg.init_from or 'the random weights'))
+    if not first and (fresh := added(cfg)):
+      say(f'{cfg.init_from}: has no {", ".join(fresh)}; they begin with random numbers (seed {cfg.seed})')
+    # The top of a CLIP tower, and what no stage asks: no use for the step, but an export needs them.
     tail = {k: frozen.pop(k) for k in unused(cfg) if k in frozen}
     info = CheckpointInfo(
       model=dataclasses.replace(cfg.model, clip_text=text_tower(cfg, directory) if 'clip_text' in tail else None),
@@ -133,11 +136,12 @@ def _train(
       say(gone)
 
     def save(state: State) -> None:
-      params = join_params(to_store(info, state.params, frozen | tail) if cfg.lora else state.params | frozen | tail)
+      held = frozen | tail
+      params = join_params(to_store(info, state.params, held) if cfg.lora else joined(state.params, held))
       saver.save(int(state.step), {'params': params} | to_save(state))
 
     def evaluate(state: State, step: int) -> None:
-      for figures in evaluations.run(step, state.params | frozen, lambda: stop.agreed(True)):
+      for figures in evaluations.run(step, joined(state.params, frozen), lambda: stop.agreed(True)):
         if log:
           log.write(step, figures)
         keeping.note(step, figures)

@@ -11,10 +11,12 @@ from orbax.checkpoint import v1 as ocp
 from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointError
 from dynllava_jax.config import TOKENIZER_FILES, ClipTextConfig, ConfigError, TrainConfig, first_difference, to_dict
+from dynllava_jax.config.groups import groups_of, grown, without_methods
 from dynllava_jax.models.lora import ADAPTERS
 from dynllava_jax.models.params import abstract_params, cut_params, init_params
 from dynllava_jax.training.adapters import adapted, held_as, new_adapters
-from dynllava_jax.training.step import PREDICTORS, State, new_watch, split_frozen, state_shardings
+from dynllava_jax.training.freezing import split_frozen
+from dynllava_jax.training.step import State, new_watch, state_shardings
 
 
 def initial_state(
@@ -30,7 +32,7 @@ def initial_state(
   places = state_shardings(cfg, optimizer, mesh)
   if checkpoint.all_steps(directory):
     whole = adapted(cfg, directory, mesh) if cfg.lora else checkpoint.load_params(directory, mesh, checked=True)
-    trained, frozen = split_frozen(cut_params(whole, cfg.stages), cfg.held)
+    trained, frozen = split_frozen(cut_params(whole, cfg.stages), cfg.held, cfg.only)
     abstract = jax.eval_shape(optimizer.init, trained)
     target = jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -48,7 +50,7 @@ def initial_state(
   params = loaded | fresh
   if cfg.lora:
     params = held_as(params, cfg.lora.base) | {ADAPTERS: new_adapters(cfg, mesh)}
-  trained, frozen = split_frozen(cut_params(params, cfg.stages), cfg.held)
+  trained, frozen = split_frozen(cut_params(params, cfg.stages), cfg.held, cfg.only)
   # Converted checkpoints are often bfloat16, in which the small steps of fine-tuning round to nothing unless rounded at random.
   trained = jax.tree.map(lambda x: x.astype(cfg.param_dtype), trained)
   opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trained)
@@ -71,23 +73,26 @@ def to_save(state: State) -> dict[str, Any]:
 
 
 def pretrained(cfg: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Parameters of `init_from`. Predictors may be missing there; everything else must fit."""
+  """Parameters of `init_from`. What methods bring may be missing there; everything else must fit."""
   found = checkpoint.read_info(cfg.init_from)
-  forget = dict(predictor=None, clip_text=None, relevance=None)
-  theirs, ours = (to_dict(dataclasses.replace(m, **forget)) for m in (found.model, cfg.model))
-  if difference := first_difference(theirs, ours):
+  plain = (dataclasses.replace(without_methods(m), clip_text=None) for m in (found.model, cfg.model))
+  if difference := first_difference(*map(to_dict, plain)):
     key, old, new = difference
     raise ConfigError(
       f'config.init_from: the model in {cfg.init_from} has {key} {old!r}, the config says {new!r}; set --config.model.{key}={old}'
     )
-  known = found.model.predictor
-  grown = cfg.model.predictor and dataclasses.replace(cfg.model.predictor, instruct=False)  # one for instructions is added
-  if cfg.model.predictor and known not in (None, cfg.model.predictor, grown):
-    raise ConfigError(f'config.init_from: {cfg.init_from} has other predictors: {known}')
-  if cfg.model.relevance and found.model.relevance not in (None, cfg.model.relevance):
-    raise ConfigError(f'config.init_from: {cfg.init_from} has another score of image tokens: {found.model.relevance}')
-  left_out = {*(() if cfg.model.predictor else PREDICTORS[:3]), *(() if cfg.model.relevance else PREDICTORS[3:])}
+  for what, theirs in grown(found.model, cfg.model).values():
+    raise ConfigError(f'config.init_from: {cfg.init_from} has another {what}: {theirs}')
+  left_out = set(groups_of(found.model)) - set(groups_of(cfg.model))
   return {k: v for k, v in checkpoint.load_params(cfg.init_from, mesh).items() if k not in left_out}
+
+
+def added(cfg: TrainConfig) -> tuple[str, ...]:
+  """Groups that the run begins with and `init_from` has not got; () without it."""
+  if not cfg.init_from:
+    return ()
+  there = groups_of(checkpoint.read_info(cfg.init_from).model)
+  return tuple(name for name in groups_of(cfg.model) if name not in there)
 
 
 def text_tower(cfg: TrainConfig, directory: pathlib.Path) -> ClipTextConfig | None:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dynllava_jax import checkpoint, methods, sharding
+from dynllava_jax import methods, sharding
 from dynllava_jax.config import (
   IGNORE,
   LoraConfig,
@@ -21,18 +21,18 @@ from dynllava_jax.config import (
   TrainConfig,
   judges_instructions,
 )
+from dynllava_jax.config.groups import GROUPS, STORED_ALONG, idle
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.losses import count, instruct_rule, training_losses, with_relevance
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.lora import ADAPTERS, SCALES, abstract_adapters, abstract_scales, as_variables
 from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.ops.images import normalize
+from dynllava_jax.training.freezing import check_paths, joined, split_frozen
 from dynllava_jax.training.precision import in_float32, moments_in, store
 
-PREDICTORS = ('image_predictor', 'text_predictor', 'instruct_predictor', 'relevance')
 EMBEDDINGS = ('embedding', 'class_embedding', 'position_embedding')
 ROUNDING, DROPOUT, INSTRUCT = range(2**31, 2**31 + 3)  # what the keys for these are made with
-NEVER_RUN = checkpoint.TAIL
 WINDOW = 64  # good steps that a spike is told by
 
 
@@ -81,7 +81,7 @@ def judge(
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """One learning rate for the predictors and one for everything else, gradients clipped together, all of it in float32."""
+  """One learning rate for what methods bring and one for everything else, gradients clipped together, all of it in float32."""
   decayed = functools.partial(decays, embeddings=cfg.decay_embeddings) if cfg.weight_decay else None
 
   def rule(peak):
@@ -95,7 +95,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
     )
 
   def label(params):
-    return {group: 'predictor' if group in PREDICTORS else 'model' for group in params}
+    return {group: GROUPS[group].rate if group in GROUPS else 'model' for group in params}
 
   groups = {'model': rule(cfg.learning_rate), 'predictor': rule(cfg.predictor_learning_rate)}
   optimizer = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), optax.multi_transform(groups, label))
@@ -116,19 +116,12 @@ def decays(params: Any, embeddings: bool) -> Any:
 
 def unused(cfg: TrainConfig) -> tuple[str, ...]:
   """Groups that the run has no use for; an export needs them."""
-  idle = () if judges_instructions(cfg.stages) else ('instruct_predictor',)
-  return (*NEVER_RUN, *idle) if methods.trained_by(cfg.stages) == 'choices' else (*NEVER_RUN, *idle, 'relevance')
-
-
-def split_frozen(params: dict[str, Any], held: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(trained groups, groups left as they are)."""
-  out = {*held, *NEVER_RUN}
-  return ({k: v for k, v in params.items() if k not in out}, {k: v for k, v in params.items() if k in out})
+  return (*STORED_ALONG, *idle(cfg.stages))
 
 
 def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
   """Where each leaf of the state lives; optimiser moments lie with their parameters."""
-  boxed, _ = split_frozen(cut_abstract(cfg), cfg.held)
+  boxed, _ = split_frozen(cut_abstract(cfg), cfg.held, cfg.only)
   params = sharding.shardings(boxed, mesh)
   whole = sharding.replicated(mesh)
   by_path = dict(jax.tree_util.tree_leaves_with_path(params))
@@ -207,6 +200,7 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
   The random numbers of a step follow from (cfg.seed, step) alone. Metrics are float32 scalars by name.
   """
   methods.check_training(cfg.stages, bool(cfg.lora))
+  check_paths(cfg, cut_abstract(cfg))
   how, objective = methods.trained_by(cfg.stages), cfg.relevance.objective
   model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat, cfg.reducer, relevance_objective=objective)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
@@ -226,7 +220,7 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
     counts = count(as_prompt(batch), batch.labels, batch.answer_start, dense, cfg.sparsity, cfg.accumulate)
 
     def loss_fn(trained, batch, noise, dense, dropout):
-      variables, prompt = as_variables(trained | frozen, cfg.lora, cfg.stages, dropout), as_prompt(batch)
+      variables, prompt = as_variables(joined(trained, frozen), cfg.lora, cfg.stages, dropout), as_prompt(batch)
       image = model.apply(variables, normalize(batch.pixels, cfg.model.vision), method='encode_images')
       judging = cfg.sparsity.min_answer_len, noise, tau, dense, instruct_rule(cfg.sparsity)
       out = model.apply(variables, prompt, image, batch.answer_start, *judging, batch.labels, method='train_forward')
@@ -270,7 +264,7 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
         params, opt_state = unmoved(params, state.params), unmoved(opt_state, state.opt_state)
     return State(state.step + 1, params, opt_state, watch), metrics
 
-  frozen_boxed = split_frozen(cut_abstract(cfg), cfg.held)[1]
+  frozen_boxed = split_frozen(cut_abstract(cfg), cfg.held, cfg.only)[1]
   return jax.jit(
     step_fn,
     donate_argnums=0,
