@@ -46,6 +46,13 @@ def programs(cfg, stages, dtype, batch: int, text: int, new: int):
     from dynllava_jax.models.params import abstract_params, cut_params
   except ImportError:  # before models/params.py
     from dynllava_jax.models.dynllava import abstract_params, cut_params
+  try:
+    from dynllava_jax.methods.training import Drawn
+    from dynllava_jax.models.batch import TrainInputs
+
+    train_inputs = lambda start, noise, tau: (TrainInputs(start, drawn={'masks': Drawn(noise=noise, told={'tau': tau})}),)
+  except ImportError:  # before methods/training.py
+    train_inputs = lambda start, noise, tau: (start, 50, noise, tau)
 
   model = DynLlava(cfg, stages, dtype)
   num_image, size = cfg.vision.num_patches, text + cfg.vision.num_patches
@@ -69,8 +76,8 @@ def programs(cfg, stages, dtype, batch: int, text: int, new: int):
 
   def gradient(params, prompt, image, answer_start, noise):
     def objective(trained):
-      noises = noise if len(stages) > 1 else None
-      out = apply(params | {'llama': trained}, prompt, image, answer_start, 50, noises, jnp.float32(0.5), method='train_forward')
+      drawn = noise if len(stages) > 1 else None, jnp.float32(0.5)
+      out = apply(params | {'llama': trained}, prompt, image, *train_inputs(answer_start, *drawn), method='train_forward')
       return jnp.square(out.logits).mean()
 
     return jax.grad(objective)(params['llama'])

@@ -23,9 +23,10 @@ from dynllava_jax.config.model import (
   TokenPackerConfig,
   VisionConfig,
 )
+from dynllava_jax.config.objective import Objective, RelevanceTraining, SparsityConfig
 from dynllava_jax.config.parsing import ConfigError, Options, differences, first_difference, from_config_dict, to_dict
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, judges_instructions
-from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, RelevanceTraining, SparsityConfig, TrainConfig
+from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
   'CLIP_MEAN',
@@ -47,6 +48,7 @@ __all__ = [
   'LoraConfig',
   'MeshConfig',
   'ModelConfig',
+  'Objective',
   'OptimizerConfig',
   'Options',
   'Piece',

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynllava_jax.methods.training import Drawn
 from dynllava_jax.models.clip_text import NO_SEGMENT
 from dynllava_jax.models.llama import head_logits
 
@@ -68,6 +69,26 @@ class StageTrace:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class TrainInputs:
+  """What training knows of a batch besides the prompt.
+
+  Attributes:
+    answer_start: int32[B], first position of the last answer, which ends at `prompt.length`.
+    labels: int32[B, S], `IGNORE` where not supervised; only methods that cut in training, or that choose in answers, look at them.
+    drawn: by the name of a `methods.training.Training`, what it drew.
+  """
+
+  answer_start: jax.Array
+  labels: jax.Array | None = None
+  drawn: dict[str, Drawn] = dataclasses.field(default_factory=dict)
+
+  def of(self, training: str) -> Drawn:
+    """What a part of the training drew; nothing if it did not."""
+    return self.drawn.get(training, Drawn())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainOutput:
   """Output of `train_forward`.
 
@@ -85,6 +106,7 @@ class TrainOutput:
     chooses: bool[B, S], rows that choose among the image tokens in a run that is trained by choices; distance: float32[B, S], how
       far their scores are from the attention of the layers, and choice: float32[B, S, P], 0 or 1, where these are asked for.
     instruct_logits: float[B, S, 2] and instruct_mask: float32[B, S], the same of instructions; None where none are judged.
+    seen: what else methods look at in their losses and records, by name.
   """
 
   hidden: jax.Array
@@ -102,6 +124,7 @@ class TrainOutput:
   chooses: jax.Array | None = None
   distance: jax.Array | None = None
   choice: jax.Array | None = None
+  seen: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
   @property
   def logits(self) -> jax.Array:

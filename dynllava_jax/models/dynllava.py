@@ -1,7 +1,7 @@
 """Dynamic-LLaVA: vision tower, projector, staged decoder and selectors put together (arXiv 2412.00876).
 
 The methods of `DynLlava` are the ways to run it: `prefill` and `extend` (with a KV cache), `recompute`
-(without), `train_forward` (masks instead of gathers). All shapes are static: they follow from the batch, the
+(without), `train_forward` (as a method is trained). All shapes are static: they follow from the batch, the
 text bucket and the stage list. Axes: B batch, S sequence, T new tokens, P image tokens, M kept ones, D width.
 """
 
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement
-from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, judges_instructions
+from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Objective, Piece, Stage, judges_instructions
 from dynllava_jax.config.groups import groups_of
-from dynllava_jax.models import gating, reduction, revisiting, training_pass
-from dynllava_jax.models.batch import InstructRule, Prompt, StageTrace, TrainOutput, instruct_start_of
+from dynllava_jax.models import gating, reduction, revisiting, trained
+from dynllava_jax.models.batch import Prompt, StageTrace, TrainInputs, TrainOutput, instruct_start_of
 from dynllava_jax.models.clip import VisionTower, next_block
 from dynllava_jax.models.clip_text import with_question
 from dynllava_jax.models.groups import modules_of
@@ -30,6 +30,8 @@ from dynllava_jax.models.reduction import Judgement
 from dynllava_jax.models.revisiting import Chooser
 from dynllava_jax.ops import layout
 
+OBJECTIVE = Objective()
+
 
 class DynLlava(nn.Module):
   """The model for one reducer and stage list. `params` come from `cut_params(checkpoint, stages, arrangement)`."""
@@ -40,7 +42,6 @@ class DynLlava(nn.Module):
   remat: str = 'none'
   reducer: Piece | None = None
   arrangement: Arrangement = STACKED
-  relevance_objective: str = ''  # of training, as in `config.RelevanceTraining`
 
   def setup(self):
     methods.check_run(self.cfg, self.stages, self.reducer)
@@ -237,44 +238,16 @@ class DynLlava(nn.Module):
     newest = jnp.maximum(state.length - 1, 0)[:, None]
     return layout.gather_rows(state.x, newest)[:, 0], state.judgement
 
-  def train_forward(
-    self,
-    prompt: Prompt,
-    image: jax.Array,
-    answer_start: jax.Array,
-    min_answer_len: int,
-    noise: tuple[jax.Array, ...] | None,
-    tau: jax.Array | None,
-    dense: jax.Array | None = None,
-    instruct: InstructRule | None = None,
-    labels: jax.Array | None = None,
-  ) -> TrainOutput:
-    """Forward of training: full-length, with keep masks in place of gathers (paper section 3.3), or as a method trains.
-
-    The image mask and the mask of the last answer weigh the keys from the dynamic stage on. Answers shorter
-    than `min_answer_len` are kept whole.
+  def train_forward(self, prompt: Prompt, image: jax.Array, inputs: TrainInputs, objective: Objective = OBJECTIVE) -> TrainOutput:
+    """Forward of training, as the run's method has it: masks in place of gathers, cuts, choices, or nothing of it.
 
     Args:
       prompt: the batch; image: float[B, P, D].
-      answer_start: int32[B], first position of the last answer, which ends at `prompt.length`.
-      min_answer_len: static threshold in tokens.
-      noise: Gumbel(0, 1) noise, float[B, P, 2] for the image, float[B, S, 2] for the text, and the same once more for instructions
-        where they are judged; None if dense.
-      tau: temperature; None if dense.
-      dense: bool[B], rows that keep everything whatever the predictors say; none if None.
-      instruct: static; which of an instruction's tokens are judged, if any are; all but the last if None.
-      labels: int32[B, S]; only methods that cut in training look at them.
-
-    Returns:
-      `TrainOutput`.
+      inputs: answers, labels, and what was drawn.
+      objective: settings of the methods.
     """
     x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
-    trained_by = methods.trained_by(self.stages)
-    if trained_by == 'gathers':
-      return training_pass.with_cuts(self, x, prompt, labels)
-    if trained_by == 'choices':
-      return training_pass.with_choices(self, x, prompt, labels, self.relevance_objective, noise, dense)
-    return training_pass.with_masks(self, x, prompt, answer_start, min_answer_len, noise, tau, dense, instruct)
+    return trained.parts(self.cfg, self.stages)[0].forward(self, x, prompt, inputs, objective)
 
   def chooser_of(self, index: int) -> Chooser | None:
     """How the generated tokens of stage `index` choose among its image tokens; None if they see all."""

@@ -16,14 +16,15 @@ from dynllava_jax.config import (
   LoraConfig,
   ModelConfig,
   OptimizerConfig,
-  SparsityConfig,
   Stage,
   TrainConfig,
-  judges_instructions,
 )
 from dynllava_jax.config.groups import GROUPS, STORED_ALONG, idle
 from dynllava_jax.data.batches import Batch
-from dynllava_jax.losses import count, instruct_rule, training_losses, with_relevance
+from dynllava_jax.losses import count, training_losses
+from dynllava_jax.methods.training import Drawn, Shape
+from dynllava_jax.models import trained
+from dynllava_jax.models.batch import TrainInputs
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.lora import ADAPTERS, SCALES, abstract_adapters, abstract_scales, as_variables
 from dynllava_jax.models.params import abstract_params, cut_params
@@ -32,7 +33,7 @@ from dynllava_jax.training.freezing import check_paths, joined, split_frozen
 from dynllava_jax.training.precision import in_float32, moments_in, store
 
 EMBEDDINGS = ('embedding', 'class_embedding', 'position_embedding')
-ROUNDING, DROPOUT, INSTRUCT = range(2**31, 2**31 + 3)  # what the keys for these are made with
+ROUNDING, DROPOUT = range(2**31, 2**31 + 2)  # what the keys for these are made with
 WINDOW = 64  # good steps that a spike is told by
 
 
@@ -48,11 +49,6 @@ class State:
   params: dict[str, Any]
   opt_state: Any
   watch: dict[str, jax.Array] | None = None
-
-
-def temperature(step: jax.Array, steps: int, cfg: SparsityConfig) -> jax.Array:
-  """tau = start * (end / start)^(step / steps), as the authors' trainer sets it before each step."""
-  return cfg.tau_start * (cfg.tau_end / cfg.tau_start) ** (step / steps)
 
 
 def schedule(peak: float, steps: int, cfg: OptimizerConfig) -> optax.Schedule:
@@ -153,13 +149,6 @@ def _cut_abstract(model: ModelConfig, stages: tuple[Stage, ...], lora: LoraConfi
   return jax.eval_shape(lambda p: cut_params(p, stages), used)
 
 
-def gumbel_noise(key: jax.Array, batch: int, image_tokens: int, positions: int, instruct: bool) -> tuple[jax.Array, ...]:
-  """Noise of one step: float32[B, P, 2] for the image, float32[B, S, 2] for the text, and once more for instructions."""
-  image_key, text_key = jax.random.split(key)
-  noise = jax.random.gumbel(image_key, (batch, image_tokens, 2)), jax.random.gumbel(text_key, (batch, positions, 2))
-  return (*noise, jax.random.gumbel(jax.random.fold_in(key, INSTRUCT), (batch, positions, 2))) if instruct else noise
-
-
 def row_keys(key: jax.Array, rows: int) -> jax.Array:
   """uint32[rows, 2]: data of one key per row."""
   return jax.random.key_data(jax.random.split(key, rows))
@@ -168,6 +157,11 @@ def row_keys(key: jax.Array, rows: int) -> jax.Array:
 def as_prompt(batch: Batch) -> Prompt:
   """What the model sees of a batch."""
   return Prompt(batch.tokens, batch.length, batch.image_start, batch.seed, batch.instruct_start)
+
+
+def train_inputs(batch: Batch, drawn: dict[str, Drawn]) -> TrainInputs:
+  """What training knows of it besides."""
+  return TrainInputs(batch.answer_start, batch.labels, drawn)
 
 
 def gradients(loss_fn, params: Any, inputs: Any, parts: int, mesh: Mesh, places: Any) -> tuple[Any, Any]:
@@ -201,35 +195,30 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
   """
   methods.check_training(cfg.stages, bool(cfg.lora))
   check_paths(cfg, cut_abstract(cfg))
-  how, objective = methods.trained_by(cfg.stages), cfg.relevance.objective
-  model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat, cfg.reducer, relevance_objective=objective)
+  parts, objective = trained.parts(cfg.model, cfg.stages), cfg.objective
+  model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat, cfg.reducer)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
-  dynamic, instruct = how == 'masks', judges_instructions(cfg.stages)
   places = state_shardings(cfg, optimizer, mesh)
-  seen_share = methods.seen_image_tokens(cfg.stages, num_image) / num_image
 
   def step_fn(state: State, frozen: dict[str, Any], batch: Batch):
     rows, positions = batch.tokens.shape
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
-    noise_key, dense_key = jax.random.split(key)
-    noise = gumbel_noise(noise_key, rows, num_image, positions, instruct) if dynamic else None
-    if how == 'choices' and objective == 'gumbel':
-      noise = (jax.random.logistic(noise_key, (rows, positions, num_image)),)
-    tau = temperature(state.step, cfg.steps, cfg.sparsity) if dynamic else None
-    dense = jax.random.bernoulli(dense_key, cfg.sparsity.dense_share, (rows,)) if dynamic or how == 'choices' else None
-    counts = count(as_prompt(batch), batch.labels, batch.answer_start, dense, cfg.sparsity, cfg.accumulate)
+    shape = Shape(rows, positions, num_image, cfg.model)
+    drawn = {part.name: part.draw(key, shape, state.step / cfg.steps, objective) for part in parts}
+    told = {name: value for d in drawn.values() for name, value in d.told.items()}
+    counts = count(as_prompt(batch), train_inputs(batch, drawn), objective, parts, cfg.accumulate)
 
-    def loss_fn(trained, batch, noise, dense, dropout):
-      variables, prompt = as_variables(joined(trained, frozen), cfg.lora, cfg.stages, dropout), as_prompt(batch)
+    def loss_fn(params, batch, by_row, dropout):
+      variables, prompt = as_variables(joined(params, frozen), cfg.lora, cfg.stages, dropout), as_prompt(batch)
       image = model.apply(variables, normalize(batch.pixels, cfg.model.vision), method='encode_images')
-      judging = cfg.sparsity.min_answer_len, noise, tau, dense, instruct_rule(cfg.sparsity)
-      out = model.apply(variables, prompt, image, batch.answer_start, *judging, batch.labels, method='train_forward')
-      losses = training_losses(out, prompt, batch.labels, batch.answer_start, cfg.sparsity, counts)
-      if how == 'choices':
-        losses = with_relevance(losses, out, seen_share, cfg.relevance.weight, counts)
+      of_rows = {name: dataclasses.replace(d, **by_row[name]) for name, d in drawn.items()}
+      inputs = train_inputs(batch, of_rows)
+      out = model.apply(variables, prompt, image, inputs, objective, method='train_forward')
+      losses = training_losses(out, prompt, inputs, objective, parts, counts)
       return losses.total, losses
 
-    inputs = (batch, noise, dense, row_keys(jax.random.fold_in(key, DROPOUT), rows) if cfg.lora and cfg.lora.dropout else None)
+    by_row = {name: dict(noise=d.noise, dense=d.dense) for name, d in drawn.items()}
+    inputs = (batch, by_row, row_keys(jax.random.fold_in(key, DROPOUT), rows) if cfg.lora and cfg.lora.dropout else None)
     losses, grads = gradients(loss_fn, state.params, inputs, cfg.accumulate, mesh, places.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
@@ -241,19 +230,10 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
       'learning_rate': schedule(cfg.optimizer.learning_rate, cfg.steps, cfg.optimizer)(state.step),
       'supervised_tokens': (batch.labels[:, 1:] != IGNORE).sum().astype(jnp.float32),
     }
-    if dynamic:
-      metrics |= {
-        'image_mask': losses.image_mask,
-        'text_mask': losses.text_mask,
-        'image_keep': losses.image_keep,
-        'text_keep': losses.text_keep,
-        'tau': tau,
-        'predictor_learning_rate': schedule(cfg.optimizer.predictor_learning_rate, cfg.steps, cfg.optimizer)(state.step),
-      }
-    if how == 'choices':
-      metrics |= {'relevance': losses.relevance}
-    if instruct:
-      metrics |= {'instruct_mask': losses.instruct_mask, 'instruct_keep': losses.instruct_keep}
+    if any(GROUPS[group].rate == 'predictor' for group in state.params if group in GROUPS):
+      rate = schedule(cfg.optimizer.predictor_learning_rate, cfg.steps, cfg.optimizer)(state.step)
+      metrics |= {'predictor_learning_rate': rate}
+    metrics |= losses.shown | told
     moved = jax.tree.map(lambda p, u: p.astype(jnp.float32) + u, state.params, updates)
     params, watch = store(jax.random.fold_in(key, ROUNDING), moved, state.params), state.watch
     if watch:

@@ -20,6 +20,7 @@ from dynllava_jax.convert.records.base import prompt_from_ids
 from dynllava_jax.convert.source import Request, open_source
 from dynllava_jax.data.sources import new_tokenizer
 from dynllava_jax.data.tokenizer import load_tokenizer
+from dynllava_jax.models.batch import TrainInputs
 from dynllava_jax.models.dynllava import DynLlava
 from dynllava_jax.models.params import cut_params
 
@@ -120,7 +121,7 @@ def test_same_features_logits_and_greedy_tokens(models, variant):
 
   def forward(params):
     image = ours.apply(params, nhwc, method='encode_images')
-    return ours.apply(params, prompt_from_ids(short, PATCHES), image, start, 50, None, None, method='train_forward').logits
+    return ours.apply(params, prompt_from_ids(short, PATCHES), image, TrainInputs(start), method='train_forward').logits
 
   found = np.asarray(jax.jit(forward)(params))
   np.testing.assert_allclose(found, logits.numpy(), atol=1e-4, rtol=0)

@@ -24,6 +24,7 @@ from dynllava_jax.methods import __main__ as program
 from dynllava_jax.methods import fastervlm, visionzip
 from dynllava_jax.methods.base import KeptPatches, TowerNeeds, TowerOutput
 from dynllava_jax.models import clip
+from dynllava_jax.models.batch import TrainInputs
 from dynllava_jax.models.clip import VisionTower
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.params import cut_params
@@ -263,7 +264,7 @@ def test_training_on_reduced_images(tiny_params):
   def loss(trained):
     apply = lambda *args, method: model.apply({'params': params | trained}, *args, method=method)
     image = apply(normalize(pixels.at[2].set(0), presets.TINY.vision), method='encode_images')
-    return (apply(prompt, image, start, 1, None, None, method='train_forward').logits ** 2).mean()
+    return (apply(prompt, image, TrainInputs(start), method='train_forward').logits ** 2).mean()
 
   gradients = jax.jit(jax.grad(loss))({k: params[k] for k in ('projector', 'vision')})
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))

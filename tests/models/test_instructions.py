@@ -11,7 +11,7 @@ from recorded import recorded, verified
 
 from dynllava_jax import cache as kv
 from dynllava_jax import losses, methods, presets, sharding
-from dynllava_jax.config import IGNORE, ConfigError, SparsityConfig, Stage, TrainConfig, judges_instructions
+from dynllava_jax.config import IGNORE, ConfigError, Objective, SparsityConfig, Stage, TrainConfig, judges_instructions
 from dynllava_jax.convert.records import instruct_predictor as records
 from dynllava_jax.convert.records.base import LOGITS, load_case
 from dynllava_jax.convert.records.dynamic_runs import DynamicRunner
@@ -20,7 +20,8 @@ from dynllava_jax.data.conversation import template
 from dynllava_jax.data.samples import Sample
 from dynllava_jax.data.tokenizer import load_tokenizer, read_files
 from dynllava_jax.generate import Generator
-from dynllava_jax.models.batch import InstructRule, Prompt, TrainOutput
+from dynllava_jax.models import trained_masks
+from dynllava_jax.models.batch import InstructRule, Prompt, TrainInputs, TrainOutput
 from dynllava_jax.models.params import init_params
 from dynllava_jax.training.step import unused
 
@@ -214,12 +215,15 @@ def test_the_third_loss_counts_short_instructions():
     dense=jnp.zeros(2, bool),
     instruct_mask=mask,
   )
-  found = losses.training_losses(out, prompt, labels, ints(6, 6), cfg)
-  assert float(found.instruct_mask) == pytest.approx((0.7 - 2 / 4) ** 2 / 2)  # of four judged tokens; the other row is short
-  assert float(found.instruct_keep) == pytest.approx(0.5)
-  assert float(found.total) == pytest.approx(float(found.ce) + 10 * float(found.instruct_mask), rel=1e-6)
-  alone = losses.training_losses(dataclasses.replace(out, instruct_mask=None), prompt, labels, ints(6, 6), cfg)
-  assert float(alone.total) == float(alone.ce) and float(alone.instruct_keep) == 1
+  inputs, objective, parts = TrainInputs(ints(6, 6), labels), Objective(sparsity=cfg), (trained_masks.TRAINING,)
+  found = losses.training_losses(out, prompt, inputs, objective, parts)
+  assert float(found.shown['instruct_mask']) == pytest.approx(
+    (0.7 - 2 / 4) ** 2 / 2
+  )  # of four judged tokens; the other row is short
+  assert float(found.shown['instruct_keep']) == pytest.approx(0.5)
+  assert float(found.total) == pytest.approx(float(found.ce) + 10 * float(found.shown['instruct_mask']), rel=1e-6)
+  alone = losses.training_losses(dataclasses.replace(out, instruct_mask=None), prompt, inputs, objective, parts)
+  assert float(alone.total) == float(alone.ce) and 'instruct_keep' not in alone.shown
 
 
 def test_where_the_last_instruction_begins():

@@ -10,8 +10,10 @@ import pytest
 
 from dynllava_jax import presets, sharding
 from dynllava_jax.cache import CacheSpec
-from dynllava_jax.config import DENSE, MeshConfig, Stage
+from dynllava_jax.config import DENSE, MeshConfig, Objective, SparsityConfig, Stage
 from dynllava_jax.generate import Generator, Sampling, Turn
+from dynllava_jax.methods.training import Drawn
+from dynllava_jax.models.batch import TrainInputs
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.params import abstract_params, cut_params, join_params
 from dynllava_jax.ops.images import normalize
@@ -127,6 +129,11 @@ def test_prefill_plus_steps_equals_one_forward(params):
   np.testing.assert_allclose(stepped[:, -1], last.logits, atol=1e-4)
 
 
+def masked_inputs(prompt, noise=None, dense=None):
+  """Answers that begin behind the prompt."""
+  return TrainInputs(prompt.length, drawn={'masks': Drawn(noise=noise, dense=dense, told={'tau': jnp.float32(1.0)})})
+
+
 def test_masked_full_length_forward_equals_gathered_forward(params):
   """Training masks that say what the selector says give the logits of the shortened sequence."""
   prompt, pixels = batch(ROWS[:2])
@@ -141,7 +148,7 @@ def test_masked_full_length_forward_equals_gathered_forward(params):
   np.put_along_axis(kept, np.asarray(traces[1].kept_image), True, 1)
   forced = np.where(kept, 100.0, -100.0)  # noise so large that it decides
   noise = (jnp.stack([forced, -forced], -1), jnp.zeros((2, TEXT + P, 2)))
-  masked = lambda model: model.train_forward(prompt, image, prompt.length, 50, noise, jnp.float32(1.0))
+  masked = lambda model: model.train_forward(prompt, image, masked_inputs(prompt, noise))
   out = in_one_program(DYNAMIC, params, masked)
   np.testing.assert_array_equal(out.image_mask, kept)
   for row in range(2):
@@ -164,9 +171,11 @@ def test_masked_forward_equals_gated_decoding(dynamic, params, together):
   forced = np.where(kept, 100.0, -100.0)  # noise so large that it decides; none for the text, so the larger logit does
   noise = (jnp.stack([forced, -forced], -1), jnp.zeros((*whole.shape, 2)))
 
+  judged = Objective(sparsity=SparsityConfig(min_answer_len=NEW - 1))
+
   def masked(model):
     image = model.encode_images(normalize(pixels, CFG.vision))
-    return model.train_forward(answered, image, prompt.length, NEW - 1, noise, jnp.float32(1.0))
+    return model.train_forward(answered, image, masked_inputs(prompt, noise), judged)
 
   out = in_one_program(DYNAMIC, params, masked)
   for row, start in enumerate(np.asarray(prompt.length)):
@@ -178,15 +187,15 @@ def test_rows_trained_dense_use_no_mask(params):
   prompt, pixels = batch(ROWS[:2])
   drop = jnp.broadcast_to(jnp.array([-100.0, 100.0]), (2, TEXT + P, 2))  # noise that drops whatever it may
 
-  def logits(stages, *extra):
+  def logits(stages, *drawn):
     def forward(model):
       image = model.encode_images(normalize(pixels, CFG.vision))
-      return model.train_forward(prompt, image, prompt.length, 50, *extra).logits
+      return model.train_forward(prompt, image, masked_inputs(prompt, *drawn)).logits
 
     return in_one_program(stages, params, forward)
 
-  sparse = logits(DYNAMIC, (drop[:, :P], drop), jnp.float32(1.0), jnp.array([True, False]))
-  whole = logits((Stage(),), None, None)
+  sparse = logits(DYNAMIC, (drop[:, :P], drop), jnp.array([True, False]))
+  whole = logits((Stage(),))
   real = int(prompt.length[0])
   np.testing.assert_allclose(sparse[0, :real], whole[0, :real], atol=1e-5)
   assert np.abs(sparse[1, : int(prompt.length[1])] - whole[1, : int(prompt.length[1])]).max() > 1e-2

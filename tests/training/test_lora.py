@@ -15,6 +15,7 @@ from test_training import BASE, dynamic, largest_difference, parameters
 from dynllava_jax import checkpoint, presets, sharding
 from dynllava_jax.checkpoint import CheckpointError
 from dynllava_jax.config import ConfigError, LoraConfig
+from dynllava_jax.models.batch import TrainInputs
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.lora import as_variables, init_adapters, merged
 from dynllava_jax.models.params import cut_params
@@ -42,7 +43,7 @@ def test_adapters_beside_the_weights_equal_adapters_merged_into_them(tiny_params
   def hidden(groups, keys=None):
     model = DynLlava(cfg)
     variables = as_variables(groups, LORA if 'adapters' in groups else None, model.stages, keys)
-    return model.apply(variables, prompt, image, prompt.length, 50, None, None, method='train_forward').hidden
+    return model.apply(variables, prompt, image, TrainInputs(prompt.length), method='train_forward').hidden
 
   dense = lambda groups: cut_params(groups, DynLlava(cfg).stages)
   beside = hidden(dense(tiny_params | {'adapters': adapters}))

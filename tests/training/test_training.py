@@ -33,10 +33,11 @@ from dynllava_jax.config import (
 )
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.evals import report
+from dynllava_jax.models.trained_masks import temperature
 from dynllava_jax.training import loop, plot, record, starting
 from dynllava_jax.training.metrics import MetricsLog, read_metrics
 from dynllava_jax.training.saving import Saver
-from dynllava_jax.training.step import State, cut_abstract, make_optimizer, make_train_step, schedule, split_frozen, temperature
+from dynllava_jax.training.step import State, cut_abstract, make_optimizer, make_train_step, schedule, split_frozen
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MODEL = ModelConfig(
@@ -145,6 +146,7 @@ import jax
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_disable_most_optimizations', True)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from dynllava_jax.models.trained_masks import temperature
 from dynllava_jax.training import loop
 from dynllava_jax.config import TrainConfig, from_config_dict
 if sys.argv[2] == '1':  # the other host is not told
@@ -361,9 +363,9 @@ def test_training_picture(base_run, dynamic_run, tmp_path):
 
 def test_temperature_and_learning_rate_follow_the_paper():
   cfg = SparsityConfig()
-  assert float(temperature(jnp.int32(0), 100, cfg)) == pytest.approx(1.0)
-  assert float(temperature(jnp.int32(50), 100, cfg)) == pytest.approx(0.1**0.5)
-  assert float(temperature(jnp.int32(100), 100, cfg)) == pytest.approx(0.1)
+  assert float(temperature(jnp.int32(0) / 100, cfg)) == pytest.approx(1.0)
+  assert float(temperature(jnp.int32(50) / 100, cfg)) == pytest.approx(0.1**0.5)
+  assert float(temperature(jnp.int32(100) / 100, cfg)) == pytest.approx(0.1)
   rate = schedule(2e-4, 100, OptimizerConfig())
   assert float(rate(0)) == 0 and float(rate(3)) == pytest.approx(2e-4) and float(rate(100)) == pytest.approx(0, abs=1e-9)
 

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynllava_jax.config import IGNORE, IMAGE_ID, SparsityConfig, Stage
+from dynllava_jax.config import IGNORE, IMAGE_ID, Objective, Stage
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.base import EXACT, LOGITS, LOSS, Quantity, compare, prompt_from_ids
 from dynllava_jax.convert.records.bases import Base, Record
 from dynllava_jax.convert.records.runs import Group
 from dynllava_jax.convert.records.training import compare_gradients
 from dynllava_jax.losses import remaining, training_losses
-from dynllava_jax.models.batch import Prompt, TrainOutput
+from dynllava_jax.models import trained
+from dynllava_jax.models.batch import Prompt, TrainInputs, TrainOutput
 from dynllava_jax.models.dynllava import DynLlava
 from dynllava_jax.models.params import cut_params, join_params
 
@@ -54,9 +55,9 @@ def _step(record: Record, group: Group, base: Base, stages: tuple[Stage, ...], o
   prompt, labels, image = _batch(record, group, base, model.num_image, others)
 
   def losses(params: dict[str, Any]):
-    nothing = prompt.length, 0, None, None, None, None, labels
-    out = model.apply({'params': params}, prompt, image, *nothing, method='train_forward')
-    return training_losses(out, prompt, labels, prompt.length, SparsityConfig()).total, out
+    inputs = TrainInputs(prompt.length, labels)
+    out = model.apply({'params': params}, prompt, image, inputs, method='train_forward')
+    return training_losses(out, prompt, inputs, Objective(), trained.parts(model.cfg, stages)).total, out
 
   (loss, out), gradients = jax.jit(jax.value_and_grad(losses, has_aux=True))(params)
   rows = len(array('labels'))

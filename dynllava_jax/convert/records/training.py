@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynllava_jax.config import IGNORE, ModelConfig
+from dynllava_jax.config import IGNORE, ModelConfig, Objective
 from dynllava_jax.convert.records.base import EXACT, GRADIENT, LOGITS, LOSS, Quantity, compare, prompt_from_ids
 from dynllava_jax.convert.records.dynamic_runs import DynamicRunner
 from dynllava_jax.convert.tables import llava_rules
-from dynllava_jax.losses import instruct_rule, training_losses
-from dynllava_jax.models.batch import Prompt, TrainOutput, answer_mask
+from dynllava_jax.losses import training_losses
+from dynllava_jax.methods.training import Drawn
+from dynllava_jax.models import trained, trained_masks
+from dynllava_jax.models.batch import Prompt, TrainInputs, TrainOutput, answer_mask
 from dynllava_jax.models.params import join_params
+from dynllava_jax.models.trained_masks import instruct_rule
 
 AT = 'train/'
 GRADIENTS = ('train/grad_total/', 'train/grad_ce/')  # of the whole loss, of cross entropy alone
@@ -23,6 +26,7 @@ def compare_training(runner: DynamicRunner, case: dict[str, np.ndarray], pixels:
   """Every quantity of the group `train/`; `pixels` float[B, R, R, 3] of its rows, normalised."""
   array = lambda name: case[AT + name]
   sparsity = runner.info.sparsity
+  objective = Objective(sparsity=sparsity)
   prompt = prompt_from_ids(array('input_ids'), runner.num_image, array('attention_mask').astype(bool))
   labels, spans = array('expanded_labels'), array('answer_span')
   starts = jnp.asarray(last_answer_start(labels, np.asarray(prompt.length)))
@@ -44,10 +48,10 @@ def compare_training(runner: DynamicRunner, case: dict[str, np.ndarray], pixels:
   def losses(params):
     apply = lambda *args, method: model.apply({'params': params}, *args, method=method)
     image = apply(pixels, method='encode_images')
-    tau = jnp.asarray(array('tau'))
-    judging = sparsity.min_answer_len, noise, tau, None, instruct_rule(sparsity)
-    out = apply(prompt, image, starts, *judging, method='train_forward')
-    return training_losses(out, prompt, jnp.asarray(labels), starts, sparsity), out
+    drawn = Drawn(noise=noise, told={'tau': jnp.asarray(array('tau'))})
+    inputs = TrainInputs(starts, jnp.asarray(labels), {trained_masks.NAME: drawn})
+    out = apply(prompt, image, inputs, objective, method='train_forward')
+    return training_losses(out, prompt, inputs, objective, trained.parts(model.cfg, model.stages)), out
 
   result, out = jax.jit(losses)(params)
   yield compare(AT + 'image_predictor_logits', out.image_logits, array('image_predictor_logits'), LOGITS)
@@ -56,13 +60,14 @@ def compare_training(runner: DynamicRunner, case: dict[str, np.ndarray], pixels:
   judged = answer_mask(places, prompt.length, starts, sparsity.min_answer_len)
   yield from masks(case, 'text', spans, out.text_logits, out.text_mask, judged)
   yield from logits(case, out, spans)
-  scalars = {'loss': result.total, 'ce_loss': result.ce, 'image_mask_loss': result.image_mask, 'text_mask_loss': result.text_mask}
+  scalars = {'loss': result.total, 'ce_loss': result.ce}
+  scalars |= {f'{kind}_mask_loss': result.shown[f'{kind}_mask'] for kind in ('image', 'text')}
   if runner.instruct:
     judged = instruct_rule(sparsity).mask(places, prompt.instruct_start, starts)
     yield from masks(case, 'instruct', array('instruct_span'), out.instruct_logits, out.instruct_mask, judged)
     for i, end in enumerate(spans[:, 1]):
       yield compare(f'{AT}policy[{i}]', out.policy[i, :end], array('policy')[i, :end], EXACT)
-    scalars['instruct_mask_loss'] = result.instruct_mask
+    scalars['instruct_mask_loss'] = result.shown['instruct_mask']
   for name, ours in scalars.items():
     yield compare(AT + name, ours, array(name), LOSS, relative=True)
   yield compare(AT + 'mask_loss_weight', sparsity.mask_loss_weight, array('mask_loss_weight'), 1e-6, relative=True)

@@ -1,0 +1,68 @@
+"""What training minimises besides the cross-entropy, by method."""
+
+import dataclasses
+
+from dynllava_jax.config.parsing import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+  """The Dynamic-LLaVA objective (paper section 3.3; numbers of the released scripts).
+
+  Attributes:
+    image_keep_rate, text_keep_rate: shares of the image and of the generated tokens to keep.
+    mask_loss_weight: of the squared distances from these shares.
+    min_answer_len: tokens; shorter answers are kept whole.
+    instruct_keep_rate, min_instruct_len: the same for instructions, where the dynamic stage judges them.
+    judge_last_instruct_token: whether training judges an instruction's last token, which generation always keeps; the authors do.
+    tau_start, tau_end: temperature of the first and of the last step.
+    dense_share: chance of a row to be trained with all its tokens, so that the same weights also run dense (ours; the
+      paper has none).
+  """
+
+  image_keep_rate: float = 0.2
+  text_keep_rate: float = 0.5
+  mask_loss_weight: float = 100.0
+  min_answer_len: int = 50
+  instruct_keep_rate: float = 0.7
+  min_instruct_len: int = 25
+  judge_last_instruct_token: bool = False
+  tau_start: float = 1.0
+  tau_end: float = 0.1
+  dense_share: float = 0.0
+
+  def __post_init__(self):
+    require(0 <= self.dense_share < 1, f'sparsity.dense_share is {self.dense_share}, expected a share in [0, 1)')
+    for name in ('image_keep_rate', 'text_keep_rate', 'instruct_keep_rate'):
+      value = getattr(self, name)
+      require(0 < value <= 1, f'sparsity.{name} is {value}, expected a share in (0, 1]')
+    require(self.tau_start > 0 and self.tau_end > 0, 'sparsity: temperatures must be positive')
+    for name in ('mask_loss_weight', 'min_answer_len', 'min_instruct_len'):
+      require(getattr(self, name) >= 0, f'sparsity.{name} is {getattr(self, name)}, expected 0 or more')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RelevanceTraining:
+  """How generated tokens that choose among image tokens (`Stage.revisit`) are trained, in this order, a run each.
+
+  Attributes:
+    objective: 'distil': scores follow the attention of the layers, which see everything; 'gumbel': scores by masks that are drawn,
+      and a penalty on how many they keep; 'decoder': the decoder by the k best, which is no gradient to the scores.
+    weight: of the squared distance from the share to keep, per query.
+  """
+
+  objective: str = 'distil'
+  weight: float = 100.0
+
+  def __post_init__(self):
+    known = ('distil', 'gumbel', 'decoder')
+    require(self.objective in known, f'relevance.objective is {self.objective!r}, expected one of {", ".join(known)}')
+    require(self.weight >= 0, f'relevance.weight is {self.weight}, expected 0 or more')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  """The settings of every method's part; of a run, the fields of `TrainConfig` that are called so."""
+
+  sparsity: SparsityConfig = SparsityConfig()
+  relevance: RelevanceTraining = RelevanceTraining()

@@ -1,0 +1,19 @@
+"""Which parts the training of a run has, by its stages and by what its model holds."""
+
+from dynllava_jax import methods
+from dynllava_jax.config import ModelConfig, Stage
+from dynllava_jax.methods.training import Training
+from dynllava_jax.models import trained_choices, trained_cuts, trained_masks
+
+FORWARD: dict[str, Training] = {  # by `methods.trained_by`
+  '': trained_cuts.DENSE,
+  'choices': trained_choices.TRAINING,
+  'gathers': trained_cuts.TRAINING,
+  'masks': trained_masks.TRAINING,
+}
+
+
+def parts(model: ModelConfig, stages: tuple[Stage, ...]) -> tuple[Training, ...]:
+  """The first has the forward pass."""
+  del model
+  return (FORWARD[methods.trained_by(stages)],)
