@@ -27,7 +27,8 @@ def losses(image_start, image_mask, text_mask, length, answer_start, dense=(Fals
   batch, size = text_mask.shape
   prompt = Prompt(jnp.zeros((batch, size), jnp.int32), jnp.array(length), jnp.array(image_start), jnp.zeros(batch, jnp.uint32))
   out = TrainOutput(jnp.zeros((batch, size, 4)), None, None, image_mask, text_mask, jnp.array(dense))
-  return training_losses(out, prompt, TrainInputs(jnp.array(answer_start), jnp.ones((batch, size), jnp.int32)), CFG, MASKS)
+  drawn = {'masks': Drawn(dense=jnp.array(dense))}
+  return training_losses(out, prompt, TrainInputs(jnp.array(answer_start), jnp.ones((batch, size), jnp.int32), drawn), CFG, MASKS)
 
 
 def test_short_answers_count_in_the_mean_and_contribute_nothing():
