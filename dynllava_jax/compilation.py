@@ -2,7 +2,7 @@
 
 It lies in `compiled` of the user's cache folder (`paths.cache`); `DYNLLAVA_JAX_COMPILATION_CACHE` or `--compilation_cache` name
 another one, and `off` keeps none. A cache that the user has set up with jax is left as it is. Processes share it: jax locks it, and
-what was not used for longest goes when it is full.
+what was not used for longest goes when it is full. What cannot be read from it or written to it, as on a full disk, is compiled.
 """
 
 import functools
@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import warnings
 
 import filelock
 import jax
@@ -40,6 +41,7 @@ def keep() -> pathlib.Path | None:
   jax.config.update('jax_compilation_cache_max_size', AT_MOST)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_compilation_cache_dir', str(folder))
+  warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')  # nothing is lost but time
   compilation_cache.reset_cache()  # it may have been asked for already, and found to be off
   return folder
 

@@ -35,7 +35,7 @@ WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
 INDEX = '.index.json'
 DIGESTS = 'xxh3_128'  # our entry of a header's metadata: the digest of every tensor's bytes, as JSON
 LFS_POINTER = b'version https://git-lfs'
-ZIP = b'PK\x03\x04'  # what a `.bin` file begins with since torch 1.6; older ones cannot be mapped
+ZIP, PICKLE = b'PK\x03\x04', b'\x80'  # what a `.bin` file begins with, since torch 1.6 and before; only the former can be mapped
 REMAP_BYTES = 2**28  # a mapped file counts as memory in use once read; it is mapped anew after so many bytes
 
 
@@ -160,7 +160,12 @@ def file_tensors(path: pathlib.Path) -> list[Tensor]:
     raise ConversionError(f'{path}: empty; fetch or copy it again')
   if start == LFS_POINTER:
     raise ConversionError(f'{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`')
-  return _safetensors(path) if path.suffix == '.safetensors' else _pickled(path)
+  if path.suffix == '.safetensors':
+    return _safetensors(path)
+  if not start.startswith((ZIP, PICKLE)):  # torch would run into whatever the bytes mean to it
+    hint = 'by its content it may be safetensors, then name it so' if start[8:9] == b'{' else 'is it the right file?'
+    raise ConversionError(f'{path}: not written by torch.save, expected tensors in its format; {hint}')
+  return _pickled(path)
 
 
 def _safetensors(path: pathlib.Path) -> list[Tensor]:

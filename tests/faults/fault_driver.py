@@ -1,7 +1,7 @@
 """Kills, damages, starves and doubles command lines, and counts what came of it, one `Tally` a program.
 
 The rule: the same command once more ends with what an undisturbed run ends with, and nothing that was finished is lost; or one line
-says what is wrong and where. `docs/reliability.md` promises the messages; `Tally.check_messages` holds it to that.
+says what is wrong and where.
 """
 
 import collections
@@ -16,21 +16,10 @@ import shutil
 import subprocess
 import sys
 
-from conftest import ROOT
+from fault_tally import FULL, KILLED, TWICE
 
 NURSERY = pathlib.Path(__file__).with_name('nursery.py')
-PROMISES = ROOT / 'docs' / 'reliability.md'
 HEX = re.compile('[0-9a-f]{32}')  # what Orbax calls the files of a database
-MOST_LINES = 16  # of an error that lists files
-# Kills that hit and files damaged in a whole run, at least.
-LEAST = {
-  'Training': (32, 75),
-  'Evaluation': (30, 90),
-  'Preparation': (50, 150),
-  'Conversion': (30, 50),
-  'Export': (30, 50),
-  'Object stores': (28, 30),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,66 +62,6 @@ class Nursery:
   def close(self):
     self._process.stdin.close()
     self._process.wait(20)
-
-
-class Tally:
-  """Counts of one program, what went wrong in words, and all that it said."""
-
-  def __init__(self, program):
-    self.program, self.wrong, self.said = program, [], []
-    self.counts = dict.fromkeys(('kills', 'lost', 'damaged', 'named', 'exact', 'silent', 'tracebacks'), 0)
-    self.more = {}  # what else was tried
-
-  def add(self, name, what=''):
-    self.counts[name] += 1
-    if what:
-      self.wrong.append(f'{name}: {what}')
-      print(self.program, self.wrong[-1], flush=True)
-
-  def also(self, name):
-    self.more[name] = self.more.get(name, 0) + 1
-
-  def check(self, done, about, killed=False):
-    """That a command ended, said what a person can read, and died of nothing but what it was given. Notes what it said."""
-    self.said.append(done.text)
-    lines = done.err.strip().splitlines()
-    if 'Traceback (most recent' in done.text or (isinstance(done.code, int) and done.code < 0 and not killed):
-      self.add('tracebacks', f'{about}: {done.code} {done.err[-600:]}')
-    elif done.code == 'late':
-      self.add('tracebacks', f'{about}: did not end: {done.text[-300:]}')
-    elif (done.code not in (0, None, -9) and not ('error: ' in done.err if lines else done.out)) or len(lines) > MOST_LINES:
-      self.add('tracebacks', f'{about}: exit status {done.code} without one line: {done.text[-600:]}')
-    return done
-
-  def report(self):
-    """Prints the line of counts, and fails if anything went wrong or too little was tried."""
-    parts = [f'{name} {count}' for name, count in {**self.counts, **self.more}.items()]
-    line = f'{self.program}: {", ".join(parts)}'
-    print(line, flush=True)
-    if where := os.environ.get('FAULT_COUNTS'):
-      with open(where, 'a') as file:
-        file.write(line + '\n')
-    assert not self.wrong, '\n'.join([line, *self.wrong])
-    kills, damaged = LEAST[self.program]
-    assert self.counts['kills'] >= kills and self.counts['damaged'] >= damaged, f'{line}: expected {kills} and {damaged} at least'
-
-  def check_messages(self):
-    """That each message of this program's part of docs/reliability.md was among what it said."""
-    told = ' '.join(re.sub(r'\s+', ' ', text) for text in self.said)
-    missing = [m for m in messages(self.program) if not re.search(pattern(m), told)]
-    assert not missing, f'docs/reliability.md promises what no test saw: {missing}'
-
-
-def messages(program):
-  """Messages, in backquotes in the second column, of the table below the heading of a program."""
-  part = PROMISES.read_text().split(f'\n## {program}\n')[1].split('\n## ')[0]
-  rows = [line.split(' | ') for line in part.splitlines() if line.startswith('| ') and ' | ' in line]
-  return [m for row in rows for m in re.findall(r'`([^`]+)`', row[1])]
-
-
-def pattern(message):
-  """A message as a regular expression; three dots stand for what differs."""
-  return re.escape(message).replace(re.escape('...'), '.{1,400}?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +111,7 @@ def kill_all_along(nursery, program, tally, folder, whole, kills, each=5, **alwa
       how = {'kill_at': at} if rng.random() < 0.5 else {'kill_in': seconds}
       about += f' {how}'
       ended = tally.check(
-        nursery.run(program.words(place), watch=program.where(place), **how, **always), f'{place.name}{about}', True
+        nursery.run(program.words(place), watch=program.where(place), **how, **always), f'{place.name}{about}', True, KILLED
       )
       if ended.code != -9:
         break
@@ -193,7 +122,7 @@ def kill_all_along(nursery, program, tally, folder, whole, kills, each=5, **alwa
         tally.add('lost', f'{place.name}{about}: had {before}, has {now}')
       before = now
     if ended.code == -9:
-      ended = tally.check(nursery.run(program.words(place), **always), f'{place.name}{about}, then to the end')
+      ended = tally.check(nursery.run(program.words(place), **always), f'{place.name}{about}, then to the end', row=KILLED)
     if ended.code == 0:
       found = program.result(place)
       if found != expected:
@@ -283,6 +212,7 @@ def damage_all(
   arrive=lambda folder: None,
   told=(),
   first=(),
+  row=lambda name: None,
 ):
   """Damages files of a folder, one at a time, and runs a command on it.
 
@@ -295,6 +225,7 @@ def damage_all(
     count, first: see `trials`.
     told: parts of the result that may differ if the damage was named.
     arrive: brings the damaged folder to where the command finds it.
+    row: see `Tally.check`, by the file's name.
   """
   rng = random.Random(0)
   for name, kind in trials(files, count, rng, first):
@@ -305,7 +236,7 @@ def damage_all(
     about = f'{name}: {kind}'
     tally.add('damaged')
     bad = len(tally.wrong)
-    done = tally.check(nursery.run(command(scratch)), about)
+    done = tally.check(nursery.run(command(scratch)), about, row=row(name))
     named = any(part in done.text for part in names(name))
     if len(tally.wrong) > bad:
       continue
@@ -346,7 +277,7 @@ def starve(nursery, program, tally, folder, expected, sizes, full=()):
 
 
 def _starved(nursery, program, tally, place, expected, how, room=None):
-  done = tally.check(nursery.run(program.words(place), **how), place.name)
+  done = tally.check(nursery.run(program.words(place), **how), place.name, row=FULL)
   tally.also('full disks')
   if done.code == 0 and program.result(place) != expected:
     tally.add('silent', f'{place}: {differences(expected, program.result(place))}; {done.text}')
@@ -365,7 +296,7 @@ def start_twice(nursery, program, tally, folder, expected, events, times=3):
     place = folder / f'twice {number}'
     first = nursery.run(program.words(place), watch=program.where(place), stop_at=rng.randint(2, events))
     assert first.code is None, first.text
-    second = tally.check(nursery.run(program.words(place)), 'the second of two')
+    second = tally.check(nursery.run(program.words(place)), 'the second of two', row=TWICE)
     tally.also('started twice')
     if second.code == 0:
       tally.add('silent', f'two at once: {second.text}')
@@ -385,9 +316,9 @@ def permissions(path, mode):
     path.chmod(before)
 
 
-def refuse(nursery, tally, words, *parts, **how):
-  """Runs a command that must be refused with one line that holds all of `parts`."""
-  done = tally.check(nursery.run(words, **how), ' '.join(map(str, words)))
+def refuse(nursery, tally, words, *parts, row=None, **how):
+  """Runs a command that must be refused with one line that holds all of `parts`. `row`: see `Tally.check`."""
+  done = tally.check(nursery.run(words, **how), ' '.join(map(str, words)), row=row)
   if done.code != 1 or not all(part in done.err for part in parts):
     tally.add('silent', f'{words}: expected {parts}, got {done.code} {done.text}')
   return done

@@ -3,20 +3,9 @@
 import shutil
 
 import pytest
-from fault_driver import (
-  GROSS,
-  KINDS,
-  Tally,
-  damage_all,
-  files_of,
-  kill_all_along,
-  permissions,
-  refuse,
-  start_twice,
-  starve,
-  undisturbed,
-)
+from fault_driver import GROSS, KINDS, damage_all, files_of, kill_all_along, permissions, refuse, start_twice, starve, undisturbed
 from fault_programs import SOURCE, conversion, converted, export, exported
+from fault_tally import Tally
 
 pytest_plugins = ('fault_fixtures',)
 pytestmark = pytest.mark.faults
@@ -66,7 +55,8 @@ def test_damaged_sources(nursery, exporting, tmp_path):
   command = lambda folder: conversion(folder).words(folder.parent / 'dst')
   arguments = (command, lambda folder: without_report(folder.parent / 'dst'), without_report(tmp_path / 'expected'))
   names = lambda name: (name, f'{name.partition("/")[0]}: no weights found')
-  damage_all(nursery, CONVERSION, exporting[0], tmp_path / 'scratch', files, 50, *arguments, names)
+  row = lambda name: 'a tensor of the source' if name.endswith('.safetensors') else None
+  damage_all(nursery, CONVERSION, exporting[0], tmp_path / 'scratch', files, 50, *arguments, names, row=row)
 
 
 def test_damaged_checkpoints(nursery, converting, exporting, tmp_path):
@@ -74,7 +64,8 @@ def test_damaged_checkpoints(nursery, converting, exporting, tmp_path):
   names = lambda name: (name, 'integrity.json') if name.startswith('0/') else (name,)
   arguments = (command, lambda folder: exported(folder.parent / 'dst'), exported(exporting[0]), names)
   first = ('model.json', '0/integrity.json', '0/_CHECKPOINT_METADATA')
-  damage_all(nursery, EXPORT, converting[0], tmp_path / 'scratch', files_of(converting[0], KINDS), 20, *arguments, first=first)
+  files, row = files_of(converting[0], KINDS), lambda name: 'the checkpoint is damaged'
+  damage_all(nursery, EXPORT, converting[0], tmp_path / 'scratch', files, 20, *arguments, first=first, row=row)
 
 
 def test_permissions(nursery, converting, tmp_path):

@@ -5,20 +5,9 @@ import shutil
 
 import fault_programs
 import pytest
-from fault_driver import (
-  GROSS,
-  KINDS,
-  Tally,
-  damage_all,
-  files_of,
-  kill_all_along,
-  permissions,
-  refuse,
-  start_twice,
-  starve,
-  undisturbed,
-)
+from fault_driver import GROSS, KINDS, damage_all, files_of, kill_all_along, permissions, refuse, start_twice, starve, undisturbed
 from fault_programs import evaluated, rows, tiny_config
+from fault_tally import Tally
 
 pytest_plugins = ('fault_fixtures',)
 pytestmark = pytest.mark.faults
@@ -56,15 +45,17 @@ def test_killed_evaluations(nursery, evaluation, whole, tmp_path):
 def test_damaged_results(nursery, evaluation, whole, tmp_path):
   """Answers have a digest each; what is made of them is made again."""
   files = files_of(whole[0], KINDS, lambda name: None if name.startswith('answers/') else GROSS)
+  row = lambda name: ('the provenance' if 'provenance' in name else 'an answer is damaged') if name.startswith('answers/') else None
   arguments = (evaluation.words, evaluated, evaluated(whole[0]))
-  damage_all(nursery, EVALUATION, whole[0], tmp_path / 'scratch', files, 30, *arguments, first=('answers/dense.jsonl',))
+  damage_all(nursery, EVALUATION, whole[0], tmp_path / 'scratch', files, 30, *arguments, first=('answers/dense.jsonl',), row=row)
 
 
 def test_a_line_that_is_none(nursery, evaluation, whole, tmp_path):
   broken = shutil.copytree(whole[0], tmp_path / 'broken')
   file = broken / 'answers' / 'dense.jsonl'
   file.write_bytes(b'x' + file.read_bytes())
-  refuse(nursery, EVALUATION, evaluation.words(broken), 'dense.jsonl, line 1', 'not a JSON object', 'delete the line')
+  said = ('dense.jsonl, line 1', 'not a JSON object', 'delete the line')
+  refuse(nursery, EVALUATION, evaluation.words(broken), *said, row='an answer is damaged')
 
 
 def test_damaged_answers_that_are_scored(nursery, tiny, whole, tmp_path):
@@ -77,7 +68,8 @@ def test_damaged_answers_that_are_scored(nursery, tiny, whole, tmp_path):
 
   folder = whole[0] / 'answers'
   expected = kept(folder)
-  damage_all(nursery, EVALUATION, folder, tmp_path / 'scratch', {'dense.jsonl': tuple(KINDS)}, 15, score, kept, expected)
+  row, files = lambda name: 'an answer file that is scored', {'dense.jsonl': tuple(KINDS)}
+  damage_all(nursery, EVALUATION, folder, tmp_path / 'scratch', files, 15, score, kept, expected, row=row)
 
 
 def test_damaged_checkpoints(nursery, tiny, checkpoints, whole, tmp_path):
@@ -92,8 +84,8 @@ def test_damaged_checkpoints(nursery, tiny, checkpoints, whole, tmp_path):
   names = lambda name: (name, 'integrity.json') if name.startswith('1/') else (name,)
   arguments = (command, lambda folder: answers(folder.parent / 'out'), answers(whole[0]), names)
   largest = max(checkpoints.glob('1/params/**/*'), key=lambda p: p.stat().st_size).relative_to(checkpoints).as_posix()
-  first = ('model.json', '1/integrity.json', largest)
-  damage_all(nursery, EVALUATION, checkpoints, tmp_path / 'scratch', files, 10, *arguments, first=first)
+  first, row = ('model.json', '1/integrity.json', largest), lambda name: 'the checkpoint is damaged'
+  damage_all(nursery, EVALUATION, checkpoints, tmp_path / 'scratch', files, 10, *arguments, first=first, row=row)
 
 
 def test_full_disks(nursery, evaluation, whole, tmp_path):

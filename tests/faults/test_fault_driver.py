@@ -7,9 +7,11 @@ import sys
 
 import pytest
 from conftest import ROOT
-from fault_driver import KINDS, LEAST, Done, Program, Tally, damage_all, kill_all_along, messages, pattern, trials
+from fault_driver import KINDS, Done, Program, damage_all, kill_all_along, trials
+from fault_tally import FULL, KILLED, LEAST, TWICE, Tally, pattern, table
 
 KILLS = 25  # of each writer
+COMMON = (KILLED, TWICE, FULL)
 # Writers that go on until they are killed, in forks of a process without jax; what they left is read by the next one.
 WRITERS = """
 import json, os, pathlib, random, signal, sys, time
@@ -141,6 +143,25 @@ def test_a_whole_run_kills_and_damages_enough():
 
 def test_messages_of_the_table():
   for program in LEAST:
-    assert len(messages(program)) >= 3
-
+    rows = table(program)
+    assert len(rows) >= 3 and all(rows.values()), f'{program}: a row without a message'
+    assert all(any(row.startswith(name) for row in rows) for name in ((KILLED, TWICE) if program == 'Object stores' else COMMON))
   assert re.search(pattern('goes on from step ...'), 'w: goes on from step 3') and not re.search(pattern('a ... b'), 'a  c')
+
+
+def test_a_message_counts_only_in_a_case_of_its_row():
+  tally = Tally('Object stores')
+  kills = ('w: goes on from step 3', '12 samples prepared')
+  twice = 'another program is writing there (process 3 on host); wait until it has ended, or choose another --workdir'
+  cut_off = 'x: its upload was interrupted; start the program that writes it again'
+  for text in kills:
+    tally.check(Done(0, out=text), 'a kill', row=KILLED)
+  tally.check(Done(1, err=f'error: {twice}'), 'the second', row=TWICE)
+  tally.check(Done(1, err=f'error: {cut_off}'), 'damage')
+  with pytest.raises(AssertionError, match='promises what no test saw: .*an upload of a conversion'):
+    tally.check_messages()
+  tally.check(Done(1, err=f'error: {cut_off}'), 'an upload', row='an upload of a conversion')
+  tally.check_messages()
+  tally.check(Done(0), 'a thing', row='a thing nobody tells of')
+  with pytest.raises(AssertionError, match='has no row for'):
+    tally.check_messages()

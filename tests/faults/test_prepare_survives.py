@@ -6,7 +6,6 @@ import pytest
 from fault_driver import (
   GROSS,
   KINDS,
-  Tally,
   damage_all,
   files_of,
   kill_all_along,
@@ -18,6 +17,7 @@ from fault_driver import (
   undisturbed,
 )
 from fault_programs import make_samples, preparation
+from fault_tally import Tally
 
 pytest_plugins = ('fault_fixtures',)
 pytestmark = pytest.mark.faults
@@ -48,7 +48,8 @@ def test_damaged_sources(nursery, source, tmp_path, whole):
 
   files = {'mix.json': GROSS, '0.png': GROSS, 'tok/tokenizer.model': GROSS, 'tok/tokenizer_config.json': GROSS}
   names = lambda name: (name.rpartition('/')[2], 'holds no tokenizer' if name.startswith('tok') else 'samples cannot be used')
-  damage_all(nursery, PREPARATION, source, tmp_path / 'scratch', files, 40, command, result, None, names)
+  row = lambda name: 'a picture is damaged' if name.endswith('.png') else None
+  damage_all(nursery, PREPARATION, source, tmp_path / 'scratch', files, 40, command, result, None, names, row=row)
 
 
 def test_damaged_leftovers(nursery, source, whole, tmp_path):
@@ -66,8 +67,8 @@ def test_damaged_folders(nursery, whole, tmp_path):
   """Of a finished folder every byte that training reads is compared, if asked for; opening it: tests/data/test_damage.py."""
   files = files_of(whole[0], KINDS, lambda name: () if name.startswith(('report', 'index')) or name.endswith('.png') else None)
   command = lambda folder: ('-m', 'dynllava_jax.data.verify', f'--path={folder}', '--processes=1')
-  names = lambda name: (name, 'prepared.json')
-  damage_all(nursery, PREPARATION, whole[0], tmp_path / 'scratch', files, 60, command, tree, tree(whole[0]), names)
+  names, row = lambda name: (name, 'prepared.json'), lambda name: 'a file of the folder'
+  damage_all(nursery, PREPARATION, whole[0], tmp_path / 'scratch', files, 60, command, tree, tree(whole[0]), names, row=row)
 
 
 def test_full_disks(nursery, source, whole, tmp_path):

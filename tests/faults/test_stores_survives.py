@@ -5,8 +5,9 @@ import shutil
 
 import fault_programs
 import pytest
-from fault_driver import KINDS, Nursery, Tally, damage_all, files_of, kill_all_along, refuse, start_twice, undisturbed
+from fault_driver import KINDS, Nursery, damage_all, files_of, kill_all_along, refuse, start_twice, undisturbed
 from fault_programs import evaluated, exported, make_samples, tiny_config, trained
+from fault_tally import Tally
 
 from dynllava_jax import lease, paths, remote
 
@@ -129,7 +130,7 @@ def test_conversion_and_export(nursery, there, tmp_path):
   arguments = (command, lambda folder: exported(folder.parent / 'dst'), export.result(written[0]), names, there.put)
   damage_all(nursery, STORES, here, tmp_path / 'scratch', files_of(here, OBJECTS), 6, *arguments)
   remote.write(paths.given(there.url(whole[0]), 'x') / remote.UPLOADING, b'[]')
-  refuse(nursery, STORES, export.words(tmp_path / 'e' / 'refused'), 'its upload was interrupted')
+  refuse(nursery, STORES, export.words(tmp_path / 'e' / 'refused'), 'its upload was interrupted', row='an upload of a')
 
 
 def test_nothing_is_left_of_a_lease_or_of_work(bucket):

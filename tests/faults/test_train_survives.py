@@ -8,7 +8,6 @@ import pytest
 from fault_driver import (
   GROSS,
   KINDS,
-  Tally,
   damage_all,
   files_of,
   flip,
@@ -20,6 +19,7 @@ from fault_driver import (
   undisturbed,
 )
 from fault_programs import tiny_config, trained
+from fault_tally import Tally
 
 pytest_plugins = ('fault_fixtures',)
 pytestmark = pytest.mark.faults
@@ -50,10 +50,16 @@ def test_damaged_files(nursery, training, whole, tmp_path):
     parts = name.split('/')
     return (name, '/'.join(parts[:2])) if len(parts) > 2 else (name,)
 
+  def row(name):
+    known = {'run.json': '`run.json`', 'metrics.jsonl': '`metrics.jsonl`', 'checkpoints/model.json': '`model.json`'}
+    return 'the newest step' if name.startswith('checkpoints/5/') else known.get(name)
+
   files = files_of(whole[0], KINDS, plain)
   first = ('run.json', 'metrics.jsonl', 'checkpoints/model.json')
   arguments = (training.words, trained, trained(whole[0]), names)
-  damage_all(nursery, TRAINING, whole[0], tmp_path / 'scratch', files, 35, *arguments, told=('steps', 'metrics'), first=first)
+  damage_all(
+    nursery, TRAINING, whole[0], tmp_path / 'scratch', files, 35, *arguments, told=('steps', 'metrics'), first=first, row=row
+  )
 
 
 def test_full_disks(nursery, training, whole, tmp_path):
@@ -65,12 +71,12 @@ def test_two_at_once(nursery, training, whole, tmp_path):
 
 
 def test_permissions(nursery, training, whole, tmp_path):
-  place = tmp_path / 'w'
+  place, unwritable = tmp_path / 'w', 'the workdir cannot be written'
   assert nursery.run(training.words(place)).code == 0
   with permissions(tmp_path, 0o500):
-    refuse(nursery, TRAINING, training.words(tmp_path / 'x'), 'cannot be written', 'ermission denied', plain=1)
+    refuse(nursery, TRAINING, training.words(tmp_path / 'x'), 'cannot be written', 'ermission denied', row=unwritable, plain=1)
   with permissions(place, 0o500):
-    refuse(nursery, TRAINING, training.words(place), 'cannot be written', 'ermission denied', plain=1)
+    refuse(nursery, TRAINING, training.words(place), 'cannot be written', 'ermission denied', row=unwritable, plain=1)
   for name in ('run.json', 'checkpoints'):
     with permissions(place / name, 0):
       refuse(nursery, TRAINING, training.words(place), name, 'ermission denied', plain=1)
@@ -84,7 +90,7 @@ def test_permissions(nursery, training, whole, tmp_path):
 def test_nothing_left(nursery, training, whole, tmp_path):
   place = shutil.copytree(whole[0], tmp_path / 'w')
   shutil.rmtree(place / 'checkpoints')
-  refuse(nursery, TRAINING, training.words(place), 'no step is left')
+  refuse(nursery, TRAINING, training.words(place), 'no step is left', row='no step is left')
 
 
 def test_counts():
