@@ -26,11 +26,11 @@ LOCK, PROGRAM, USED = '.lockfile', '-cache', '-atime'  # names that jax gives: i
 def keep() -> pathlib.Path | None:
   """Turns the cache on for this process: the folder it uses, None if it is off, the user's own, or cannot be written."""
   text = os.environ.get(paths.COMPILED)
-  folder = paths.given_compiled(text, paths.COMPILED) if text else paths.cache() / 'compiled'
-  if folder is None or jax.config.jax_compilation_cache_dir:
+  if jax.config.jax_compilation_cache_dir or text == paths.OFF:
     return None
-  folder /= _machine()
+  given = paths.given_compiled(text, paths.COMPILED) if text else None
   try:
+    folder = (given or paths.cache() / 'compiled') / _machine()
     folder.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(folder)
   except OSError as e:  # also a lock that others hold for too long

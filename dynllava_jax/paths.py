@@ -83,8 +83,15 @@ def is_local(path: Given) -> bool:
 
 
 def cache() -> pathlib.Path:
-  """Where files of object stores lie on this machine."""
-  return pathlib.Path(os.environ.get(CACHE) or '~/.cache/dynllava_jax').expanduser().absolute()
+  """Where files of object stores lie on this machine; PathError as for `given`, or if the user has no home and names no place."""
+  if text := os.environ.get(CACHE):
+    if not is_local(path := given(text, CACHE)):
+      raise PathError(f'{CACHE}: {text}: the cache is kept on this machine; give a folder of it')
+    return path.absolute()
+  try:
+    return pathlib.Path('~/.cache/dynllava_jax').expanduser().absolute()
+  except RuntimeError:
+    raise PathError(f'this user has no home folder; set HOME, or {CACHE} to a folder that can be written') from None
 
 
 def place(path: Given, kind: str) -> pathlib.Path:
@@ -95,7 +102,11 @@ def place(path: Given, kind: str) -> pathlib.Path:
 
 def named(text: Any) -> str:
   """Text for people in which places of the cache have their names in the store."""
-  text, root = str(text), str(cache())
+  text = str(text)
+  try:
+    root = str(cache())
+  except PathError:  # then nothing of a store is here
+    return text
   return re.sub(re.escape(root) + r'/(?:read|shards|work/[\w.]+)/(\w+)/', r'\1://', text) if root in text else text
 
 
@@ -140,7 +151,8 @@ def _checked_local(text: str, where: str) -> str:
   try:
     path = pathlib.Path(text).expanduser()
   except RuntimeError:
-    raise PathError(f'{where}: {text}: there is no such user; write ./~name for a folder of that name') from None
+    who = 'this user has no home folder' if text.split('/')[0] == '~' else 'there is no such user'
+    raise PathError(f'{where}: {text}: {who}; write ./~name for a folder of that name') from None
   _check_length(pathlib.Path(os.path.abspath(path)), text, where)
   return str(path)
 

@@ -1,7 +1,6 @@
 """The cache of compiled programs: on by default, where and whether the user says, bounded, shared by processes."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -70,16 +69,20 @@ def test_what_a_killed_process_left_is_removed(keep):
   assert {p.name for p in folder.glob('*-*')} == {'whole-cache', 'whole-atime'}
 
 
-def test_processes_share_it(tmp_path):
+def test_processes_share_it_and_one_on_a_full_disk_goes_without_a_word(tmp_path):
   code = (
-    'from dynllava_jax import compilation; import jax, jax.numpy as jnp\n'
+    'from dynllava_jax import compilation; import jax, jax.numpy as jnp, resource, sys\n'
     'compilation.keep(); jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)\n'
+    'resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)\n'
     'print(float(jax.jit(lambda x: jnp.tanh(x @ x).sum())(jnp.ones((8, 8)))))'
   )
-  env = dict(os.environ) | {paths.COMPILED: str(tmp_path)}
-  start = lambda: subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-  both = [start(), start()]
-  results = [p.communicate(timeout=120) for p in both]
-  assert [r[0] for r in results] == [b'64.0\n'] * 2 and not any(r[1] for r in results)
-  programs = {p.name: p.read_bytes() for p in pathlib.Path(tmp_path).rglob(f'*{compilation.PROGRAM}')}
+
+  def start(folder, most=2**30):
+    env, pipe = dict(os.environ) | {paths.COMPILED: str(tmp_path / folder)}, subprocess.PIPE
+    return subprocess.Popen([sys.executable, '-c', code, str(most)], cwd=ROOT, env=env, stdout=pipe, stderr=pipe)
+
+  processes = [start('shared'), start('shared'), start('full', 100)]
+  results = [p.communicate(timeout=120) for p in processes]
+  assert [r[0] for r in results] == [b'64.0\n'] * 3 and not any(r[1] for r in results)
+  programs = {p.name: p.read_bytes() for p in (tmp_path / 'shared').rglob(f'*{compilation.PROGRAM}')}
   assert any(name.startswith('jit__lambda') for name in programs)

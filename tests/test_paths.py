@@ -54,6 +54,22 @@ def test_everything_else_is_taken_as_it_is(monkeypatch):
   assert [str(paths.given(text, '-')) for text in ('~', '~/a//b/', 'a/~', '/')] == ['/home/me', '/home/me/a/b', 'a/~', '/']
 
 
+def test_a_user_without_a_home_and_a_cache_in_a_place_that_cannot_be(monkeypatch):
+  monkeypatch.delenv(paths.CACHE, raising=False)
+  with monkeypatch.context() as patch:
+    patch.setattr(os.path, 'expanduser', lambda path: path)  # what Python makes of `~` where nobody knows the user
+    with pytest.raises(paths.PathError, match=f'no home folder; set HOME, or {paths.CACHE}'):
+      paths.cache()
+    assert paths.named('gs://b/x') == 'gs://b/x'  # messages do not need it
+    with pytest.raises(paths.PathError, match='--out: ~/x: this user has no home folder'):
+      paths.given('~/x', '--out')
+  for text, why in (('gs://b/x', 'kept on this machine|needs the package'), ('a\nb', 'holds the character'), (' ', 'is empty')):
+    monkeypatch.setenv(paths.CACHE, text)
+    with pytest.raises(paths.PathError, match=f'^{paths.CACHE}: .*({why})'):
+      paths.cache()
+    assert paths.named('x') == 'x'
+
+
 def test_fields_of_a_config_are_paths_too(monkeypatch):
   monkeypatch.setenv('HOME', '/home/me')
   data = from_config_dict(DataConfig, {'path': '~/x/', 'images': ''})

@@ -204,6 +204,23 @@ def test_truncated_bin(tmp_path):
     file_tensors(tmp_path / 'x.bin')
 
 
+@pytest.mark.parametrize(
+  'content, hint',
+  [
+    (b'hello\nworld\n', 'is it the right file?'),
+    (b'{"a": [1, 2]}', 'is it the right file?'),
+    (b'\x89PNG\r\n\x1a\n' + bytes(40), 'is it the right file?'),
+    (b'x' * 3, 'is it the right file?'),
+    ((100).to_bytes(8, 'little') + b'{"a":{"dtype":"F32"}}', 'it may be safetensors, then name it so'),
+  ],
+)
+def test_a_file_of_another_kind_where_torch_is_read(content, hint, tmp_path):
+  (tmp_path / 'mm_projector.bin').write_bytes(content)
+  with pytest.raises(ConversionError, match=r'mm_projector.bin: not written by torch.save, expected tensors') as caught:
+    file_tensors(tmp_path / 'mm_projector.bin')
+  assert str(caught.value).endswith(hint)
+
+
 def test_truncated_shard(source):
   content = (source / 'model.safetensors').read_bytes()
   (source / 'model.safetensors').write_bytes(content[: len(content) // 2])

@@ -1,4 +1,4 @@
-"""What came of kills and damage, one `Tally` a program: counts, what went wrong; whether docs/reliability.md tells what was said."""
+"""What came of kills and damage, one `Tally` a program: counts, what went wrong, and whether messages in docs/ were said."""
 
 import os
 import re
