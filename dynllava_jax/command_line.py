@@ -107,20 +107,51 @@ def expected(error: Exception) -> bool:
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
   """Turns expected errors into one message on stderr and exit status 1, Ctrl-C into one and 130."""
+  with _printing():
+    try:
+      yield
+    except KeyboardInterrupt as e:
+      message = printable('; '.join(['interrupted', *map(str, e.args)]), lines=True)
+      hosts.failed(message)
+      print(message, file=sys.stderr)
+      sys.exit(130)
+    except Exception as e:
+      if not expected(e):
+        hosts.wait_for_the_news()
+        hosts.failed(f'{type(e).__name__}, see what it wrote')
+        raise
+      hosts.failed(printable(e))
+      sys.exit(f'error: {printable(e, lines=True)}')
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+  """Whatever is printed can be: letters that the terminal's encoding lacks as escapes, and one line where it does not arrive.
+
+  Who closes the other end of a pipe, as `head` does, has seen enough: the program ends without a word.
+  """
+  if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(errors='backslashreplace')
   try:
     yield
-  except KeyboardInterrupt as e:
-    message = printable('; '.join(['interrupted', *map(str, e.args)]), lines=True)
-    hosts.failed(message)
-    print(message, file=sys.stderr)
-    sys.exit(130)
-  except Exception as e:
-    if not expected(e):
-      hosts.wait_for_the_news()
-      hosts.failed(f'{type(e).__name__}, see what it wrote')
-      raise
-    hosts.failed(printable(e))
-    sys.exit(f'error: {printable(e, lines=True)}')
+  finally:
+    if why := _unprinted():
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again when it ends, and has its own words
+      ended = sys.exc_info()[1]
+      if isinstance(why, BrokenPipeError):
+        sys.exit(1)
+      if ended is None or (isinstance(ended, SystemExit) and (not ended.code or str(why) in str(ended.code))):
+        sys.exit(f'error: what the program prints cannot be written ({why.strerror})')
+
+
+def _unprinted() -> OSError | None:
+  """Why what was printed cannot reach its reader, if it cannot."""
+  try:
+    if sys.stdout is not None:  # as where it is closed
+      sys.stdout.flush()
+  except OSError as e:
+    return e
+  return None
 
 
 def join_hosts() -> None:

@@ -25,6 +25,7 @@ LOCK, PROGRAM, USED = '.lockfile', '-cache', '-atime'  # names that jax gives: i
 @functools.cache
 def keep() -> pathlib.Path | None:
   """Turns the cache on for this process: the folder it uses, None if it is off, the user's own, or cannot be written."""
+  warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')  # nothing is lost but time
   text = os.environ.get(paths.COMPILED)
   if jax.config.jax_compilation_cache_dir or text == paths.OFF:
     return None
@@ -41,7 +42,6 @@ def keep() -> pathlib.Path | None:
   jax.config.update('jax_compilation_cache_max_size', AT_MOST)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_compilation_cache_dir', str(folder))
-  warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')  # nothing is lost but time
   compilation_cache.reset_cache()  # it may have been asked for already, and found to be off
   return folder
 

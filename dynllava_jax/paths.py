@@ -53,7 +53,7 @@ def given_compiled(text: str, where: str) -> pathlib.Path | None:
 
 
 def expanded(text: str, where: str) -> str:
-  """The text of a path, checked, with `~` and the slashes at its end resolved; PathError as for `given`."""
+  """The text of a path, checked, with `~`, `..` and the slashes at its end resolved; PathError as for `given`."""
   if not text.strip():
     raise PathError(f'{where}: is empty; give a path, or leave it out')
   if strange := next((c for c in text if unicodedata.category(c) in ('Cc', 'Cs')), None):
@@ -154,7 +154,7 @@ def _checked_local(text: str, where: str) -> str:
     who = 'this user has no home folder' if text.split('/')[0] == '~' else 'there is no such user'
     raise PathError(f'{where}: {text}: {who}; write ./~name for a folder of that name') from None
   _check_length(pathlib.Path(os.path.abspath(path)), text, where)
-  return str(path)
+  return os.path.realpath(path) if '..' in path.parts else str(path)  # tensorstore, and so Orbax, takes no `..`
 
 
 def _check_length(path: pathlib.PurePath, text: str, where: str) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -46,6 +47,11 @@ class _Piece:
   takers: tuple[int, ...]
 
 
+def on_disk(folder: pathlib.Path) -> dict[str, str]:
+  """What tensorstore is told of a folder; it refuses `..`."""
+  return {'driver': 'file', 'path': f'{os.path.realpath(folder)}/'}
+
+
 class Step:
   """The arrays of one step."""
 
@@ -63,9 +69,9 @@ class Step:
 
   def _open(self, name: str) -> ts.TensorStore:
     if self.metadata['use_ocdbt']:
-      store = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{self.folder}/'}, 'path': name}
+      store = {'driver': 'ocdbt', 'base': on_disk(self.folder), 'path': name}
     else:
-      store = {'driver': 'file', 'path': str(self.folder / name)}
+      store = on_disk(self.folder / name)
     return ts.open({'driver': 'zarr3' if self.metadata['use_zarr3'] else 'zarr', 'kvstore': store}, open=True, read=True).result()
 
   def read(self, parts: Sequence[Part]) -> list[jax.Array]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -176,3 +177,30 @@ def test_what_is_null_in_a_config_file_is_set_there(tmp_path, monkeypatch):
   assert caught.value.code == (
     'error: --config.model.packer: is null in the config file, and no flag replaces that; set it in the file'
   )
+
+
+def test_what_is_printed_arrives_or_one_line_says_why(tmp_path):
+  """In an encoding without the letters, onto a full disk, to a reader that has seen enough, to nobody; at the end or at once."""
+  read, broken = os.pipe()
+  os.close(read)
+  full = os.open(tmp_path / 'full', os.O_WRONLY | os.O_CREAT)
+  nothing = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+  cases = [
+    (subprocess.PIPE, {'PYTHONIOENCODING': 'ascii'}, None, (0, r'\xe9', '')),
+    (full, {}, nothing, (1, None, 'File too large')),
+    (broken, {}, None, (1, None, '')),
+    (subprocess.PIPE, {}, lambda: os.close(1), (0, '', '')),
+  ]
+  for count in (1, 10**5):
+    code = f'from dynllava_jax import command_line\nwith command_line.readable_errors():\n  print("é" * {count})'
+    words, pipe = [sys.executable, '-c', code], subprocess.PIPE
+    started = [
+      subprocess.Popen(words, cwd=ROOT, env=os.environ | env, stdout=out, stderr=pipe, text=True, preexec_fn=first)
+      for out, env, first, _ in cases
+    ]
+    for process, (*_, expected) in zip(started, cases):
+      out, err = process.communicate(timeout=60)
+      assert (process.returncode, out and out.strip()[:4]) == expected[:2] and expected[2] in err, err
+      assert err.count('\n') == err.startswith('error: ') == bool(expected[2]), err
+  os.close(broken)
+  os.close(full)

@@ -54,6 +54,14 @@ def test_everything_else_is_taken_as_it_is(monkeypatch):
   assert [str(paths.given(text, '-')) for text in ('~', '~/a//b/', 'a/~', '/')] == ['/home/me', '/home/me/a/b', 'a/~', '/']
 
 
+def test_two_dots_are_resolved_as_the_system_does(monkeypatch, tmp_path):
+  (tmp_path / 'a' / 'b').mkdir(parents=True)
+  (tmp_path / 'link').symlink_to(tmp_path / 'a' / 'b')
+  monkeypatch.chdir(tmp_path / 'a')
+  for text, place in (('../x', 'x'), ('b/../x/', 'a/x'), ('../link/../x', 'a/x'), ('..', '')):
+    assert paths.given(text, '-') == tmp_path / place
+
+
 def test_a_user_without_a_home_and_a_cache_in_a_place_that_cannot_be(monkeypatch):
   monkeypatch.delenv(paths.CACHE, raising=False)
   with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ STAGES = (Stage(), Stage(start=1, selector='uniform', image_keep_rate=0.5), Stag
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, tiny_params):
-  directory = tmp_path_factory.mktemp('saved') / 'c'
+  directory = tmp_path_factory.mktemp('saved') / '..' / 'c'  # tensorstore takes no `..`
   checkpoint.write_info(directory, CheckpointInfo(model=presets.TINY))
   with Saver(directory) as saver:
     saver.save(1, {'params': tiny_params})

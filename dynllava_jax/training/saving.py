@@ -21,6 +21,7 @@ from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointError
 from dynllava_jax.config import TrainConfig
 from dynllava_jax.files import reason
+from dynllava_jax.stored import on_disk
 from dynllava_jax.training.gathering import on_first_host
 from dynllava_jax.training.keeping import Keeping
 from dynllava_jax.training.stopping import any_host
@@ -195,7 +196,11 @@ def check_contents(step_dir: pathlib.Path, expected: dict[str, dict[str, tuple[t
   """
   problems = []
   for part, arrays in expected.items():
-    stored = _stored(step_dir / part)
+    try:
+      stored = _stored(step_dir / part)
+    except ValueError as e:  # tensorstore's
+      why = reason(e) or ' '.join(str(e).split())[:200]
+      raise CheckpointError(f'{step_dir / part}: cannot be read back ({why}); look at the disk, and start again to go on') from None
     for name, array in arrays.items():
       if stored.get(name) != array:
         problems.append(f'{part}/{name}: {stored.get(name, "missing")}, saved {array}')
@@ -209,8 +214,7 @@ def check_contents(step_dir: pathlib.Path, expected: dict[str, dict[str, tuple[t
 
 def _stored(folder: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str] | str]:
   """(shape, dtype) of every array of an OCDBT database, or what is wrong with it."""
-  base = {'driver': 'file', 'path': f'{folder}/'}
-  database = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
+  database = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': on_disk(folder)}).result()
   keys = [key.decode() for key in database.list().result()]
   blocks: dict[str, int] = {}
   for key in keys:
