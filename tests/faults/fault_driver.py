@@ -176,7 +176,7 @@ GROSS = tuple(k for k in KINDS if not k.startswith('flip'))  # of files without 
 
 
 def trials(files, count, rng, first=()):
-  """(file, kind) pairs: every file and every kind comes about equally often.
+  """(file, kind) pairs: every file and every kind comes about equally often, the files in no order.
 
   Args:
     files: names with the kinds that make sense.
@@ -184,9 +184,9 @@ def trials(files, count, rng, first=()):
   """
   if first:
     return trials({n: files[n] for n in first}, 10**6, rng) + trials({n: k for n, k in files.items() if n not in first}, count, rng)
-  left = {}
-  for name in sorted(files, key=lambda n: HEX.sub('*', n)):  # names that differ from run to run are tried alike
-    left[name] = rng.sample([*files[name]], len(files[name]))
+  names = sorted(files, key=lambda n: HEX.sub('*', n))  # names that differ from run to run are tried alike
+  rng.shuffle(names)  # where there are more than trials, each folder has its share
+  left = {name: rng.sample([*files[name]], len(files[name])) for name in names}
   out, tried = [], collections.Counter()
   while len(out) < count and any(left.values()):
     for name, kinds in left.items():

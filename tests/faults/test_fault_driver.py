@@ -135,6 +135,8 @@ def test_a_wrong_end_is_silent_and_an_early_one_lost(tmp_path):
 def test_every_file_and_kind_has_its_turn():
   found = trials({'a': tuple(KINDS), 'b': tuple(KINDS)}, 20, random.Random(0))
   assert len(found) == len(set(found)) == 20 and sum(name == 'a' for name, _ in found) == 10
+  few = trials({f'{folder}/{i}': tuple(KINDS) for folder in '345' for i in range(10)}, 15, random.Random(0))
+  assert {name[0] for name, _ in few} == {*'345'}, 'the last folder is tried too'
 
 
 def test_a_whole_run_kills_and_damages_enough():
