@@ -190,6 +190,7 @@ class _Mirror:
     """Makes the store what the folder is. StoreError, BusyError: it cannot be, or not by this process any more."""
     self.held.check()
     now = self._scan()
+    settled = now.keys() == self._scan().keys()  # else what is new may have been missed, in whose favour something else went
     changed = [n for n, f in now.items() if self._differs(n, f)]
     gone = [n for n in self.there if n not in now and n != remote.UPLOADING]
     overwritten = [n for n in changed if n in self.there and not _is_marker(n)]
@@ -206,6 +207,7 @@ class _Mirror:
         self._upload(name)
     if not any(n in now and _is_step_marker(n) for n in self.there):  # an older step stays until a newer one is there
       gone = [n for n in gone if not _step(n)]
+    gone = gone if settled else []
     self._delete([n for n in gone if _is_marker(n) and n not in void])
     self._delete(sorted((n for n in gone if not _is_marker(n)), key=_is_note))
     if not left and remote.UPLOADING in self.there:

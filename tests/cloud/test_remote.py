@@ -245,3 +245,28 @@ def test_an_older_step_stays_until_a_newer_one_is_there(cloud_folder, monkeypatc
   with workspace.workspace(paths.given(cloud_folder, 'x'), '--out') as local:
     (local / 'c' / '1').rename(local / 'c' / '2')
   assert names(cloud_folder) == {'c/model.json', 'c/1/integrity.json', 'c/1/params'}
+
+
+def test_what_goes_while_the_folder_is_looked_at_stays_for_now(cloud_folder, monkeypatch):
+  """The look may have missed what came in its place: notes of a preparation that just ended, and the file that says so."""
+  put(cloud_folder, **{'.unfinished__a.json': '{}', 'a': 'x'})
+  walk, seen = os.walk, []
+
+  def finished_meanwhile(folder):
+    for place in walk(folder):
+      yield place
+      if not seen:
+        (local / 'dataset_info.json').write_text('{}')
+        (local / '.unfinished' / 'a.json').unlink()
+        seen.append(place)
+
+  with workspace.workspace(paths.given(cloud_folder, 'x'), '--out') as local, monkeypatch.context() as patch:
+    held = lease.Lease(paths.given(cloud_folder, 'x'), '--out')
+    held.check = lambda: None
+    mirror = workspace._Mirror(paths.given(cloud_folder, 'x'), local, held)
+    mirror.there = {n: mirror._file(n) for n in ('.unfinished/a.json', 'a')}
+    patch.setattr(os, 'walk', finished_meanwhile)
+    mirror.sync()
+    assert names(cloud_folder) - {lease.LEASE} == {'.unfinished/a.json', 'a'}
+    mirror.sync()
+    assert names(cloud_folder) - {lease.LEASE} == {'dataset_info.json', 'a'}
