@@ -26,6 +26,7 @@ from dynllava_jax.paths import Given
 from dynllava_jax.remote import StoreError
 
 PERIOD = 10.0  # seconds between uploads
+LOOKS = 20  # at a folder, until two of them find the same names
 SMALL = 8 * 2**20  # bytes; files up to this size are compared by content before they are uploaded again
 # What says that other files are whole, in the order in which it is uploaded.
 MARKERS = ('integrity.json', 'features.json', 'run.json', 'metrics.jsonl', 'config.json', 'model.json', 'dataset_info.json')
@@ -189,8 +190,7 @@ class _Mirror:
   def sync(self) -> None:
     """Makes the store what the folder is. StoreError, BusyError: it cannot be, or not by this process any more."""
     self.held.check()
-    now = self._scan()
-    settled = now.keys() == self._scan().keys()  # else what is new may have been missed, in whose favour something else went
+    now = self._settled()
     changed = [n for n, f in now.items() if self._differs(n, f)]
     gone = [n for n in self.there if n not in now and n != remote.UPLOADING]
     overwritten = [n for n in changed if n in self.there and not _is_marker(n)]
@@ -202,12 +202,13 @@ class _Mirror:
     for some in ([n for n in data if _is_note(n)], [n for n in data if not _is_note(n)]):
       with contextlib.closing(remote.Pool()) as pool:
         left |= {n for n, there in zip(some, pool.map(self._upload, some)) if not there}  # a step may go while it is uploaded
+      if any(_is_note(n) for n in left):  # what it told of must not come without it; the next look finds what came instead
+        return
     for name in sorted(markers, key=lambda n: (MARKERS.index(n.rpartition('/')[2]), n)):
       if not _covers(name, left):
         self._upload(name)
     if not any(n in now and _is_step_marker(n) for n in self.there):  # an older step stays until a newer one is there
       gone = [n for n in gone if not _step(n)]
-    gone = gone if settled else []
     self._delete([n for n in gone if _is_marker(n) and n not in void])
     self._delete(sorted((n for n in gone if not _is_marker(n)), key=_is_note))
     if not left and remote.UPLOADING in self.there:
@@ -217,6 +218,15 @@ class _Mirror:
     names = [n for n, f in self._scan().items() if self._differs(n, f)]
     remote.write(self.path / remote.UPLOADING, json.dumps(names).encode())
     self.there[remote.UPLOADING] = None
+
+  def _settled(self) -> dict[Name, os.stat_result]:
+    """The files at one moment: else something is seen to be gone, and what came in its place is not."""
+    now = self._scan()
+    for _ in range(LOOKS):
+      before, now = now, self._scan()
+      if before.keys() == now.keys():
+        break
+    return now
 
   def _scan(self) -> dict[Name, os.stat_result]:
     found = {}

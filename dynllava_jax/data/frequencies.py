@@ -11,8 +11,6 @@ import numpy as np
 from dynllava_jax.data.records import Record
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
 
-COUNTS_FILE = 'token_counts.npy'
-
 
 def count_answers(conversations: Iterable[Sequence[Mapping[str, str]]], tokenizer: Tokenizer) -> np.ndarray:
   """int64[V'] of all answers in conversations of LLaVA's form, V' as large as the largest id there needs."""
@@ -27,7 +25,7 @@ def count_records(job: tuple[Sequence[Record], Mapping[str, bytes]]) -> np.ndarr
 
 
 def as_file(parts: Iterable[np.ndarray]) -> bytes:
-  """The sum of counts, int64[V'], as it stands in `COUNTS_FILE`; ids beyond it were never seen."""
+  """The sum of counts, int64[V'], as it stands in the file; ids beyond it were never seen."""
   total = np.zeros(1, np.int64)
   for part in parts:
     size = max(len(total), len(part))

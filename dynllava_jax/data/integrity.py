@@ -20,6 +20,7 @@ from dynllava_jax.files import SECTOR, digest_of, read_regular
 NAME, SPLIT = 'llava', 'train'
 SOURCES_FILE, INFO_FILE, FEATURES_FILE, SETTINGS_FILE = 'sources.json', 'dataset_info.json', 'features.json', 'prepared.json'
 PICTURES_FILE = 'pictures.npz'  # where pictures are only named, see `pictures`
+COUNTS_FILE = 'token_counts.npy'  # see `frequencies`; training does not read it, so opening does not ask for it
 SMALL_FILES = (SOURCES_FILE, FEATURES_FILE, INFO_FILE)
 FILES, SEAL = 'files', 'sha256'  # keys of prepared.json: digests of files, and that of everything else in it
 SMALL = 2**27  # bytes of the largest small file that is read
@@ -93,7 +94,7 @@ def open_folder(folder: pathlib.Path, sizes: Mapping[str, int] | None = None) ->
       raise damaged(folder, name, 'its digest is not the one that was noted')
   lengths = _shard_lengths(folder)
   names = shard_names(len(lengths))
-  if known and {n for n in known if n not in (*SMALL_FILES, PICTURES_FILE)} != set(names):
+  if known and {n for n in known if n not in (*SMALL_FILES, PICTURES_FILE, COUNTS_FILE)} != set(names):
     raise damaged(folder, SETTINGS_FILE, f'its shards are not those of {INFO_FILE}')
   if PICTURES_FILE in known:
     check_shard(folder, PICTURES_FILE, known[PICTURES_FILE])

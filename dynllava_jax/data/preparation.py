@@ -28,9 +28,10 @@ from dynllava_jax.data.check import (
   table,
   with_buckets,
 )
-from dynllava_jax.data.frequencies import COUNTS_FILE, as_file, count_records
+from dynllava_jax.data.frequencies import as_file, count_records
 from dynllava_jax.data.index import Index, index_key, index_path, write_index
 from dynllava_jax.data.integrity import (
+  COUNTS_FILE,
   FEATURES_FILE,
   INFO_FILE,
   NAME,
@@ -271,11 +272,19 @@ def write_store(
   if not image_bytes:
     write_pictures(out, [job[0] for job in jobs])
   write_metadata(out, [job[0] for job in jobs], [len(job[1]) for job in jobs])
+  if scan.tokenizer:
+    parts = [(job[1], scan.tokenizer) for job in jobs]
+    with (
+      parallel_map(count_records, parts, scan.processes) as counted,
+      progress(Terminal(), 'counting tokens', len(parts)) as advance,
+    ):
+      write_atomically(out / COUNTS_FILE, as_file(_counted(counted, advance)))
   unfinished = out / UNFINISHED
   files = [
     *(job[0] for job in jobs),
     out / SOURCES_FILE,
     *([] if image_bytes else [out / PICTURES_FILE]),
+    *([out / COUNTS_FILE] if scan.tokenizer else []),
     unfinished / FEATURES_FILE,
     unfinished / INFO_FILE,
   ]
@@ -290,12 +299,6 @@ def write_store(
       raise OSError(f'{shard}: read back it is not what was written; is the disk failing? The same command writes it again')
   content = sealed(settings, known)
   if scan.tokenizer:
-    parts = [(job[1], scan.tokenizer) for job in jobs]
-    with (
-      parallel_map(count_records, parts, scan.processes) as counted,
-      progress(Terminal(), 'counting tokens', len(parts)) as advance,
-    ):
-      write_atomically(out / COUNTS_FILE, as_file(_counted(counted, advance)))
     path = index_path(out, scan.tokenizer, scan.data.conversation)
     write_index(path, Index.of(f for _, f in good), content[SEAL])
   write(out / SETTINGS_FILE, content)

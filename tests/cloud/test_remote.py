@@ -247,26 +247,37 @@ def test_an_older_step_stays_until_a_newer_one_is_there(cloud_folder, monkeypatc
   assert names(cloud_folder) == {'c/model.json', 'c/1/integrity.json', 'c/1/params'}
 
 
-def test_what_goes_while_the_folder_is_looked_at_stays_for_now(cloud_folder, monkeypatch):
-  """The look may have missed what came in its place: notes of a preparation that just ended, and the file that says so."""
-  put(cloud_folder, **{'.unfinished__a.json': '{}', 'a': 'x'})
-  walk, seen = os.walk, []
+def test_what_goes_while_it_is_looked_at_or_uploaded_is_not_believed_alone(cloud_folder, monkeypatch):
+  """A preparation ends, between two looks or while its files go up: its notes go, and the file that says so comes."""
+  given = paths.given(cloud_folder, 'x')
+  walk, upload = os.walk, workspace._Mirror._upload
 
-  def finished_meanwhile(folder):
+  def finish():
+    (local / 'dataset_info.json').write_text('{}')
+    (local / '.unfinished' / 'a.json').unlink(missing_ok=True)
+
+  def finished_in_between(folder):
     for place in walk(folder):
       yield place
-      if not seen:
-        (local / 'dataset_info.json').write_text('{}')
-        (local / '.unfinished' / 'a.json').unlink()
-        seen.append(place)
+      finish()
 
-  with workspace.workspace(paths.given(cloud_folder, 'x'), '--out') as local, monkeypatch.context() as patch:
-    held = lease.Lease(paths.given(cloud_folder, 'x'), '--out')
-    held.check = lambda: None
-    mirror = workspace._Mirror(paths.given(cloud_folder, 'x'), local, held)
-    mirror.there = {n: mirror._file(n) for n in ('.unfinished/a.json', 'a')}
-    patch.setattr(os, 'walk', finished_meanwhile)
-    mirror.sync()
-    assert names(cloud_folder) - {lease.LEASE} == {'.unfinished/a.json', 'a'}
-    mirror.sync()
-    assert names(cloud_folder) - {lease.LEASE} == {'dataset_info.json', 'a'}
+  def finished_before(self, name):
+    finish()
+    return upload(self, name)
+
+  for target, name, change in ((os, 'walk', finished_in_between), (workspace._Mirror, '_upload', finished_before)):
+    with workspace.workspace(given, '--out') as local, monkeypatch.context() as patch:
+      (local / '.unfinished').mkdir(exist_ok=True)
+      for file in ('.unfinished/a.json', 'a'):
+        (local / file).write_text(name)
+      (local / 'dataset_info.json').unlink(missing_ok=True)
+      held = lease.Lease(given, '--out')
+      held.check = lambda: None
+      mirror = workspace._Mirror(given, local, held)
+      patch.setattr(target, name, change)
+      mirror.sync()
+      there = names(cloud_folder)
+      assert 'a' not in there or there & {'.unfinished/a.json', 'dataset_info.json'}, there
+    assert names(cloud_folder) == {'dataset_info.json', 'a'}
+    for name in names(cloud_folder):
+      remote.store(given)[0].rm_file(f'{cloud_folder}/{name}')

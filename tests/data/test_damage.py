@@ -160,6 +160,9 @@ def test_verify_finds_what_opening_does_not_look_at(prepared, tmp_path):
   flip(shard, shard.stat().st_size // 2 + 5000, 3)
   Store(str(folder))
   assert verify.verify(str(folder), 1) == [f'{shard}: its content has changed']
+  counts = folder / 'token_counts.npy'
+  counts.write_bytes(counts.read_bytes()[:-1])
+  assert verify.verify(str(folder), 1) == [f'{path}: its content has changed' for path in (shard, counts)]
   command = [sys.executable, '-m', 'dynllava_jax.data.verify', f'--path={folder}', '--processes=1']
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert done.returncode == 1 and f'{shard}: its content has changed' in done.stdout and 'prepare it again' in done.stdout
