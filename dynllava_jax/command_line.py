@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -121,7 +122,7 @@ def readable_errors() -> Iterator[None]:
         hosts.failed(f'{type(e).__name__}, see what it wrote')
         raise
       hosts.failed(printable(e))
-      sys.exit(f'error: {printable(e, lines=True)}')
+      sys.exit(1 if isinstance(e, BrokenPipeError) and _nobody_reads() else f'error: {printable(e, lines=True)}')
 
 
 @contextlib.contextmanager
@@ -138,10 +139,15 @@ def _printing() -> Iterator[None]:
     if why := _unprinted():
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again when it ends, and has its own words
       ended = sys.exc_info()[1]
-      if isinstance(why, BrokenPipeError):
-        sys.exit(1)
       if ended is None or (isinstance(ended, SystemExit) and (not ended.code or str(why) in str(ended.code))):
-        sys.exit(f'error: what the program prints cannot be written ({why.strerror})')
+        sys.exit(1 if isinstance(why, BrokenPipeError) else f'error: what the program prints cannot be written ({why.strerror})')
+
+
+def _nobody_reads() -> bool:
+  """Whether the other end of the pipe that is printed to is closed."""
+  look = select.poll()
+  look.register(sys.stdout.fileno(), 0)  # errors alone
+  return bool(look.poll(0))
 
 
 def _unprinted() -> OSError | None:
