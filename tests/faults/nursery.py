@@ -213,5 +213,8 @@ if __name__ == '__main__':
   import dynllava_jax.training.plot  # noqa: F401
   from dynllava_jax import workspace
 
+  with contextlib.suppress(ImportError):
+    import gcsfs  # noqa: F401
+
   serve()
   os._exit(0)  # libraries take seconds to end
