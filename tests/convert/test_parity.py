@@ -116,7 +116,7 @@ def test_a_wrong_weight_is_noticed(tmp_path):
   info, params = converted('public_b', tmp_path)
   layers = params['llama']['layers']
   layers['down'] = layers['down'].at[3].multiply(1.001)
-  verifier = Verifier(info, params, load_case(GOLDEN / 'public_b' / 'case.npz'))
+  verifier = Verifier(info, params, load_case(GOLDEN / 'public_b' / 'case.npz'), 'case.npz')
   failed = {q.name for group in (verifier.vision, verifier.prefill) for q in group() if not q.ok}
   assert 'prefill_b1/logits' in failed and 'vision/projected' not in failed
 

@@ -1,6 +1,7 @@
 """Reducers that choose for difference (DivPrune, VisPruner, VScan) and pooling: against plain loops, and what they must not be."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from tower_records import RECORDS, base, case, towers
 
 from dynllava_jax import costs, methods, presets
 from dynllava_jax.config import DENSE, ConfigError, Piece, Stage
-from dynllava_jax.convert.records.bases import open_record, samples
+from dynllava_jax.convert.records.bases import Record, open_record, samples
 from dynllava_jax.convert.records.reducer_arrays import RECORDED, Asking
 from dynllava_jax.convert.records.reduction import Reduction
 from dynllava_jax.methods import divprune, dpp, pool, vispruner, vscan
@@ -89,7 +90,7 @@ def test_dpp_beyond_the_rank_and_among_orthogonal_tokens():
 
 
 def test_divprune_rounds_the_share_as_python_does():
-  asking = lambda share: Asking(None, base(), 's0', None, {'SUBSET_RATIO': share})
+  asking = lambda share: Asking(Record(Path(), None, {'hyper': {'SUBSET_RATIO': share}}, {}), base(), 's0', None)
   tokens = lambda share: dict(RECORDED['divprune'].runs(asking(share))[0].reducer.options)['tokens']
   assert [tokens(15.7 / 64), tokens(14.5 / 64), tokens(15.5 / 64)] == [16, 14, 16]
 

@@ -14,14 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax.checkpoint import CheckpointInfo
+from dynllava_jax.config import IMAGE_ID
 from dynllava_jax.convert.plan import assign
 from dynllava_jax.convert.readers import ConversionError, Tensor, read_json
-from dynllava_jax.convert.records.base import load_case
+from dynllava_jax.convert.records.base import given, in_range, load_case, token_ids
+from dynllava_jax.convert.records.described import ANY, GROUP, NAME, TEXT, WHOLES, Kind, check_entries, read
 from dynllava_jax.convert.source import Request, open_source
 
 PIXELS, IDS, QUESTION = 'pixel_values', 'input_ids', 'text_ids'
 # 's0: pixel_values[0] and b1/input_ids, t: b2/input_ids of ../case.npz', the way records name prompts of their base's case.
 PROMPT = re.compile(r'(\w+)\s*:\s*(?:pixel_values\[(\d+)\]\s+and\s+)?([\w./-]*input_ids)')
+MISSING = dataclasses.MISSING  # for no default
 CASE = re.compile(r'\S+\.npz')
 
 
@@ -32,6 +35,12 @@ class Base:
   info: CheckpointInfo
   params: dict[str, Any]
   case: dict[str, np.ndarray]
+  folder: pathlib.Path = pathlib.Path()
+
+  @property
+  def at(self) -> pathlib.Path:
+    """The file of its case."""
+    return self.folder / 'case.npz'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,29 +55,66 @@ class Record:
   @property
   def method(self) -> str:
     """Name of the method that was recorded."""
-    name = self.meta.get('method')
-    if not isinstance(name, str):
-      raise ConversionError(f'{self.folder}/meta.json: "method" is {name!r}, expected the name of a method')
-    return name
+    return self.setting('method', kind=NAME)
 
-  def missing(self, name: str) -> ConversionError:
-    """What to raise where `meta.json` lacks a setting."""
-    return ConversionError(f'{self.folder}/meta.json: {name} is missing; expected a record of a method')
+  @property
+  def at(self) -> pathlib.Path:
+    """The file of its arrays, and `described` the one that describes them."""
+    return self.folder / 'case.npz'
 
-  def setting(self, *keys: str) -> Any:
-    """The entry of `meta.json` below these keys; ConversionError if there is none."""
+  @property
+  def described(self) -> pathlib.Path:
+    return self.folder / 'meta.json'
+
+  def setting(self, *keys: str, kind: Kind = ANY, default: Any = MISSING) -> Any:
+    """The entry of `meta.json` below these keys, a list as a tuple.
+
+    Args:
+      keys: from the outermost on.
+      kind: what it is to be.
+      default: what stands for an entry that is not there.
+
+    Raises:
+      ConversionError: there is none and no default, or it is of another kind.
+    """
     value = self.meta
     for i, key in enumerate(keys):
-      if not isinstance(value, dict) or key not in value:
-        raise self.missing('/'.join(keys[: i + 1]))
+      read(self.described, '/'.join(keys[:i]), value, GROUP)
+      if key not in value:
+        if default is not MISSING:
+          return default
+        raise ConversionError(f'{self.described}: {"/".join(keys[: i + 1])} is missing; expected a record of a method')
       value = value[key]
-    return value
+    return read(self.described, '/'.join(keys), value, kind)
+
+  def pairs(self, keys: tuple[str, ...], *lists: tuple[str, Kind]) -> list[tuple]:
+    """The entries of two lists of `meta.json` below `keys`, side by side; ConversionError unless both are equally long."""
+    (one, first), (other, second) = ((name, self.setting(*keys, name, kind=kind)) for name, kind in lists)
+    if len(first) != len(second):
+      at = '/'.join(keys)
+      raise ConversionError(f'{self.described}: {at}: {one} has {len(first)} entries and {other} {len(second)}, expected as many')
+    return list(zip(first, second))
 
   def array(self, name: str) -> np.ndarray:
-    """An array of `case.npz`; ConversionError if there is none."""
+    """An array of `case.npz` that something is compared with; ConversionError if there is none."""
     if name not in self.case:
-      raise ConversionError(f'{self.folder}/case.npz: array {name!r} is missing; expected a record of {self.method}')
+      raise ConversionError(f'{self.at}: array {name!r} is missing; expected a record of {self.method}')
     return self.case[name]
+
+  def given(self, name: str, shape: tuple[int | None, ...], whole: bool = False) -> np.ndarray:
+    """An array of `case.npz` that something is computed from, see `base.given`."""
+    return given(self.at, self.case, name, shape, whole)
+
+  def number(self, name: str, low: int, high: int, default: int = 0) -> int:
+    """The whole number from `low` to below `high` that an array of one entry holds; `default` if there is no such array."""
+    if name not in self.case:
+      return default
+    shape = () if self.case[name].ndim == 0 else (1,) * self.case[name].ndim
+    return int(in_range(self.at, name, self.given(name, shape, whole=True), low, high).reshape(()))
+
+  def steps(self, name: str, *shape: int) -> int:
+    """How many generated tokens were recorded as `name`, int[*shape, T]."""
+    return self.given(name, (*shape, None), whole=True).shape[-1]
 
   def find(self, named: str) -> pathlib.Path:
     """The existing file or folder that `named` means, from the record's folder, below `bases` or beside the record.
@@ -76,6 +122,12 @@ class Record:
     `named` may go on after the path with a remark. Leading parts, of the place where it was recorded, need not be there.
     """
     path = named.split(' ')[0]
+    try:
+      return self._existing(path)
+    except (OSError, ValueError) as e:  # no file can have such a name
+      raise ConversionError(f'{self.described}: names {named[:80]!r}: {getattr(e, "strerror", e)}') from None
+
+  def _existing(self, path: str) -> pathlib.Path:
     if path and (found := self.folder / path).exists():
       return found
     parts = [p for p in pathlib.PurePosixPath(path).parts if p not in ('..', '/')]
@@ -86,7 +138,7 @@ class Record:
         if (found := place.joinpath(*parts[first:])).exists():
           return found
     hint = f'looked below {self.bases} too' if self.bases else 'give the folder of the base models with --bases'
-    raise ConversionError(f'{self.folder}/meta.json: names {named!r}, and there is no such folder beside the record; {hint}')
+    raise ConversionError(f'{self.described}: names {path!r}, and there is no such folder beside the record; {hint}')
 
   def base(self, named: str, vision: str | None = None) -> Base:
     """The model called so, a checkpoint folder or one with `checkpoint/` and `case.npz`; `vision` is another tower's folder."""
@@ -95,20 +147,21 @@ class Record:
       folder = folder / 'checkpoint'
     info, params = load_model(folder, self.find(vision) if vision else None)
     beside = folder.parent / 'case.npz'
-    return Base(info, params, load_case(beside) if beside.exists() else {})
+    return Base(info, params, load_case(beside) if beside.exists() else {}, folder.parent)
 
-  def base_case(self) -> dict[str, np.ndarray]:
-    """The arrays of the case that `base_model` names, by its folder or that of its checkpoint."""
-    folder = self.find(self.setting('base_model'))
-    return load_case((folder.parent if folder.name == 'checkpoint' else folder) / 'case.npz')
+  def base_case(self) -> tuple[pathlib.Path, dict[str, np.ndarray]]:
+    """The case that `base_model` names, by its folder or that of its checkpoint: the file and its arrays."""
+    folder = self.find(self.setting('base_model', kind=NAME))
+    at = (folder.parent if folder.name == 'checkpoint' else folder) / 'case.npz'
+    return at, load_case(at)
 
   def described_base(self) -> tuple[Base, str]:
     """The model that `base_model` describes, a name or a group with tower and prompts, and its sentence about the prompts."""
-    described = self.setting('base_model')
-    if not isinstance(described, dict):
-      return self.base(str(described)), ''
-    named = self.setting('base_model', 'language_model_and_projector')
-    return self.base(named, described.get('vision_tower')), described.get('inputs', '')
+    if isinstance(self.meta.get('base_model'), str):
+      return self.base(self.setting('base_model', kind=NAME)), ''
+    told = lambda name, **kind: self.setting('base_model', name, **kind)
+    tower = told('vision_tower', kind=NAME, default=None)
+    return self.base(told('language_model_and_projector', kind=NAME), tower), told('inputs', kind=TEXT, default='')
 
 
 def open_record(folder: pathlib.Path, bases: pathlib.Path | None) -> Record:
@@ -116,7 +169,13 @@ def open_record(folder: pathlib.Path, bases: pathlib.Path | None) -> Record:
   for path in (folder, bases):
     if path is not None and not path.is_dir():
       raise ConversionError(f'{path}: no folder there')
-  return Record(folder, bases, read_json(folder / 'meta.json'), load_case(folder / 'case.npz'))
+  record = Record(folder, bases, read_json(folder / 'meta.json'), load_case(folder / 'case.npz'))
+  check_entries(record.described, record.meta)
+  for name in record.setting('shapes', kind=GROUP, default={}):
+    shape = record.setting('shapes', name, kind=WHOLES)
+    if (found := record.array(name).shape) != shape:
+      raise ConversionError(f'{record.at}: array {name!r} has shape {found}, and {record.described} says {shape}')
+  return record
 
 
 def load_model(src: pathlib.Path, vision: pathlib.Path | None) -> tuple[CheckpointInfo, dict[str, Any]]:
@@ -186,21 +245,34 @@ def samples(record: Record, base: Base, described: str) -> dict[str, Sample]:
   Raises:
     ConversionError: an array that is named is not there.
   """
-  own = {k.rpartition('/')[0]: v for k, v in record.case.items() if k.rpartition('/')[2] == IDS}
+  vocab, size = base.info.model.llama.vocab_size, base.info.model.vision.image_size
+  at, case = base.at, base.case
+  if named := CASE.search(described):
+    at = record.find(named[0])
+    case = load_case(at)
   found = {}
-  case = load_case(record.find(named[0])) if (named := CASE.search(described)) else base.case
   for name, image, ids in PROMPT.findall(described):
-    for key in (PIXELS, ids) if image else (ids,):
-      if key not in case:
-        raise ConversionError(f'{record.folder}/meta.json: prompt {name} needs array {key!r}, which the case of the base has not')
-    pixels = np.asarray(case[PIXELS][int(image)]).transpose(1, 2, 0) if image else None
-    found[name] = Sample(case[ids].reshape(-1), pixels)
-  for name, ids in own.items():
-    pixels = record.case.get(f'{name}/{PIXELS}')
-    found[name] = Sample(ids.reshape(-1), None if pixels is None else pixels.reshape(pixels.shape[-3:]).transpose(1, 2, 0))
+    pixels = picture(at, case, PIXELS, int(image), size) if image else None
+    found[name] = Sample(token_ids(at, case, ids, vocab), pixels)
+  for name in (k.rpartition('/')[0] for k in record.case if k.rpartition('/')[2] == IDS):
+    own = f'{name}/{PIXELS}'
+    pixels = picture(record.at, record.case, own, 0, size) if own in record.case else None
+    found[name] = Sample(token_ids(record.at, record.case, f'{name}/{IDS}', vocab), pixels)
+  for name, sample in found.items():
+    if (sample.pixels is None) != (IMAGE_ID not in sample.ids):
+      raise ConversionError(f'{record.described}: prompt {name} has {IMAGE_ID} for an image and no pixels, or the other way round')
   if not found:
-    raise ConversionError(f'{record.folder}/meta.json: no prompt found in {described!r}, nor arrays NAME/{IDS} in case.npz')
+    raise ConversionError(f'{record.described}: no prompt found in {described!r}, nor arrays NAME/{IDS} in case.npz')
   return found
+
+
+def picture(at: pathlib.Path, case: Mapping[str, np.ndarray], name: str, number: int, size: int) -> np.ndarray:
+  """Image `number` of pixels [N, 3, R, R], or the only one of [3, R, R]: float32[R, R, 3]; ConversionError if not there."""
+  more = (None,) * (case[name].ndim == 4) if name in case else ()
+  images = given(at, case, name, (*more, 3, size, size)).reshape(-1, 3, size, size)
+  if number >= len(images):
+    raise ConversionError(f'{at}: array {name!r} has {len(images)} images, and number {number} is asked for')
+  return images[number].transpose(1, 2, 0)
 
 
 def groups(record: Record, prompts: Mapping[str, Sample]) -> dict[str, str]:

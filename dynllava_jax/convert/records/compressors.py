@@ -13,7 +13,9 @@ from dynllava_jax.config import Piece, Stage
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.base import EXACT, Quantity
 from dynllava_jax.convert.records.bases import Record
-from dynllava_jax.convert.records.runs import Answer, Group, Runner, compare_run, decoded_groups, per_layer, with_bases
+from dynllava_jax.convert.records.decoded import Group, decoded_groups, with_bases
+from dynllava_jax.convert.records.described import NUMBER, TEXT
+from dynllava_jax.convert.records.runs import Answer, Runner, compare_run, per_layer
 
 SCORE = KEY = 1e-5
 # Merge, per cent that stays for its score, per cent that stays as the prompt's end.
@@ -29,12 +31,13 @@ def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iter
 
 def piece(record: Record, group: Group) -> Piece:
   """The compressor of a config, by `configs` of `meta.json` or by its name; ConversionError if neither says."""
-  given = record.meta.get('configs', {}).get(group.setting, {})
-  if given:
-    return Piece('look_m', {name: given[name] for name in ('merge', 'hh_ratio', 'recent_ratio') if name in given})
+  kinds = {'merge': TEXT, 'hh_ratio': NUMBER, 'recent_ratio': NUMBER}
+  told = {name: record.setting('configs', group.setting, name, kind=kind, default=None) for name, kind in kinds.items()}
+  if options := {name: value for name, value in told.items() if value is not None}:
+    return Piece('look_m', options)
   named = LOOK_M.match(group.config)
   if not named:
-    raise ConversionError(f'{record.folder}: config {group.config!r} of a LOOK-M record, expected a name such as pivot_h20_r20')
+    raise ConversionError(f'{record.at}: config {group.config!r} of a LOOK-M record, expected a name such as pivot_h20_r20')
   return Piece('look_m', {'merge': named[1], 'hh_ratio': float(named[2]) / 100, 'recent_ratio': float(named[3]) / 100})
 
 
@@ -47,7 +50,7 @@ def own(name: str, recorded: np.ndarray, answer: Answer) -> tuple[Any, float] | 
     return getattr(answer, name)[0].swapaxes(1, 2), KEY
   length = int(answer.traces[0].length)
   if name == 'scores':  # per kv head, or before those of a group are added
-    by_query_head = recorded.shape[1] != seen['scores'].shape[1]
+    by_query_head = recorded.shape[1:2] == seen['received'].shape[1:2]
     return seen['received' if by_query_head else 'scores'][..., :length], SCORE
   keep = seen['keep'][..., :length]
   if name == 'keep':

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax.config import IGNORE, IMAGE_ID, Objective, Stage
-from dynllava_jax.convert.readers import ConversionError
-from dynllava_jax.convert.records.base import EXACT, LOGITS, LOSS, Quantity, compare, prompt_from_ids
+from dynllava_jax.convert.records.base import EXACT, LOGITS, LOSS, Quantity, compare, given, in_range, prompt_from_ids, token_rows
 from dynllava_jax.convert.records.bases import Base, Record
-from dynllava_jax.convert.records.runs import Group
-from dynllava_jax.convert.records.training import compare_gradients
+from dynllava_jax.convert.records.decoded import PROJECTED, Group
+from dynllava_jax.convert.records.described import GROUP
+from dynllava_jax.convert.records.training import compare_gradients, row_of
 from dynllava_jax.losses import remaining, training_losses
 from dynllava_jax.models import trained
 from dynllava_jax.models.batch import Prompt, TrainInputs, TrainOutput
@@ -26,7 +26,7 @@ USED = ('vision', 'projector', 'llama')
 
 def training_groups(record: Record) -> list[Group]:
   """The groups `BASE/CONFIG/` of a record that hold a training step: those with labels, by base and config."""
-  names = record.meta.get('base_models') or {'': None}
+  names = record.setting('base_models', kind=GROUP, default={'': None})
   found = []
   for at in (key.removesuffix('labels') for key in record.case if key.endswith('/labels')):
     base = next((name for name in names if name and at.startswith(f'{name}/')), '')
@@ -60,24 +60,26 @@ def _step(record: Record, group: Group, base: Base, stages: tuple[Stage, ...], o
     return training_losses(out, prompt, inputs, Objective(), trained.parts(model.cfg, stages)).total, out
 
   (loss, out), gradients = jax.jit(jax.value_and_grad(losses, has_aux=True))(params)
-  rows = len(array('labels'))
+  rows = len(record.array(f'{at}input_ids'))
   for i, stage in enumerate(stages):
     if (name := f'kept_image_index_{stage.start}') in {k.removeprefix(at) for k in record.case}:
       yield compare(where + at + name, out.kept_image[i][:rows], array(name), EXACT)
   yield from _rows(record, group, prompt, labels, out, where)
   yield compare(f'{where}{at}loss', loss, array('loss'), LOSS, relative=True)
-  for quantity in compare_gradients(base.info.model, record.case, f'{at}grad/', join_params(gradients)):
+  for quantity in compare_gradients(base.info.model, record.at, record.case, f'{at}grad/', join_params(gradients)):
     yield dataclasses.replace(quantity, name=where + quantity.name)
 
 
 def _batch(record: Record, group: Group, base: Base, num_image: int, others: bool) -> tuple[Prompt, jax.Array, jax.Array]:
   """(prompts, labels int32[B, S] of the full sequences, image tokens float[B, P, D])."""
-  ids, labels = (record.array(f'{group.at}{name}') for name in ('input_ids', 'labels'))
-  valid = np.asarray(record.case.get(f'{group.at}attention_mask', np.ones(ids.shape)), bool)
-  projected = base.case.get('vision/projected')
-  numbers = np.asarray(record.case.get(f'{group.at}image_index', np.arange(len(ids)))).reshape(-1)
-  if projected is None or numbers.max() >= len(projected):
-    raise ConversionError(f"{record.folder}: {group.at} needs images 0 to {numbers.max()} of vision/projected in its base's case")
+  llama, at = base.info.model.llama, group.at
+  ids, valid = token_rows(record.at, record.case, at, None, llama.vocab_size)
+  labels = in_range(record.at, f'{at}labels', record.given(f'{at}labels', ids.shape, whole=True), IGNORE, llama.vocab_size)
+  projected = given(base.at, base.case, PROJECTED, (None, num_image, llama.hidden_size))
+  numbers = np.arange(len(ids))
+  if f'{at}image_index' in record.case:
+    numbers = record.given(f'{at}image_index', (len(ids),), whole=True)
+  in_range(record.at, f'{at}image_index', numbers, 0, len(projected))
   if others:  # the last text of another row, without image
     text = ids[0][ids[0] != IMAGE_ID][::-1]
     more = np.zeros((1, ids.shape[1]), ids.dtype)
@@ -97,10 +99,14 @@ def _rows(record: Record, group: Group, prompt: Prompt, labels: jax.Array, out: 
   """What is left of each recorded row: its labels, and its logits behind the image."""
   reduced, tail = (record.case.get(group.at + name) for name in ('reduced_labels', 'logits_tail'))
   ours, left = np.asarray(remaining(labels, out.places)), np.asarray((out.places >= 0).sum(-1))
-  for row in range(len(record.array(f'{group.at}labels'))):
+  rows = len(record.array(f'{group.at}labels'))
+  ragged = lambda name, row, count: row_of(record.at, record.case, f'{group.at}{name}', (rows, row), count)
+  for row in range(rows):
     if reduced is not None:
-      yield compare(f'{where}{group.at}reduced_labels[{row}]', ours[row, : left[row]], reduced[row, : left[row]], EXACT)
+      theirs = ragged('reduced_labels', row, left[row])
+      yield compare(f'{where}{group.at}reduced_labels[{row}]', ours[row, : left[row]], theirs, EXACT)
     if tail is not None:
       first = int(prompt.image_start[row]) + out.kept_image[-1].shape[1]
       number = left[row] - first
-      yield compare(f'{where}{group.at}logits_tail[{row}]', out.logits[row, first : first + number], tail[row, :number], LOGITS)
+      theirs = ragged('logits_tail', row, number)
+      yield compare(f'{where}{group.at}logits_tail[{row}]', out.logits[row, first : first + number], theirs, LOGITS)

@@ -27,9 +27,9 @@ from dynllava_jax.ops.attention import policy_attention
 class Verifier(DynamicRunner):
   """Runs one model against one case; the methods yield quantities."""
 
-  def __init__(self, info: CheckpointInfo, params: dict[str, Any], case: dict[str, np.ndarray]):
+  def __init__(self, info: CheckpointInfo, params: dict[str, Any], case: dict[str, np.ndarray], file: str | pathlib.Path):
     super().__init__(info, params)
-    self.case = case
+    self.case, self.file = case, file
     self.pixels = jnp.asarray(case['pixel_values']).transpose(0, 2, 3, 1)
 
   def run(self) -> list[Quantity]:
@@ -181,7 +181,7 @@ class Verifier(DynamicRunner):
 
   def train(self) -> Iterator[Quantity]:
     """The training forward with the recorded noise: masks, logits, losses, gradients."""
-    yield from compare_training(self, self.case, self.pixels)
+    yield from compare_training(self, self.file, self.case, self.pixels)
 
 
 def check_case(info: CheckpointInfo, case: dict[str, np.ndarray], case_file: str | pathlib.Path) -> None:

@@ -15,12 +15,24 @@ import numpy as np
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import IMAGE_ID
 from dynllava_jax.convert.readers import ConversionError
-from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, load_case, prompt_from_ids
+from dynllava_jax.convert.records.base import (
+  EXACT,
+  LOGITS,
+  Quantity,
+  compare,
+  given,
+  in_range,
+  load_case,
+  prompt_from_ids,
+  token_ids,
+)
 from dynllava_jax.convert.records.bases import Record, with_weights
+from dynllava_jax.convert.records.described import NAME, NUMBER, WHOLE
 from dynllava_jax.convert.records.dynamic_runs import DynamicRunner, row_of
 from dynllava_jax.convert.records.training import compare_training
 from dynllava_jax.models.batch import Prompt
 
+MOST = 2**20  # places of a prompt
 METHOD = 'dynamic-llava, use_instruct_predictor'
 DECODED = ('tokens', 'logits', 'text_keep', 'text_predictor_logits', 'position')
 LENGTHS = ('cache_len_dense', 'cache_len_sparse')
@@ -45,10 +57,11 @@ def verify(record: Record) -> Iterator[Quantity]:
   """Every quantity of the record."""
   names = [k.removesuffix('/decode/tokens') for k in record.case if k.endswith('/decode/tokens')]
   if not names:
-    raise ConversionError(f'{record.folder}/case.npz: no group PROMPT/decode/tokens; expected a record of {METHOD}')
+    raise ConversionError(f'{record.at}: no group PROMPT/decode/tokens; expected a record of {METHOD}')
   runner = DynamicRunner(*model(record))
-  pixels = jnp.asarray(record.base_case()['pixel_values']).transpose(0, 2, 3, 1)
-  prompts = {name: asked(record, name) for name in names}
+  size, vocab = runner.info.model.vision.image_size, runner.info.model.llama.vocab_size
+  pixels = jnp.asarray(given(*record.base_case(), 'pixel_values', (None, 3, size, size))).transpose(0, 2, 3, 1)
+  prompts = {name: asked(record, name, vocab, len(pixels)) for name in names}
   run = Run(runner, pixels, list(prompts.values()))
   together = run(range(len(names)))
   for row, (name, prompt) in enumerate(prompts.items()):
@@ -56,42 +69,42 @@ def verify(record: Record) -> Iterator[Quantity]:
       yield from compare_prompt(record, name, prompt, where, *found)
   yield from uncached(record, prompts, run)
   if 'train/input_ids' in record.case:
-    try:
-      yield from compare_training(runner, record.case, pixels[jnp.asarray(record.array('train/image_index'))])
-    except KeyError as e:
-      raise ConversionError(f'{record.folder}/case.npz: array {e} is missing; expected a record of {METHOD}') from None
+    numbers = in_range(record.at, 'train/image_index', record.given('train/image_index', (None,), whole=True), 0, len(pixels))
+    yield from compare_training(runner, record.at, record.case, pixels[jnp.asarray(numbers)])
 
 
 def model(record: Record) -> tuple[CheckpointInfo, dict]:
   """The base with the record's predictor, judging as the authors' code does."""
-  told = lambda name: record.setting('sparse_config', name)
+  told = lambda name, kind: record.setting('sparse_config', name, kind=kind)
 
   def describe(info: CheckpointInfo) -> CheckpointInfo:
     predictor = dataclasses.replace(info.model.predictor, instruct=True)
     stages = tuple(dataclasses.replace(s, options={'instruct': True}) if s.selector == 'dynamic' else s for s in info.stages)
     sparsity = dataclasses.replace(
       info.sparsity,
-      instruct_keep_rate=told('instruct_keep_rate'),
-      min_instruct_len=told('instruct_len_for_training'),
+      instruct_keep_rate=told('instruct_keep_rate', NUMBER),
+      min_instruct_len=told('instruct_len_for_training', WHOLE),
       judge_last_instruct_token=True,
     )
     return dataclasses.replace(info, model=dataclasses.replace(info.model, predictor=predictor), stages=stages, sparsity=sparsity)
 
-  return with_weights(record, record.setting('base_model'), load_case(record.folder / 'weights.npz'), describe)
+  return with_weights(record, record.setting('base_model', kind=NAME), load_case(record.folder / 'weights.npz'), describe)
 
 
-def asked(record: Record, name: str) -> Asked:
-  """The prompt called so."""
-  get = lambda key, default: record.case.get(f'{name}/{key}', default)
-  span = get('last_instruct', None)
-  return Asked(
-    ids=record.array(f'{name}/input_ids').reshape(-1),
-    picture=int(get('image_index', 0)),
-    start=None if span is None else int(span[0]),
-    steps=record.array(f'{name}/decode/tokens').shape[1],
-    chunk=get('round2/chunk_ids', np.zeros((1, 0), np.int32))[0],
-    more=get('round2/tokens', np.zeros((1, 0))).shape[1],
-  )
+def asked(record: Record, name: str, vocab: int, images: int) -> Asked:
+  """The prompt called so, of a vocabulary, with one of so many images; ConversionError if its arrays are none of a prompt's."""
+  there = lambda key: f'{name}/{key}' in record.case
+  ids = token_ids(record.at, record.case, f'{name}/input_ids', vocab)
+  start, chunk, more = None, np.zeros(0, np.int32), 0
+  if there('last_instruct'):
+    span = record.given(f'{name}/last_instruct', (2,), whole=True)
+    start = int(in_range(record.at, f'{name}/last_instruct', span, 0, MOST)[0])
+  if there('round2/chunk_ids') or there('round2/tokens'):
+    chunk = record.given(f'{name}/round2/chunk_ids', (1, None), whole=True)[0]
+    in_range(record.at, f'{name}/round2/chunk_ids', chunk, 0, vocab)
+    more = record.steps(f'{name}/round2/tokens', 1)
+  picture = record.number(f'{name}/image_index', 0, images)
+  return Asked(ids, picture, start, record.steps(f'{name}/decode/tokens', 1), chunk, more)
 
 
 class Run:
@@ -142,7 +155,7 @@ def compare_prompt(
     if at + key in record.case:
       recorded = record.case[at + key]
       choice = recorded.dtype.kind in 'iub'
-      yield compare(f'{where}{at}{key}', ours.reshape(recorded.shape), recorded, EXACT if choice else LOGITS)
+      yield compare(f'{where}{at}{key}', ours, recorded, EXACT if choice else LOGITS)
 
   yield from put('prefill_logits', first['prefill_logits'][:, :real])
   if prompt.start is not None:
@@ -150,17 +163,17 @@ def compare_prompt(
     judged = first['entry_instruct_logits'][:, prompt.start : end - 1]
     positions = first['position_ids'][0, :real]
     kept = np.isin(np.arange(prompt.start, end - 1), positions)
-    yield from put('image_start', first['image_start'])
+    yield from put('image_start', first['image_start'][0])
     yield from put('last_instruct', np.asarray([prompt.start, int(first['position'][0, 0])]))
     yield from put('kept_image_index', first['kept_image_index'])
     yield from put('instruct_predictor_logits', judged)
-    yield from put('instruct_keep', kept)
-    yield from put('prefill_position_ids', positions)
+    yield from put('instruct_keep', kept[None])
+    yield from put('prefill_position_ids', positions[None])
   for part, result, steps in (('decode', first, prompt.steps), *([('round2', second, prompt.more)] if prompt.more else [])):
     for key in DECODED:
       yield from put(f'{part}/{key}', result[key][:, : steps if key in ('tokens', 'logits') else steps - 1])
     for key in LENGTHS:
-      yield from put(f'{part}/{key}', result[key][:steps])
+      yield from put(f'{part}/{key}', result[key][:steps].reshape(-1))
   for key in ('position', 'logits', 'keep', 'instruct_logits') if prompt.more else ():
     yield from put(f'round2/chunk_{key}', second[f'chunk_{key}'][:, : len(prompt.chunk)])
 
@@ -171,7 +184,9 @@ def uncached(record: Record, prompts: dict[str, Asked], run: Run) -> Iterator[Qu
   fed = np.asarray([p.steps - 1 for p in prompts.values()])
   tokens = np.pad(np.asarray(prompt.tokens), [(0, 0), (0, fed.max())])
   for row, (name, length) in enumerate(zip(prompts, np.asarray(prompt.length))):
-    tokens[row, length : length + fed[row]] = record.array(f'{name}/decode/tokens')[0, : fed[row]]
+    decoded = record.given(f'{name}/decode/tokens', (1, fed[row] + 1), whole=True)
+    decoded = in_range(record.at, f'{name}/decode/tokens', decoded, 0, run.runner.info.model.llama.vocab_size)
+    tokens[row, length : length + fed[row]] = decoded[0, : fed[row]]
   now = dataclasses.replace(prompt, tokens=jnp.asarray(tokens), length=prompt.length + fed)
   now = dataclasses.replace(now, instruct_start=jnp.where(now.image_start < 0, now.length, now.instruct_start))
   text_slots = tokens.shape[1] - run.runner.num_image
@@ -186,5 +201,6 @@ def uncached(record: Record, prompts: dict[str, Asked], run: Run) -> Iterator[Qu
   for row, (name, length) in enumerate(zip(prompts, np.asarray(prompt.length))):
     at = f'{name}/decode/'
     mine = keep[row, length : length + fed[row]]
-    yield compare(f'without a cache: {at}text_keep', mine, record.array(f'{at}text_keep')[0], EXACT)
-    yield compare(f'without a cache: {at}logits', logits[row], record.array(f'{at}logits')[0, -1], LOGITS)
+    yield compare(f'without a cache: {at}text_keep', mine[None], record.array(f'{at}text_keep'), EXACT)
+    last = record.given(f'{at}logits', (1, fed[row] + 1, logits.shape[-1]))[0, -1]
+    yield compare(f'without a cache: {at}logits', logits[row], last, LOGITS)

@@ -15,8 +15,10 @@ from dynllava_jax.config import Piece, Stage
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.base import EXACT, Quantity
 from dynllava_jax.convert.records.bases import Base, Record
-from dynllava_jax.convert.records.runs import Answer, Group, Own, Runner, base_of, compare_run, per_layer
-from dynllava_jax.methods import COMPRESSORS
+from dynllava_jax.convert.records.decoded import Group, base_of, decoded
+from dynllava_jax.convert.records.described import FLAG, GROUP, NUMBER, TEXT, WHOLE, Kind
+from dynllava_jax.convert.records.runs import Answer, Own, Runner, compare_run, per_layer
+from dynllava_jax.methods import COMPRESSORS, options_of
 from dynllava_jax.methods.kv_scores import FORCED, IMAGE, PROMPT
 from dynllava_jax.methods.kv_scores import Options as Shared
 
@@ -33,6 +35,9 @@ HYPER = {
   'use_covariance': 'covariance',
   'use_vnorm': 'value_norm',
 }
+
+
+KINDS: dict[type, Kind] = {int: WHOLE, float: NUMBER, bool: FLAG, str: TEXT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +64,9 @@ def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iter
 
 def cases(record: Record) -> list[Case]:
   """What was recorded, in the order of the record; ConversionError if there is nothing."""
-  names = record.meta.get('base_models') or {}
-  found = []
-  for key in record.case:
-    base = next((name for name in names if key.startswith(f'{name}/')), '')
-    parts = key.removeprefix(base).strip('/').split('/')
-    if len(parts) == 3 and parts[-1] == 'tokens':
-      found.append(Case(base, parts[1], parts[0]))
+  found = [Case(base, config, prompt) for base, prompt, config in decoded(record)]
   if not found:
-    raise ConversionError(f'{record.folder}/case.npz: no group PROMPT/CASE/tokens; expected a record of {record.method}')
+    raise ConversionError(f'{record.at}: no group PROMPT/CASE/tokens; expected a record of {record.method}')
   return found
 
 
@@ -80,22 +79,28 @@ def piece(record: Record, case: Case) -> Piece:
   if rerotated:
     begins = [name for name in SCORES if case.config.startswith(name.removesuffix('_llm').removesuffix('_attention'))]
     if not begins:
-      raise ConversionError(f'{record.folder}: case {case.config!r}, expected it to begin with one of {", ".join(SCORES)}')
+      raise ConversionError(f'{record.at}: case {case.config!r}, expected it to begin with one of {", ".join(SCORES)}')
     name = max(begins, key=len)
-  known = {field.name for field in dataclasses.fields(COMPRESSORS[name].options)}
-  options = {'ratio': float(record.array(f'{case.at}ratio')), 'over': over, 'rerotate': rerotated}
+  known = {field.name: field.type for field in dataclasses.fields(COMPRESSORS[name].options)}
+  options = {'ratio': float(record.given(f'{case.at}ratio', ())), 'over': over, 'rerotate': rerotated}
   if 'cross_scoring' in known:
     options['cross_scoring'] = 'cross' in case.config
-  for key, value in record.setting('hyper').items():
-    if isinstance(value, dict):  # one per case
-      value = value.get(case.config)
-    if (option := HYPER.get(key, key)) in known and value is not None:
-      options[option] = value
+  for key, value in record.setting('hyper', kind=GROUP).items():
+    if (option := HYPER.get(key, key)) in known:
+      of_case = (case.config,) if isinstance(value, dict) else ()
+      told = record.setting('hyper', key, *of_case, kind=KINDS[known[option]], default=None)
+      options |= {} if told is None else {option: told}
   return Piece(name, options)
 
 
 def own(compressor: Piece) -> Own:
   """The arrays of a compressor by name."""
+
+  options = options_of(compressor, 'compressor')
+
+  def partitions(length: int) -> int:
+    """Of a prompt, those that LagKV scores."""
+    return max((length - options.n_sink) // options.lag - 1, 0)
 
   def array(name: str, recorded: np.ndarray, answer: Answer) -> tuple[Any, float] | None:
     seen = answer.traces[0].of_layers
@@ -108,11 +113,14 @@ def own(compressor: Piece) -> Own:
       return kept(keep), EXACT
     if name in ('k', 'v'):
       return getattr(answer, name)[0].swapaxes(1, 2), KEY
-    if name == 'partition_scores':
-      return seen[name][:, :, : recorded.shape[2]], SCORE
+    if name == 'partition_scores' and name in seen:
+      return seen[name][:, :, : partitions(int(answer.traces[0].length))], SCORE
     if name == 'scores':
       # Theirs are 0 and 1 by what stays.
-      return (keep if compressor.name == 'streaming_llm' else scores(seen[name], recorded)), SCORE
+      ours = keep if compressor.name == 'streaming_llm' else seen[name]
+      if options.over == PROMPT:
+        ours = ours[..., : keep.shape[-1]]
+      return scores(ours, recorded), SCORE
     return None
 
   return array
@@ -126,8 +134,9 @@ def kept(keep: np.ndarray) -> np.ndarray:
 
 
 def scores(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
-  """[L, K, S] as recorded [L, K, M]: what stays in any case has some number there that is larger than all others."""
-  ours = ours[..., : recorded.shape[-1]]
+  """[L, K, M] as recorded: what stays in any case has some number there that is larger than all others."""
+  if ours.shape != recorded.shape:  # `compare` says so
+    return ours
   forced = ours >= FORCED
   highest = np.where(forced, -np.inf, recorded).max(-1, keepdims=True)
   return np.where(forced & (recorded > highest), recorded, ours)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax.config import DENSE, Piece, Stage
-from dynllava_jax.convert.records.bases import Base, Record, Sample
+from dynllava_jax.convert.readers import ConversionError
+from dynllava_jax.convert.records.bases import MISSING, QUESTION, Base, Record, Sample
+from dynllava_jax.convert.records.described import NUMBER, WHOLE, WHOLES, Kind
 from dynllava_jax.convert.records.reduction import Project, Reduction
 from dynllava_jax.convert.records.runs import Answer, per_layer
 from dynllava_jax.methods import cdpruner, divprune, dpp, dymu, prumerge, visionzip, vispruner, vscan
@@ -30,18 +32,21 @@ class Asking:
     record, base: what it belongs to.
     group: its name.
     prompt: its prompt.
-    hyper: the settings.
   """
 
   record: Record
   base: Base
   group: str
   prompt: Sample
-  hyper: Mapping[str, Any]
 
   @property
   def variant(self) -> str:
     return self.group.rpartition('/')[0]
+
+  def setting(self, name: str, kind: Kind, default: Any = MISSING) -> Any:
+    """A setting of the variant, in its entry of `configs` or for all of them in `hyper`."""
+    own = self.record.setting('configs', self.variant, name, kind=kind, default=None) if self.variant else None
+    return self.record.setting('hyper', name, kind=kind, default=default) if own is None else own
 
   @property
   def patches(self) -> int:
@@ -66,7 +71,7 @@ class Recorded:
   """How a method was recorded.
 
   Attributes:
-    runs: what a group is run with; none for a group that nothing here can equal. KeyError for a setting that is missing.
+    runs: what a group is run with; none for a group that nothing here can equal. ConversionError for a setting that is missing.
     arrays: (tower, projector, options) -> the method's own arrays, [B, ...], by their names in the record.
     answered: (what a row of the batch gave, the group's own recorded arrays) -> arrays about the decoder by their names.
   """
@@ -113,8 +118,15 @@ def cdpruner_arrays(tower: TowerOutput, project: Project, options: Any) -> dict[
   """Both sides as CLIP compares them, the kernel and the order of choice."""
   projected, relevant = project(tower.features), cdpruner.relevance(tower)
   kernel = cdpruner.kernel(projected, relevant)
-  seen = {'text_embeds': tower.text_embeds, 'image_embeds': tower.patch_embeds, 'relevance': relevant, 'kernel': kernel}
+  of_text = {'text_embeds': tower.text_embeds, 'has_text': tower.has_text}
+  seen = of_text | {'image_embeds': tower.patch_embeds, 'relevance': relevant, 'kernel': kernel}
   return seen | {'projected': projected, 'selection_order': dpp.greedy(kernel, options.tokens)[0]}
+
+
+def cdpruner_runs(asked: Asking) -> tuple[Run, ...]:
+  """ConversionError if nothing is asked of the prompt."""
+  asked.record.array(f'{asked.group.rpartition("/")[2]}/{QUESTION}')
+  return (Run(Piece('cdpruner', {'tokens': asked.setting('visual_token_num', WHOLE)})),)
 
 
 def vispruner_arrays(tower: TowerOutput, project: Project, options: Any) -> dict[str, jax.Array]:
@@ -157,30 +169,35 @@ def vscan_answered(answer: Answer, recorded: Mapping[str, np.ndarray]) -> dict[s
 
 def vscan_runs(asked: Asking) -> tuple[Run, ...]:
   """Both stages; a record without a layer list has the first alone."""
-  hyper = asked.hyper
-  options = {'tokens': hyper['visual_token_num'], 'window': hyper['window'], 'shallow': hyper['shallow']}
-  lists = zip(hyper.get('layer_list', ()), hyper.get('image_token_list', ()), strict=True)
-  cuts = (Stage(start=layer, selector='pyramiddrop', image_tokens=kept) for layer, kept in lists)
+  names = {'tokens': 'visual_token_num', 'window': 'window', 'shallow': 'shallow'}
+  options = {ours: asked.setting(theirs, WHOLE) for ours, theirs in names.items()}
+  layers, kept = (asked.setting(name, WHOLES, ()) for name in ('layer_list', 'image_token_list'))
+  if len(layers) != len(kept):
+    raise ConversionError(
+      f'{asked.record.described}: hyper: layer_list has {len(layers)} entries and image_token_list {len(kept)}, expected as many'
+    )
+  cuts = (Stage(start=layer, selector='pyramiddrop', image_tokens=count) for layer, count in zip(layers, kept))
   return (Run(Piece('vscan', options), (Stage(), *cuts)),)
 
 
 def prumerge_runs(asked: Asking) -> tuple[Run, ...]:
   """Centres by a fixed ratio, or as many as the picture has outliers; none where the authors' code takes a patch twice."""
-  record, patches, near = asked.record, asked.patches, asked.hyper['neighbours']
+  patches, near = asked.patches, asked.setting('neighbours', WHOLE)
   plus, fixed = 'plus' in asked.variant, asked.variant.endswith('fixed')
-  recorded = record.case.get(f'{asked.group}/centre_index', np.zeros(0))
-  if len(set(recorded.tolist())) < len(recorded):
-    return ()
+  attention = prumerge.class_attention(asked.tower(Piece('prumerge', {'centres': 1, 'neighbours': near})))
+  highest = lambda count: set(prumerge.centres(attention, prumerge.Options(centres=count))[0].tolist())
   if fixed:
-    ratio = asked.hyper['fixed_ratio']
+    ratio = asked.setting('fixed_ratio', NUMBER)
+    if not 1 / patches <= ratio <= 1:
+      raise ConversionError(f'{asked.record.described}: hyper/fixed_ratio is {ratio}, expected from 1/{patches} to 1')
     count, stride = int(patches * ratio), int(1 / ratio)
     steps = {'strided': count, 'stride': stride, 'first': stride // 2}
+    if plus and highest(count) & set(range(stride // 2, patches, stride)[:count]):
+      return ()
   else:
-    attention = prumerge.class_attention(asked.tower(Piece('prumerge', {'centres': 1, 'neighbours': near})))
     count = int(prumerge.outliers(attention)[0])
     stride = int(int(patches / count) / 3)
-    taken = prumerge.centres(attention, prumerge.Options(centres=count))[0].tolist()
-    steps = {'strided': len(set(range(0, patches - 1, stride)).difference(taken)), 'stride': stride}
+    steps = {'strided': len(set(range(0, patches - 1, stride)).difference(highest(count))), 'stride': stride}
   options = {'centres': count, 'neighbours': near}
   return (Run(Piece('prumerge_plus', options | steps) if plus else Piece('prumerge', options)),)
 
@@ -198,13 +215,18 @@ def prumerge_arrays(tower: TowerOutput, project: Project, options: Any) -> dict[
 
 def dymu_runs(asked: Asking) -> tuple[Run, ...]:
   """The recorded numbers of merges, or as many as the recorded thresholds give for this picture; without and with unmerging."""
-  blocks, meta = asked.base.info.model.vision.layers_run, asked.record.meta
-  named = asked.hyper.get('rs') or meta.get({'fixed': 'rs', 'cap': 'cap_rs'}.get(asked.variant))
+  blocks = asked.base.info.model.vision.layers_run
+  named = asked.setting('rs', WHOLES, ())
+  if not named and (key := {'fixed': 'rs', 'cap': 'cap_rs'}.get(asked.variant)):
+    named = asked.record.setting(key, kind=WHOLES)
   if named:
-    counts = tuple(named[:blocks])
+    counts = named[:blocks]
   else:
     counts = ()
-    for threshold in asked.record.array(f'{asked.variant}/thresholds')[:blocks]:
+    thresholds = asked.record.given(f'{asked.variant}/thresholds', (None,))
+    if len(thresholds) < blocks:
+      raise ConversionError(f'{asked.record.at}: {asked.variant}/thresholds has {len(thresholds)}, the tower runs {blocks} blocks')
+    for threshold in thresholds[:blocks]:
       tower = asked.tower(Piece('dymu', {'merges': (*counts, *(0,) * (blocks - len(counts)))}))
       counts += (int(dymu.above(tower.merged[len(counts)][1].best, threshold)[0]),)
   plain, *unmerged = (Run(Piece('dymu', {'merges': counts, 'unmerge': p == 'vtu/'}), prefix=p) for p in ('no_vtu/', 'vtu/'))
@@ -235,23 +257,27 @@ def one(name: str, options: Callable[[Asking], dict[str, Any]]) -> Callable[[Ask
 
 
 RECORDED = {
-  'cdpruner': Recorded(
-    runs=one('cdpruner', lambda asked: {'tokens': asked.hyper['visual_token_num']}),
-    arrays=cdpruner_arrays,
-  ),
+  'cdpruner': Recorded(runs=cdpruner_runs, arrays=cdpruner_arrays),
   'divprune': Recorded(
-    runs=one('divprune', lambda asked: {'tokens': round(asked.hyper['SUBSET_RATIO'] * asked.patches)}), arrays=divprune_arrays
+    runs=one('divprune', lambda asked: {'tokens': round(asked.setting('SUBSET_RATIO', NUMBER) * asked.patches)}),
+    arrays=divprune_arrays,
   ),
   'dymu': Recorded(runs=dymu_runs, arrays=dymu_arrays, answered=dymu_answered),
-  'fastervlm': Recorded(runs=one('fastervlm', lambda asked: {'tokens': asked.hyper['visual_token_num']}), arrays=fastervlm_arrays),
+  'fastervlm': Recorded(
+    runs=one('fastervlm', lambda asked: {'tokens': asked.setting('visual_token_num', WHOLE)}), arrays=fastervlm_arrays
+  ),
   'prumerge': Recorded(runs=prumerge_runs, arrays=prumerge_arrays),
   'visionzip': Recorded(
-    runs=one('visionzip', lambda asked: {k: asked.hyper[k] for k in ('dominant', 'contextual')}), arrays=visionzip_arrays
+    runs=one('visionzip', lambda asked: {name: asked.setting(name, WHOLE) for name in ('dominant', 'contextual')}),
+    arrays=visionzip_arrays,
   ),
   'vispruner': Recorded(
     runs=one(
       'vispruner',
-      lambda asked: {'tokens': asked.hyper['visual_token_num'], 'important_ratio': float(asked.hyper['important_ratio'])},
+      lambda asked: {
+        'tokens': asked.setting('visual_token_num', WHOLE),
+        'important_ratio': float(asked.setting('important_ratio', NUMBER)),
+      },
     ),
     arrays=vispruner_arrays,
   ),

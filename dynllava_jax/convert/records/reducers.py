@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from dynllava_jax.config import IMAGE_ID
-from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare
-from dynllava_jax.convert.records.bases import QUESTION, Record, Sample, groups, samples
+from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, in_range
+from dynllava_jax.convert.records.bases import QUESTION, Base, Record, Sample, groups, samples
 from dynllava_jax.convert.records.reducer_arrays import RECORDED, TOLERANCES, Asking, Run
 from dynllava_jax.convert.records.reduction import Reduction, Row
+from dynllava_jax.convert.records.runs import cut, tail
 
 
 def verify(record: Record) -> Iterator[Quantity]:
@@ -22,20 +23,16 @@ def verify(record: Record) -> Iterator[Quantity]:
   base, described = record.described_base()
   prompts = samples(record, base, described)
   for name, sample in prompts.items():
-    prompts[name] = dataclasses.replace(sample, question=record.case.get(f'{name}/{QUESTION}'))
+    prompts[name] = dataclasses.replace(sample, question=question(record, base, name))
   members: dict[Run, list[str]] = {}
   for group, name in groups(record, prompts).items():
-    hyper = record.meta.get('hyper', {}) | record.meta.get('configs', {}).get(group.rpartition('/')[0], {})
-    try:
-      for run in RECORDED[record.method].runs(Asking(record, base, group, prompts[name], hyper)):
-        members.setdefault(run, []).append(group)
-    except KeyError as e:
-      raise record.missing(f'hyper/{e.args[0]}') from None
+    for run in RECORDED[record.method].runs(Asking(record, base, group, prompts[name])):
+      members.setdefault(run, []).append(group)
   done: set[str] = set()
   for run, together in members.items():
     reduction = Reduction(base, run.reducer, RECORDED[record.method].arrays, run.stages)
     inputs = [prompts[group.rpartition('/')[2]] for group in together]
-    steps = [len(record.case.get(f'{group}/{run.prefix}tokens', [0])) for group in together]
+    steps = [decoded(record, group, run) for group in together]
     rows = [('', group, reduction([prompt], [n])[0]) for group, prompt, n in zip(together, inputs, steps)]
     rows += [('in a batch: ', *pair) for pair in zip(together, reduction([*inputs, *neighbours(inputs[0])], steps))]
     for where, group, row in rows:
@@ -43,6 +40,26 @@ def verify(record: Record) -> Iterator[Quantity]:
         if quantity.name not in done:
           done.add(quantity.name)
           yield quantity
+
+
+def question(record: Record, base: Base, name: str) -> np.ndarray | None:
+  """What is asked of a prompt, int[Q] in CLIP's tokens; None where nothing of it was recorded or nothing reads it."""
+  at, text = f'{name}/{QUESTION}', base.info.model.clip_text
+  if at not in record.case or text is None:
+    return None
+  return in_range(record.at, at, record.given(at, (None,), whole=True), 0, text.vocab_size).astype(np.int32)
+
+
+def decoded(record: Record, group: str, run: Run) -> int:
+  """How many tokens a run decodes: as many as were recorded, one if none were. ConversionError if logits are for another number."""
+  at = f'{group}/{run.prefix}'
+  if f'{at}tokens' not in record.case:
+    if f'{at}decode_logits' in record.case:
+      record.array(f'{at}tokens')
+    return 1
+  steps = record.steps(f'{at}tokens')
+  record.given(f'{at}decode_logits', (steps, None))
+  return steps
 
 
 def neighbours(sample: Sample) -> list[Sample]:
@@ -59,17 +76,18 @@ def _compare(record: Record, group: str, run: Run, where: str, row: Row) -> Iter
   if variant:
     recorded |= {k: k.partition('/')[0] for k in record.case if k.count('/') == 1 and k.endswith(f'/{prompt}')}
   of_group = {name: record.case[key] for key, name in recorded.items()}
-  found = row.seen | RECORDED[record.method].answered(row.answer, of_group)
+  answer = cut(row.answer, decoded(record, group, run))
+  found = row.seen | RECORDED[record.method].answered(answer, of_group)
   for key, name in recorded.items():
     theirs = record.case[key]
     if name == f'{run.prefix}logits':  # some records hold the last row alone
-      found[name] = row.answer.prefill_logits[max(len(row.answer.prefill_logits) - len(theirs), 0) :]
+      found[name] = tail(answer.prefill_logits, theirs)
     elif name == f'{run.prefix}tokens':
-      found[name] = row.answer.tokens[: len(theirs)]
+      found[name] = answer.tokens
     elif name == f'{run.prefix}decode_logits':
-      found[name] = row.answer.logits[: len(theirs)]
-    elif name == 'text_embeds':  # in a batch there are as many segments as the longest question has
-      found[name] = row.seen[name][: len(theirs)]
+      found[name] = answer.logits
+    elif name == 'text_embeds' and name in found:  # in a batch there are as many segments as the longest question has
+      found[name] = found[name][found['has_text']]
     if name in found:
-      tolerance = EXACT if np.issubdtype(theirs.dtype, np.integer) else TOLERANCES.get(name.partition('/')[0], LOGITS)
-      yield compare(f'{where}{key}', found[name], theirs, tolerance)
+      whole = any(np.asarray(x).dtype.kind in 'iu' for x in (theirs, found[name]))
+      yield compare(f'{where}{key}', found[name], theirs, EXACT if whole else TOLERANCES.get(name.partition('/')[0], LOGITS))

@@ -5,8 +5,7 @@ prompts, right-padded, is run at once; every row must equal its record whatever 
 """
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,27 +17,11 @@ from dynllava_jax import methods
 from dynllava_jax.arrangement import best_for
 from dynllava_jax.cache import Cache, CacheSpec, StageCache
 from dynllava_jax.config import IMAGE_ID, ModelConfig, Piece, Stage
-from dynllava_jax.convert.readers import ConversionError
-from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, prompt_from_ids
+from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, in_range, prompt_from_ids
 from dynllava_jax.convert.records.bases import Base, Record
+from dynllava_jax.convert.records.decoded import Asked, Group, asked
 from dynllava_jax.models.dynllava import DynLlava, Prompt, StageTrace
 from dynllava_jax.models.params import cut_params
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-  """One prompt: token ids int[L], in which -200 stands for the image, and the image's tokens float[P, D], None without image.
-
-  `group` is `Reduced.group` of this row.
-  """
-
-  ids: np.ndarray
-  image: np.ndarray | None
-  group: np.ndarray | None = None
-
-  @property
-  def text_tokens(self) -> int:
-    return int((self.ids != IMAGE_ID).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,118 +173,6 @@ def _row_of_trace(trace: StageTrace, row: int) -> StageTrace:
 Own = Callable[[str, np.ndarray, Answer], tuple[Any, float] | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-  """The arrays of one prompt run in one way, `BASE/CONFIG/PROMPT/NAME` in the record; `at` is the part before NAME."""
-
-  base: str
-  config: str
-  prompt: str
-
-  @property
-  def at(self) -> str:
-    return '/'.join(part for part in (self.base, self.config, self.prompt) if part) + '/'
-
-  @property
-  def setting(self) -> str:
-    """The key of `configs` in `meta.json`."""
-    return f'{self.base}/{self.config}'.strip('/')
-
-
-def decoded_groups(record: Record, needed: bool = True) -> dict[tuple[str, str], list[Group]]:
-  """The groups of a record that hold decoded tokens, by base and config, in its order; ConversionError if it has none but is to."""
-  names = record.meta.get('base_models') or {'': None}
-  found: dict[tuple[str, str], list[Group]] = {}
-  for key in record.case:
-    base = next((name for name in names if key.startswith(f'{name}/')), '')
-    parts = key.removeprefix(base).strip('/').split('/')
-    if len(parts) == 3 and parts[-1] == 'tokens':
-      found.setdefault((base, parts[0]), []).append(Group(base, parts[0], parts[1]))
-  if not found and needed:
-    raise ConversionError(f'{record.folder}/case.npz: no group BASE/CONFIG/PROMPT/tokens; expected a record of {record.method}')
-  return found
-
-
-def base_of(record: Record, name: str) -> Base:
-  """The base model that the record calls `name`."""
-  return record.base(record.setting('base_models', name) if name else record.setting('base_model'))
-
-
-def with_bases(record: Record, configs: Iterable[list[Group]], only: Sequence[str]) -> Iterator[tuple[Base, list[Group]]]:
-  """The groups of each config with their base, which is loaded once; `only` some configs, `BASE/CONFIG`, all if empty."""
-  bases: dict[str, Base] = {}
-  for groups in configs:
-    name = groups[0].base
-    if not only or groups[0].setting in only:
-      bases[name] = bases.get(name) or base_of(record, name)
-      yield bases[name], groups
-
-
-def asked(record: Record, base: Base, group: Group) -> Asked:
-  """The prompt of a group: token ids of its own, or of the base's case under its name, and the image that `meta.json` gives to it.
-
-  Raises:
-    ConversionError: an array that is needed is not there.
-  """
-  own = next(
-    (at for at in (group.at, f'{group.base}/{group.prompt}/', f'{group.prompt}/') if f'{at}input_ids' in record.case), None
-  )
-  ids = record.case[f'{own}input_ids'] if own else base.case.get(f'{group.prompt}/input_ids')
-  if ids is None:
-    raise ConversionError(f'{record.folder}: prompt {group.prompt} has no input_ids, neither here nor in the case of its base')
-  ids = ids.reshape(-1)
-  if not (ids == IMAGE_ID).any():
-    return Asked(ids, None)
-  return Asked(ids, image_tokens(record, base, group, own or group.at))
-
-
-def image_tokens(record: Record, base: Base, group: Group, own: str) -> np.ndarray:
-  """The image tokens float[P, D] of a prompt whose arrays are below `own`: recorded with its base, or made of recorded pixels.
-
-  Raises:
-    ConversionError: there is neither.
-  """
-  number, projected = image_of(record, own, group), base.case.get('vision/projected')
-  if f'{own}pixel_values' not in record.case and projected is not None and number < len(projected):
-    return projected[number]
-  places = ((record.case, f'{own}pixel_values', 0), (record.case, 'pixel_values', number), (base.case, 'pixel_values', number))
-  for case, name, at in places:
-    if name in case and at < len(images := case[name].reshape(-1, *case[name].shape[-3:])):
-      pixels = jnp.asarray(images[at].transpose(1, 2, 0)[None])
-      params = {name: base.params[name] for name in ('vision', 'projector')}
-      return np.asarray(DynLlava(base.info.model).apply({'params': params}, pixels, method='encode_images')[0])
-  raise ConversionError(
-    f'{record.folder}: prompt {group.prompt} needs image {number}: neither vision/projected in the case of its base nor '
-    'pixel_values, there or here, has it'
-  )
-
-
-def image_of(record: Record, own: str, group: Group) -> int:
-  """Which image a prompt has: its array below `own` or its entry of `margins` says so, else the sentence about the prompts."""
-  if f'{own}image_index' in record.case:
-    return int(record.case[f'{own}image_index'])
-  margins, arrays = (part if isinstance(part := record.meta.get(name), dict) else {} for name in ('margins', 'arrays'))
-  if isinstance(entry := margins.get(group.at), dict) and isinstance(entry.get('image'), int):
-    return entry['image']
-  described = record.meta.get('input') or next((text for name, text in arrays.items() if name.endswith('input_ids')), '')
-  return image_number(str(described), group.prompt)
-
-
-def image_number(described: str, prompt: str) -> int:
-  """Which image a prompt has: 'image 0 -> b1, 1 -> b1s', 'b1 -> 0' or 'p0 and p2 use image 0, p1 image 1' says so; else the number
-  that its name ends with, else 0."""
-  for first, second in re.findall(r'(\w+) -> (\w+)', described):
-    if first == prompt and second.isdigit():
-      return int(second)
-    if second == prompt and first.isdigit():
-      return int(first)
-  named = re.search(rf'\b{re.escape(prompt)}((?:\s|,|and|use|uses|\b[a-z]+\d+\b)*)\bimage (\d+)', described)
-  if named:
-    return int(named[2])
-  number = re.search(r'(\d+)$', prompt)
-  return int(number[1]) if number and not re.fullmatch(r'b\d+', prompt) else 0
-
-
 def neighbours(prompts: Sequence[Asked]) -> list[Asked]:
   """Other rows for a batch: one without image, and a longer one that has its image elsewhere."""
   with_image = next((a for a in prompts if a.image is not None), None)
@@ -313,25 +184,36 @@ def neighbours(prompts: Sequence[Asked]) -> list[Asked]:
 
 
 def compare_group(record: Record, group: Group, answer: Answer, where: str, own: Own) -> Iterator[Quantity]:
-  """Every array of a group next to what a row of a batch gave.
+  """Every array of a group next to what a row of a batch gave, which may have decoded more tokens than the group.
 
   Args:
     record, group, answer: what is compared.
     where: put in front of the names.
     own: the method's own arrays.
   """
+  answer = cut(answer, record.steps(f'{group.at}tokens'))
   for key, recorded in record.case.items():
     name = key.removeprefix(group.at)
     if not key.startswith(group.at) or '/' in name:
       continue
-    steps = len(recorded) if recorded.ndim else 0
     found = own(name, recorded, answer)
     if found is None and name in ('tokens', 'logits'):
-      found = getattr(answer, name)[:steps], EXACT if name == 'tokens' else LOGITS
+      found = getattr(answer, name), EXACT if name == 'tokens' else LOGITS
     elif found is None and name == 'prefill_logits':
-      found = answer.prefill_logits[max(len(answer.prefill_logits) - steps, 0) :], LOGITS
+      found = tail(answer.prefill_logits, recorded), LOGITS
     if found is not None:
       yield compare(where + key, found[0], recorded, found[1])
+
+
+def cut(answer: Answer, steps: int) -> Answer:
+  """The answer as it was after `steps` tokens."""
+  lists = {'tokens': steps, 'logits': steps, 'position': steps - 1, 'cache_len': steps}
+  return dataclasses.replace(answer, **{name: getattr(answer, name)[:count] for name, count in lists.items()})
+
+
+def tail(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+  """The last rows of [S, V], as many as were recorded: some records hold those behind the image, or one."""
+  return ours[max(len(ours) - len(recorded), 0) :] if recorded.ndim else ours
 
 
 def compare_run(
@@ -344,7 +226,7 @@ def compare_run(
   prompts = [asked(record, base, group) for group in groups]
   everyone = [*prompts, *neighbours(prompts)]
   text = max(a.text_tokens for a in everyone)
-  steps = max(len(record.array(f'{group.at}tokens')) for group in groups)
+  steps = max(record.steps(f'{group.at}tokens') for group in groups)
   together = runner.answer(everyone, steps, text)
   for group, prompt, answer in zip(groups, prompts, together):
     if alone:
@@ -362,16 +244,18 @@ def compare_uncached(record: Record, groups: Sequence[Group], runner: 'Runner', 
   """The logits behind the last recorded token, recomputed without a cache."""
   prompts = [asked(record, base, group) for group in groups]
   everyone = [*prompts, *neighbours(prompts)]
-  tokens = [record.array(f'{group.at}tokens') for group in groups]
+  vocab = base.info.model.llama.vocab_size
+  tokens = [in_range(record.at, f'{g.at}tokens', record.given(f'{g.at}tokens', (None,), whole=True), 0, vocab) for g in groups]
   fed = min(map(len, tokens)) - 1
   forced = np.stack([*(t[:fed] for t in tokens), *[tokens[0][:fed]] * (len(everyone) - len(tokens))])
   logits = runner.uncached(everyone, forced)
   for row, group in enumerate(groups):
-    yield compare(f'without a cache: {group.at}logits', logits[row], record.array(f'{group.at}logits')[fed], LOGITS)
+    recorded = record.given(f'{group.at}logits', (len(tokens[row]), vocab))[fed]
+    yield compare(f'without a cache: {group.at}logits', logits[row], recorded, LOGITS)
 
 
 def per_layer(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
   """[T, L] as it was recorded: [T, L], [T, 2] of the first and the last layer, or [T] of the last."""
   if recorded.ndim == 1:
-    return ours[: len(recorded), -1]
-  return ours[: len(recorded)] if recorded.shape[1] == ours.shape[1] else ours[: len(recorded), [0, -1]]
+    return ours[:, -1]
+  return ours[:, [0, -1]] if recorded.shape[1:] == (2,) else ours

@@ -14,22 +14,12 @@ import numpy as np
 from dynllava_jax import methods
 from dynllava_jax.config import DENSE, Stage
 from dynllava_jax.convert.readers import ConversionError
-from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare
+from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, in_range
 from dynllava_jax.convert.records.bases import Base, Record
 from dynllava_jax.convert.records.cut_training import training_groups, verify_training
-from dynllava_jax.convert.records.runs import (
-  Answer,
-  Asked,
-  Group,
-  Own,
-  Runner,
-  asked,
-  compare_run,
-  compare_uncached,
-  decoded_groups,
-  per_layer,
-  with_bases,
-)
+from dynllava_jax.convert.records.decoded import Asked, Group, asked, decoded_groups, with_bases
+from dynllava_jax.convert.records.described import NUMBER, NUMBERS, WHOLE, WHOLES
+from dynllava_jax.convert.records.runs import Answer, Own, Runner, compare_run, compare_uncached, per_layer
 from dynllava_jax.methods import sparsevlm
 
 SCORE = 1e-6
@@ -58,24 +48,30 @@ def stages_of(record: Record, group: Group, base: Base) -> tuple[Stage, ...]:
   if group.config == 'dense':
     return DENSE
   if record.method == 'fastv':
-    given, named = record.meta.get('configs', {}).get(group.setting, {}), FASTV.match(group.config)
-    if not named and not {'K', 'R'} <= set(given):
-      raise ConversionError(f'{record.folder}: config {group.config!r} of a FastV record, expected a name such as k2_r75')
-    layer, dropped = (given['K'], given['R']) if 'K' in given else (int(named[1]), float(named[2]) / 100)
+    layer, dropped = fastv_setting(record, group)
     return Stage(), Stage(start=layer, selector='fastv', image_tokens=round(image_tokens * (1 - dropped)))
   if record.method == 'sparsevlm':
     return recycling_stages(record, group, image_tokens)
-  layers = record.setting('configs', group.setting, 'layer_list')
-  ratios = record.setting('configs', group.setting, 'image_token_ratio_list')
-  cuts = [Stage(start=layer, selector='pyramiddrop', image_keep_rate=r) for layer, r in zip(layers, ratios, strict=True)]
-  return tuple(cuts) if cuts[0].start == 0 else (Stage(), *cuts)
+  pairs = record.pairs(('configs', group.setting), ('layer_list', WHOLES), ('image_token_ratio_list', NUMBERS))
+  cuts = [Stage(start=layer, selector='pyramiddrop', image_keep_rate=ratio) for layer, ratio in pairs]
+  return tuple(cuts) if cuts and cuts[0].start == 0 else (Stage(), *cuts)
+
+
+def fastv_setting(record: Record, group: Group) -> tuple[int, float]:
+  """(layers that see everything, share of the image tokens that is dropped) of a FastV config, by `meta.json` or by its name."""
+  told = lambda name, kind: record.setting('configs', group.setting, name, kind=kind, default=None)
+  layer, dropped, named = told('K', WHOLE), told('R', NUMBER), FASTV.match(group.config)
+  if layer is None or dropped is None:
+    if not named:
+      raise ConversionError(f'{record.at}: config {group.config!r} of a FastV record, expected a name such as k2_r75')
+    layer, dropped = int(named[1]), float(named[2]) / 100
+  return layer, dropped
 
 
 def recycling_stages(record: Record, group: Group, image_tokens: int) -> tuple[Stage, ...]:
   """A SparseVLM config, whose layers are those whose output is cut; of what is there, its authors always drop one at least."""
   stages, reached = [Stage()], image_tokens
-  layers, budgets = (record.setting('configs', group.setting, key) for key in ('pruning_loc', 'budgets'))
-  for layer, budget in zip(layers, budgets, strict=True):
+  for layer, budget in record.pairs(('configs', group.setting), ('pruning_loc', WHOLES), ('budgets', WHOLES)):
     stages.append(Stage(start=layer + 1, selector='sparsevlm', image_tokens=min(budget, reached - 1)))
     reached = methods.stage_image_tokens(tuple(stages), image_tokens)[-1]
   return tuple(stages)
@@ -105,7 +101,9 @@ def arrays_of(record: Record, stages: Sequence[Stage]) -> Own:
     if name == 'position_ids':
       return trace.rotary[:real], EXACT
     if name in ('hidden', 'hidden_at_prune'):
-      return trace.stream[:real].reshape(recorded.shape), LOGITS
+      return trace.stream[:real][None] if recorded.ndim == 3 else trace.stream[:real], LOGITS
+    if name in ('scores', 'head_attention') and trace.attention is None:
+      raise ConversionError(f'{record.at}: array {name!r} of a group that is run without a cut')
     if name == 'scores':
       return trace.attention.mean(0), SCORE
     if name == 'head_attention':
@@ -130,7 +128,8 @@ def raters(name: str, answer: Answer) -> tuple[Any, float]:
 def rechosen(record: Record, group: Group, runner: Runner, prompt: Asked) -> Iterator[Quantity]:
   """FastV without a cache as its authors run it, choosing anew with every token, by the newest: here a prompt for each length."""
   at = f'{group.at}reprune/'
-  tokens = record.array(f'{at}tokens')
+  tokens = record.given(f'{at}tokens', (None,), whole=True)
+  in_range(record.at, f'{at}tokens', tokens, 0, runner.model.cfg.llama.vocab_size)
   growing = [Asked(np.concatenate([prompt.ids, tokens[:t]]), prompt.image) for t in range(len(tokens))]
   answers = runner.answer(growing, 1)
   yield compare(f'{at}tokens', [a.tokens[0] for a in answers], tokens, EXACT)

@@ -1,13 +1,26 @@
 """Recomputes a recorded training step, forward and backward, with the recorded noise: masks, logits, losses, gradients."""
 
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax.config import IGNORE, ModelConfig, Objective
-from dynllava_jax.convert.records.base import EXACT, GRADIENT, LOGITS, LOSS, Quantity, compare, prompt_from_ids
+from dynllava_jax.convert.inputs import ConversionError
+from dynllava_jax.convert.records.base import (
+  EXACT,
+  GRADIENT,
+  LOGITS,
+  LOSS,
+  Quantity,
+  compare,
+  given,
+  in_range,
+  prompt_from_ids,
+  token_rows,
+)
 from dynllava_jax.convert.records.dynamic_runs import DynamicRunner
 from dynllava_jax.convert.tables import llava_rules
 from dynllava_jax.losses import training_losses
@@ -22,21 +35,32 @@ GRADIENTS = ('train/grad_total/', 'train/grad_ce/')  # of the whole loss, of cro
 ROW_NORMS = 'embed_tokens_row_norms'  # recorded instead of the embedding's gradient
 
 
-def compare_training(runner: DynamicRunner, case: dict[str, np.ndarray], pixels: jax.Array) -> Iterator[Quantity]:
-  """Every quantity of the group `train/`; `pixels` float[B, R, R, 3] of its rows, normalised."""
-  array = lambda name: case[AT + name]
-  sparsity = runner.info.sparsity
+def compare_training(
+  runner: DynamicRunner, at: str | pathlib.Path, case: dict[str, np.ndarray], pixels: jax.Array
+) -> Iterator[Quantity]:
+  """Every quantity of the group `train/` of the file `at`; `pixels` float[B, R, R, 3] of its rows, normalised.
+
+  Raises:
+    ConversionError: an array that something is computed from is missing or none of a training step.
+  """
+  rows, sparsity, vocab = len(pixels), runner.info.sparsity, runner.info.model.llama.vocab_size
   objective = Objective(sparsity=sparsity)
-  prompt = prompt_from_ids(array('input_ids'), runner.num_image, array('attention_mask').astype(bool))
-  labels, spans = array('expanded_labels'), array('answer_span')
+  of_rows = lambda name, *shape, whole=False: given(at, case, AT + name, (rows, *shape), whole)
+  ids, valid = token_rows(at, case, AT, rows, vocab)
+  prompt = prompt_from_ids(ids, runner.num_image, valid)
+  size = prompt.tokens.shape[1]
+  labels = in_range(at, f'{AT}expanded_labels', of_rows('expanded_labels', size, whole=True), IGNORE, vocab)
+  spans = spans_of(at, f'{AT}answer_span', of_rows('answer_span', 2, whole=True), size)
   starts = jnp.asarray(last_answer_start(labels, np.asarray(prompt.length)))
-  noise = [array('gumbel_image'), spread(array('gumbel_text'), spans, labels.shape[1])]
+  noise = [of_rows('gumbel_image', runner.num_image, 2), spread(at, 'gumbel_text', of_rows('gumbel_text', None, 2), spans, size)]
   if runner.instruct:
-    judged = array('instruct_span')
-    noise.append(spread(array('gumbel_instruct'), judged, labels.shape[1]))
+    judged = spans_of(at, f'{AT}instruct_span', of_rows('instruct_span', 2, whole=True), size)
+    noise.append(spread(at, 'gumbel_instruct', of_rows('gumbel_instruct', None, 2), judged, size))
     fields = (prompt.tokens, prompt.length, prompt.image_start, prompt.seed)
     prompt = Prompt(*fields, instruct_start=jnp.asarray(judged[:, 0], jnp.int32))
     yield compare(AT + 'instruct_span', jnp.stack([prompt.instruct_start, starts], 1), judged, EXACT)
+  array = lambda name: output(at, case, AT + name)
+  ragged = lambda name, row, count: row_of(at, case, AT + name, (rows, row), count)
   yield compare(AT + 'valid_len', prompt.length, array('valid_len'), EXACT)
   yield compare(AT + 'answer_span', jnp.stack([starts, prompt.length], 1), spans, EXACT)
   if AT + 'image_span' in case and runner.instruct:
@@ -48,7 +72,7 @@ def compare_training(runner: DynamicRunner, case: dict[str, np.ndarray], pixels:
   def losses(params):
     apply = lambda *args, method: model.apply({'params': params}, *args, method=method)
     image = apply(pixels, method='encode_images')
-    drawn = Drawn(noise=noise, told={'tau': jnp.asarray(array('tau'))})
+    drawn = Drawn(noise=noise, told={'tau': jnp.asarray(given(at, case, f'{AT}tau', ()))})
     inputs = TrainInputs(starts, jnp.asarray(labels), {trained_masks.NAME: drawn})
     out = apply(prompt, image, inputs, objective, method='train_forward')
     return training_losses(out, prompt, inputs, objective, trained.parts(model.cfg, model.stages)), out
@@ -58,34 +82,63 @@ def compare_training(runner: DynamicRunner, case: dict[str, np.ndarray], pixels:
   yield compare(AT + 'image_mask', out.image_mask, array('image_mask'), EXACT)
   places = jnp.arange(labels.shape[1])[None]
   judged = answer_mask(places, prompt.length, starts, sparsity.min_answer_len)
-  yield from masks(case, 'text', spans, out.text_logits, out.text_mask, judged)
-  yield from logits(case, out, spans)
+  yield from masks(ragged, 'text', spans, out.text_logits, out.text_mask, judged)
+  yield from logits(at, case, out, spans)
   scalars = {'loss': result.total, 'ce_loss': result.ce}
   scalars |= {f'{kind}_mask_loss': result.shown[f'{kind}_mask'] for kind in ('image', 'text')}
   if runner.instruct:
     judged = instruct_rule(sparsity).mask(places, prompt.instruct_start, starts)
-    yield from masks(case, 'instruct', array('instruct_span'), out.instruct_logits, out.instruct_mask, judged)
+    yield from masks(ragged, 'instruct', array('instruct_span'), out.instruct_logits, out.instruct_mask, judged)
     for i, end in enumerate(spans[:, 1]):
-      yield compare(f'{AT}policy[{i}]', out.policy[i, :end], array('policy')[i, :end], EXACT)
+      yield compare(f'{AT}policy[{i}]', out.policy[i, :end], ragged('policy', i, end), EXACT)
     scalars['instruct_mask_loss'] = result.shown['instruct_mask']
   for name, ours in scalars.items():
     yield compare(AT + name, ours, array(name), LOSS, relative=True)
   yield compare(AT + 'mask_loss_weight', sparsity.mask_loss_weight, array('mask_loss_weight'), 1e-6, relative=True)
   for group, pick in zip(GRADIENTS, (lambda r: r.total, lambda r: r.ce)):
     gradients = join_params(jax.jit(jax.grad(lambda p, pick=pick: pick(losses(p)[0])))(params))
-    yield from compare_gradients(runner.info.model, case, group, gradients)
+    yield from compare_gradients(runner.info.model, at, case, group, gradients)
 
 
-def spread(noise: np.ndarray, spans: np.ndarray, size: int) -> np.ndarray:
-  """Noise float[B, A, 2] of spans int[B, 2] at their places: float32[B, size, 2]."""
+def spans_of(at: str | pathlib.Path, name: str, spans: np.ndarray, size: int) -> np.ndarray:
+  """Spans int[B, 2] of rows of `size`; ConversionError for one that ends before it starts, or behind the row."""
+  in_range(at, name, spans, 0, size + 1)
+  if (spans[:, 0] > spans[:, 1]).any():
+    raise ConversionError(f'{at}: array {name!r} has a span that ends before it starts')
+  return spans
+
+
+def spread(at: str | pathlib.Path, name: str, noise: np.ndarray, spans: np.ndarray, size: int) -> np.ndarray:
+  """Noise float[B, A, 2] of spans int[B, 2] at their places: float32[B, size, 2]; ConversionError for too little of it."""
+  if (longest := int((spans[:, 1] - spans[:, 0]).max())) > noise.shape[1]:
+    raise ConversionError(f'{at}: array {AT + name!r} has noise for {noise.shape[1]} places, a span has {longest}')
   out = np.zeros((len(noise), size, 2), np.float32)
   for row, (start, end) in enumerate(spans):
     out[row, start:end] = noise[row, : end - start]
   return out
 
 
-def masks(case: dict[str, np.ndarray], kind: str, spans: np.ndarray, predicted, sampled, judged) -> Iterator[Quantity]:
-  """Predictor, sample and mask of the spans of one kind of text, row by row: what lies beyond a span was recorded of padding."""
+def output(at: str | pathlib.Path, case: dict[str, np.ndarray], name: str) -> np.ndarray:
+  """An array that something is compared with; ConversionError if there is none."""
+  if name not in case:
+    raise ConversionError(f'{at}: array {name!r} is missing; expected a recorded training step')
+  return case[name]
+
+
+def row_of(at: str | pathlib.Path, case: dict[str, np.ndarray], name: str, row: tuple[int, int], count: int) -> np.ndarray:
+  """The first `count` entries of a row, (of how many, which), of an array [B, A, ...]; behind them is what padding gave."""
+  array, (rows, which) = output(at, case, name), row
+  if array.ndim < 2 or len(array) != rows or array.shape[1] < count:
+    raise ConversionError(f'{at}: array {name!r} has shape {array.shape}, expected {rows} rows of at least {count} entries')
+  return array[which, :count]
+
+
+# (name, row, count) -> the first entries of a recorded row
+Ragged = Callable[[str, int, int], np.ndarray]
+
+
+def masks(ragged: Ragged, kind: str, spans: np.ndarray, predicted, sampled, judged) -> Iterator[Quantity]:
+  """Predictor, sample and mask of the spans of one kind of text, row by row."""
   used = np.where(judged, sampled, 1.0)
   for i, (start, end) in enumerate(spans):
     of_row = (
@@ -94,31 +147,38 @@ def masks(case: dict[str, np.ndarray], kind: str, spans: np.ndarray, predicted, 
       (f'{kind}_mask', used, EXACT),
     )
     for name, ours, tolerance in of_row:
-      yield compare(f'{AT}{name}[{i}]', np.asarray(ours)[i, start:end], case[AT + name][i, : end - start], tolerance)
+      yield compare(f'{AT}{name}[{i}]', np.asarray(ours)[i, start:end], ragged(name, i, end - start), tolerance)
 
 
-def logits(case: dict[str, np.ndarray], out: TrainOutput, spans: np.ndarray) -> Iterator[Quantity]:
+def logits(at: str | pathlib.Path, case: dict[str, np.ndarray], out: TrainOutput, spans: np.ndarray) -> Iterator[Quantity]:
   """Of all positions behind the image, or those that predict the answers."""
   for i, (start, end) in enumerate(spans):
     if f'{AT}answer_logits_{i}' in case:
       yield compare(f'{AT}answer_logits_{i}', out.logits[i, start - 1 : end - 1], case[f'{AT}answer_logits_{i}'], LOGITS)
     else:
-      first = int(case[AT + 'logits_from'])
-      yield compare(f'{AT}logits_tail[{i}]', out.logits[i, first:end], case[AT + 'logits_tail'][i, : end - first], LOGITS)
+      first = int(in_range(at, f'{AT}logits_from', given(at, case, f'{AT}logits_from', (), whole=True), 0, end))
+      tail = row_of(at, case, f'{AT}logits_tail', (len(spans), i), end - first)
+      yield compare(f'{AT}logits_tail[{i}]', out.logits[i, first:end], tail, LOGITS)
 
 
-def compare_gradients(model: ModelConfig, case: dict[str, np.ndarray], at: str, gradients) -> Iterator[Quantity]:
-  """Gradients in checkpoint form next to the arrays `at`PARAMETER."""
+def compare_gradients(
+  model: ModelConfig, file: str | pathlib.Path, case: dict[str, np.ndarray], at: str, gradients
+) -> Iterator[Quantity]:
+  """Gradients in checkpoint form next to the arrays `at`PARAMETER of a file."""
   rules = llava_rules(model)
   for key in (k for k in case if k.startswith(at)):
     name, recorded = key.removeprefix(at), case[key]
     if name == ROW_NORMS:
       ours = jnp.linalg.norm(gradients['llama']['embedding'], axis=-1)
     else:
-      ((rule, index),) = [(r, i) for r in rules if (i := r.match(name)) is not None]
+      found = [(rule, index) for rule in rules if (index := rule.match(name)) is not None]
       leaf = gradients
-      for step in rule.path:
-        leaf = leaf[step]
+      for step in found[0][0].path if found else ():
+        leaf = leaf.get(step, {})
+      if not found or not hasattr(leaf, 'shape') or any(i >= n for i, n in zip(found[0][1], leaf.shape)):
+        raise ConversionError(f'{file}: array {key!r} is about a parameter that the model does not have, or is not trained')
+      ((rule, index),) = found
+      recorded = given(file, case, key, rule.transform.torch_shape(leaf[index].shape))
       ours, recorded = leaf[index], rule.transform.apply(recorded, leaf[index].shape)
     yield compare(key, ours, recorded, GRADIENT, relative=True)
 
