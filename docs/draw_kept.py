@@ -61,7 +61,7 @@ def scene() -> Shown:
   folder = ROOT / 'examples' / 'digits'
   loaded = dl.load(folder, stages='dense', max_new_tokens=1, text_lengths=(32,), batch_size=1).loaded
   picture = digits.make_scene('test', np.random.default_rng(SEED)).image
-  words = [loaded.tokenizer.bos_id, IMAGE_ID, *loaded.tokenizer.encode(f'{QUESTION}\n')]
+  words = [loaded.tokenizer.bos_id, IMAGE_ID, *(token for token, _ in loaded.tokenizer.encode(f'{QUESTION}\n'))]
   base = Base(loaded.info, checkpoint.load_params(folder), {})
   setting = budgets.Setting(model=loaded.model, cut=1, average=False)
   return shown(picture, base, words, setting, BUDGETS[0])
