@@ -3,6 +3,7 @@
 Programs are compiled apart, and their times kept apart; what a call needs at most in memory is what the compiler says of it.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -50,13 +51,22 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def random_params(model: ModelConfig, run: EvalRun, dtype: Any, seed: int) -> dict[str, Any]:
-  """Parameters cut for a run: normal, of deviation 0.02, norms one."""
+  """Parameters cut for a run: normal, of deviation 0.02, norms one. Runs share the arrays that have the same place and shape."""
   whole = sharding.unboxed(abstract_params(model, methods.needs_tail(model, run.reducer)))
   shapes = jax.eval_shape(lambda p: cut_params(p, run.stages, best(jax.local_devices()[:1])), whole)
-  draw = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype), static_argnums=1)
-  keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
-  make = lambda path, x: jnp.ones(x.shape, dtype) if path[-1].key == 'scale' else draw(next(keys), x.shape)
-  return jax.tree_util.tree_map_with_path(make, shapes)
+  leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+  made = [
+    jnp.ones(leaf.shape, dtype) if path[-1].key == 'scale' else drawn(seed, number, leaf.shape, jnp.dtype(dtype))
+    for number, (path, leaf) in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(tree, made)
+
+
+@functools.cache  # dozens of runs of one model would not fit into memory, each with weights of its own
+def drawn(seed: int, number: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """The weights at one place."""
+  draw = jax.jit(lambda key: (0.02 * jax.random.normal(key, shape)).astype(dtype))  # never whole in float32
+  return draw(jax.random.fold_in(jax.random.key(seed), number))
 
 
 class NoText:
