@@ -1,5 +1,6 @@
 """Recomputes recorded cases and compares every quantity; `records/` has one file per kind of record."""
 
+import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records import compressors, instruct_predictor, kv, layers, reducers, selectors, tokenpacker
 from dynllava_jax.convert.records.base import Mismatch, Quantity, load_case
 from dynllava_jax.convert.records.bases import Record
+from dynllava_jax.convert.records.described import ENTRIES
 from dynllava_jax.convert.records.dynamic_llava import Verifier, check_case
 
 # How the record of a method is recomputed, by the method's name in `meta.json`.
@@ -39,6 +41,8 @@ LEFT = {
     (r'nocache/.*', "the authors' code without a cache judges by another predictor; compared with cached decoding instead"),
   ),
 }
+SETTINGS = ('hyper', 'configs')  # entries that every method fills in its own way
+LONGEST = 400  # characters of them that a message shows
 REFUSED = {  # records of what is known, and left out for a reason
   'kv_decoding': (
     'it is of a cache that is cut again while tokens are generated; here capacity, room for later turns and the gate count on its '
@@ -73,7 +77,9 @@ def verify_method(record: Record) -> Iterator[Quantity]:
   except Mismatch as e:
     raise ConversionError(f'{record.at}: {e}') from None
   except ConfigError as e:  # a setting that is impossible, or is on this base
-    raise ConversionError(f'{record.described}: {e}') from None
+    told = json.dumps({name: value for name, value in record.meta.items() if name not in ENTRIES or name in SETTINGS})
+    shown = told if len(told) <= LONGEST else f'{told[:LONGEST]} ...'
+    raise ConversionError(f'{record.described}: {e}; it says {shown}') from None
 
 
 def why_left(record: Record, names: Iterable[str]) -> dict[str, list[str]]:

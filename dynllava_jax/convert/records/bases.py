@@ -121,24 +121,24 @@ class Record:
 
     `named` may go on after the path with a remark. Leading parts, of the place where it was recorded, need not be there.
     """
-    path = named.split(' ')[0]
-    try:
-      return self._existing(path)
-    except (OSError, ValueError) as e:  # no file can have such a name
-      raise ConversionError(f'{self.described}: names {named[:80]!r}: {getattr(e, "strerror", e)}') from None
+    for path in dict.fromkeys((named, named.split(' ')[0])):
+      try:
+        found = self._existing(path)
+      except (OSError, ValueError) as e:  # no file can have such a name
+        raise ConversionError(f'{self.described}: names {named[:80]!r}: {getattr(e, "strerror", e)}') from None
+      if found is not None:
+        return found
+    hint = f'looked below {self.bases} too' if self.bases else 'give the folder of the base models with --bases'
+    raise ConversionError(f'{self.described}: names {named!r}, and there is no such folder beside the record; {hint}')
 
-  def _existing(self, path: str) -> pathlib.Path:
+  def _existing(self, path: str) -> pathlib.Path | None:
     if path and (found := self.folder / path).exists():
       return found
     parts = [p for p in pathlib.PurePosixPath(path).parts if p not in ('..', '/')]
     shortest = 2 if parts[-1:] == ['checkpoint'] else 1  # every base has one
     places = [*([self.bases, self.bases / 'methods'] if self.bases else []), self.folder.parent, self.folder.parent.parent]
-    for first in range(max(len(parts) - shortest, 0) + 1):
-      for place in places if parts else ():
-        if (found := place.joinpath(*parts[first:])).exists():
-          return found
-    hint = f'looked below {self.bases} too' if self.bases else 'give the folder of the base models with --bases'
-    raise ConversionError(f'{self.described}: names {path!r}, and there is no such folder beside the record; {hint}')
+    tried = (place.joinpath(*parts[i:]) for i in range(max(len(parts) - shortest, 0) + 1) for place in places if parts)
+    return next((found for found in tried if found.exists()), None)
 
   def base(self, named: str, vision: str | None = None) -> Base:
     """The model called so, a checkpoint folder or one with `checkpoint/` and `case.npz`; `vision` is another tower's folder."""

@@ -51,15 +51,13 @@ def question(record: Record, base: Base, name: str) -> np.ndarray | None:
 
 
 def decoded(record: Record, group: str, run: Run) -> int:
-  """How many tokens a run decodes: as many as were recorded, one if none were. ConversionError if logits are for another number."""
+  """How many tokens a run decodes: as many as were recorded, one if none were. ConversionError for logits without tokens."""
   at = f'{group}/{run.prefix}'
   if f'{at}tokens' not in record.case:
     if f'{at}decode_logits' in record.case:
       record.array(f'{at}tokens')
     return 1
-  steps = record.steps(f'{at}tokens')
-  record.given(f'{at}decode_logits', (steps, None))
-  return steps
+  return record.steps(f'{at}tokens')
 
 
 def neighbours(sample: Sample) -> list[Sample]:

@@ -134,7 +134,9 @@ def compare_prompt(record: Record, at: str, where: str, result: dict[str, np.nda
       ours = ours[:steps].reshape(-1)
     yield compare(f'{where}{at}{name}', ours, recorded, EXACT if name in CHOICES else LOGITS)
   recorded = record.array(f'{at}prefill_logits')
-  ours = tail(result['prefill_logits'][0, :real], recorded[0])[None] if recorded.ndim > 1 else result['prefill_logits']
+  ours = result['prefill_logits'][:, :real]
+  if recorded.shape[:1] == (1,):
+    ours = tail(ours[0], recorded[0])[None]
   yield compare(f'{where}{at}prefill_logits', ours, recorded, LOGITS)
 
 
