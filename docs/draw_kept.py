@@ -9,6 +9,7 @@ U.S. Navy, in the public domain; matplotlib brings it along.
 """
 
 import dataclasses
+import functools
 import io
 import pathlib
 import sys
@@ -111,7 +112,7 @@ def look(of: Shown, run: dict[str, Any]) -> Looked:
   """Runs a prompt and reads off what is left of its picture."""
   typed = from_config_dict(EvalRun, run)
   runner = Runner(of.setting.model, of.base.params, typed.stages, typed.reducer)
-  apply = lambda *args, method: runner.model.apply({'params': runner.params}, *args, method=method)
+  apply = lambda *args, method: jax.jit(functools.partial(runner.model.apply, method=method))({'params': runner.params}, *args)
   text = of.setting.model.clip_text
   question = question_segments([of.sample.question], text.num_positions) if text else None
   reduced = apply(of.sample.pixels[None], question, method='reduce_images')

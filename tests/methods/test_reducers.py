@@ -325,7 +325,7 @@ def test_the_list_names_every_piece_with_its_options():
   'change, message',
   [
     (dict(method='fastervln'), "nothing here recomputes records of 'fastervln'; known are .*fastervlm"),
-    (dict(method=3), '"method" is 3, expected the name of a method'),
+    (dict(method=3), 'meta.json: method is 3, expected a name'),
     (dict(hyper={}), 'meta.json: hyper/visual_token_num is missing'),
     (dict(base_model='nowhere'), "names 'nowhere', and there is no such folder beside the record; give .* with --bases"),
     (dict(base_model={}), 'base_model/language_model_and_projector is missing'),
