@@ -18,7 +18,7 @@ from dynllava_jax.config import IMAGE_ID
 from dynllava_jax.convert.plan import assign
 from dynllava_jax.convert.readers import ConversionError, Tensor, read_json
 from dynllava_jax.convert.records.base import given, in_range, load_case, token_ids
-from dynllava_jax.convert.records.described import ANY, GROUP, NAME, TEXT, WHOLES, Kind, check_entries, read
+from dynllava_jax.convert.records.described import ANY, GROUP, NAME, TEXT, WHOLES, Kind, check_entries, entries, read
 from dynllava_jax.convert.source import Request, open_source
 
 PIXELS, IDS, QUESTION = 'pixel_values', 'input_ids', 'text_ids'
@@ -129,7 +129,8 @@ class Record:
       if found is not None:
         return found
     hint = f'looked below {self.bases} too' if self.bases else 'give the folder of the base models with --bases'
-    raise ConversionError(f'{self.described}: names {named!r}, and there is no such folder beside the record; {hint}')
+    where = next(('/'.join(keys) + ' ' for keys, value in entries(self.meta) if value == named), '')
+    raise ConversionError(f'{self.described}: {where}names {named!r}, and there is no such folder beside the record; {hint}')
 
   def _existing(self, path: str) -> pathlib.Path | None:
     if path and (found := self.folder / path).exists():
@@ -262,7 +263,9 @@ def samples(record: Record, base: Base, described: str) -> dict[str, Sample]:
     if (sample.pixels is None) != (IMAGE_ID not in sample.ids):
       raise ConversionError(f'{record.described}: prompt {name} has {IMAGE_ID} for an image and no pixels, or the other way round')
   if not found:
-    raise ConversionError(f'{record.described}: no prompt found in {described!r}, nor arrays NAME/{IDS} in case.npz')
+    raise ConversionError(
+      f'{record.described}: base_model/inputs names no prompt ({described!r}), and case.npz has no arrays NAME/{IDS}'
+    )
   return found
 
 

@@ -60,7 +60,9 @@ def decoded_groups(record: Record, needed: bool = True) -> dict[tuple[str, str],
   for base, config, prompt in decoded(record):
     found.setdefault((base, config), []).append(Group(base, config, prompt))
   if not found and needed:
-    raise ConversionError(f'{record.at}: no group BASE/CONFIG/PROMPT/tokens; expected a record of {record.method}')
+    raise ConversionError(
+      f'{record.at}: no group BASE/CONFIG/PROMPT/tokens, BASE one of base_models of meta.json; expected a record of {record.method}'
+    )
   return found
 
 
@@ -87,6 +89,8 @@ def decoded(record: Record) -> list[tuple[str, str, str]]:
 
 def base_of(record: Record, name: str) -> Base:
   """The base model that the record calls `name`."""
+  if not name and 'base_model' not in record.meta:
+    raise ConversionError(f'{record.described}: base_models has no base of the recorded groups, and there is no base_model')
   return record.base(record.setting(*(('base_models', name) if name else ('base_model',)), kind=NAME))
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dynllava_jax.convert.inputs import ConversionError
@@ -56,6 +56,14 @@ def read(at: pathlib.Path, name: str, value: Any, kind: Kind) -> Any:
     shown = repr(value)
     raise ConversionError(f'{at}: {name} is {shown if len(shown) < 80 else shown[:70] + " ..."}, expected {kind.name}')
   return tuple(value) if isinstance(value, list) else value
+
+
+def entries(group: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+  """Every entry of a group and of the groups in it: (names from the outermost on, value)."""
+  for name, value in group.items():
+    yield (*at, name), value
+    if isinstance(value, dict):
+      yield from entries(value, (*at, name))
 
 
 def check_entries(at: pathlib.Path, meta: dict[str, Any]) -> None:
