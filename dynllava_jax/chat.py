@@ -187,6 +187,8 @@ def main(_) -> None:
   with command_line.readable_errors():
     if CHECKPOINT.value is None:
       raise ConfigError('--checkpoint is missing')
+    if sys.stdin is None:
+      raise ConfigError('standard input is closed; a conversation reads what is said from it')
     import dynllava_jax as dl
     from dynllava_jax import api
 
