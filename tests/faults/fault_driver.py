@@ -289,7 +289,7 @@ def _starved(nursery, program, tally, place, expected, how, room=None):
     tally.add('lost', f'{place.name}: {differences(expected, found)}, after {done.text}')
 
 
-def start_twice(nursery, program, tally, folder, expected, events, times=3):
+def start_twice(nursery, program, tally, folder, expected, events, times=2):
   """Stops a command somewhere in its work and starts it once more; then the first goes on."""
   rng = random.Random(0)
   for number in range(times):

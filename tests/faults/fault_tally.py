@@ -10,12 +10,12 @@ MOST_LINES = 16  # of an error that lists files
 KILLED, TWICE, FULL = 'killed at any moment', 'started twice', 'the disk is full'  # rows of all programs
 # Kills that hit and files damaged in a whole run, at least.
 LEAST = {
-  'Training': (32, 75),
+  'Training': (24, 75),
   'Evaluation': (30, 90),
-  'Preparation': (50, 150),
+  'Preparation': (66, 150),
   'Conversion': (30, 50),
   'Export': (30, 50),
-  'Object stores': (28, 30),
+  'Object stores': (20, 30),
 }
 
 

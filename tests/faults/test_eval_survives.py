@@ -39,7 +39,7 @@ def whole(nursery, evaluation, tmp_path_factory):
 
 
 def test_killed_evaluations(nursery, evaluation, whole, tmp_path):
-  kill_all_along(nursery, evaluation, EVALUATION, tmp_path, whole, 30)
+  kill_all_along(nursery, evaluation, EVALUATION, tmp_path, whole, 30, each=6)
 
 
 def test_damaged_results(nursery, evaluation, whole, tmp_path):
@@ -89,7 +89,7 @@ def test_damaged_checkpoints(nursery, tiny, checkpoints, whole, tmp_path):
 
 
 def test_full_disks(nursery, evaluation, whole, tmp_path):
-  starve(nursery, evaluation, EVALUATION, tmp_path, evaluated(whole[0]), (0, 300, 3000, 10_000), (8, 60))
+  starve(nursery, evaluation, EVALUATION, tmp_path, evaluated(whole[0]), (0, 3000, 10_000), (60,))
 
 
 def test_two_at_once(nursery, evaluation, whole, tmp_path):

@@ -128,7 +128,7 @@ def test_a_wrong_end_is_silent_and_an_early_one_lost(tmp_path):
   with pytest.raises(AssertionError, match='lost: chain 1'):
     tally.report()
   tally.wrong.clear()
-  with pytest.raises(AssertionError, match='expected 32 and 75 at least'):
+  with pytest.raises(AssertionError, match='expected 24 and 75 at least'):
     tally.report()
 
 

@@ -36,7 +36,7 @@ def whole(nursery, source, tmp_path_factory):
 
 
 def test_killed_preparations(nursery, source, whole, tmp_path):
-  kill_all_along(nursery, preparation(source), PREPARATION, tmp_path, whole, 50)
+  kill_all_along(nursery, preparation(source), PREPARATION, tmp_path, whole, 66)
 
 
 def test_damaged_sources(nursery, source, tmp_path, whole):

@@ -75,7 +75,7 @@ def test_training(nursery, there, tmp_path):
   training = dataclasses.replace(fault_programs.training(tiny_config(tmp_path / 'config')), result=of_run)
   program = there.program(training, whole_steps)
   whole = undisturbed(nursery, program, tmp_path)
-  kill_all_along(nursery, program, STORES, tmp_path, whole, 6, each=3, period=0.2)
+  kill_all_along(nursery, program, STORES, tmp_path, whole, 4, each=4, period=0.2)
   start_twice(nursery, program, STORES, tmp_path, program.result(whole[0]), whole[1].events, times=1)
   here = shutil.copytree(there.fetched(whole[0]), tmp_path / 'here')
   plain = lambda name: () if name.startswith(('tensorboard', 'evals', 'metrics', 'config.json')) else OBJECTS
@@ -91,7 +91,7 @@ def test_evaluation(nursery, there, tmp_path):
   assert done.code == 0, done.text
   program = there.program(fault_programs.evaluation(config, there.url(run / 'checkpoints')), fault_programs.answered)
   whole = undisturbed(nursery, program, tmp_path)
-  kill_all_along(nursery, program, STORES, tmp_path, whole, 5, each=3, period=0.2)
+  kill_all_along(nursery, program, STORES, tmp_path, whole, 3, each=3, period=0.2)
   start_twice(nursery, program, STORES, tmp_path, program.result(whole[0]), whole[1].events, times=1)
   here = shutil.copytree(there.fetched(whole[0]), tmp_path / 'here')
   files = files_of(here, OBJECTS, lambda name: None if name.startswith('answers/') else ())
@@ -106,7 +106,7 @@ def test_preparation(nursery, there, tmp_path):
   # Where the source lies is written down; that it lies in a store is all that matters here.
   program = there.program(fault_programs.preparation(there.url(source)))
   whole = undisturbed(nursery, program, tmp_path)
-  kill_all_along(nursery, program, STORES, tmp_path, whole, 12, each=4, period=0.2)
+  kill_all_along(nursery, program, STORES, tmp_path, whole, 9, each=5, period=0.2)
   start_twice(nursery, program, STORES, tmp_path, program.result(whole[0]), whole[1].events, times=1)
   here = shutil.copytree(there.fetched(whole[0]), tmp_path / 'here')
   command = lambda folder: ('-m', 'dynllava_jax.data.verify', f'--path={there.url(folder)}', '--processes=1')
@@ -119,11 +119,11 @@ def test_preparation(nursery, there, tmp_path):
 def test_conversion_and_export(nursery, there, tmp_path):
   conversion = there.program(fault_programs.conversion())
   whole = undisturbed(nursery, conversion, tmp_path / 'c')
-  kill_all_along(nursery, conversion, STORES, tmp_path / 'c', whole, 3, each=3)
+  kill_all_along(nursery, conversion, STORES, tmp_path / 'c', whole, 2, each=2)
   start_twice(nursery, conversion, STORES, tmp_path / 'c', conversion.result(whole[0]), whole[1].events, times=1)
   export = there.program(fault_programs.export(there.url(whole[0])))
   written = undisturbed(nursery, export, tmp_path / 'e')
-  kill_all_along(nursery, export, STORES, tmp_path / 'e', written, 3, each=3)
+  kill_all_along(nursery, export, STORES, tmp_path / 'e', written, 2, each=2)
   here = shutil.copytree(there.fetched(whole[0]), tmp_path / 'here')
   command = lambda folder: fault_programs.export(there.url(folder)).words(folder.parent / 'dst')
   names = lambda name: (name, 'integrity.json') if name.startswith('0/') else (name,)

@@ -38,7 +38,7 @@ def whole(nursery, training, tmp_path_factory):
 
 
 def test_killed_runs(nursery, training, whole, tmp_path):
-  kill_all_along(nursery, training, TRAINING, tmp_path, whole, 32)
+  kill_all_along(nursery, training, TRAINING, tmp_path, whole, 24, each=6)
 
 
 def test_damaged_files(nursery, training, whole, tmp_path):
@@ -63,7 +63,7 @@ def test_damaged_files(nursery, training, whole, tmp_path):
 
 
 def test_full_disks(nursery, training, whole, tmp_path):
-  starve(nursery, training, TRAINING, tmp_path, trained(whole[0]), (0, 100, 700, 4000, 12_000), (8, 200, 500))
+  starve(nursery, training, TRAINING, tmp_path, trained(whole[0]), (0, 700, 12_000), (8, 500))
 
 
 def test_two_at_once(nursery, training, whole, tmp_path):
