@@ -153,7 +153,11 @@ def _checked_local(text: str, where: str) -> str:
   except RuntimeError:
     who = 'this user has no home folder' if text.split('/')[0] == '~' else 'there is no such user'
     raise PathError(f'{where}: {text}: {who}; write ./~name for a folder of that name') from None
-  _check_length(pathlib.Path(os.path.abspath(path)), text, where)
+  try:
+    whole = os.path.abspath(path)
+  except FileNotFoundError:
+    raise PathError(f'{where}: {text}: the current folder was removed; go to another one') from None
+  _check_length(pathlib.Path(whole), text, where)
   return os.path.realpath(path) if '..' in path.parts else str(path)  # tensorstore, and so Orbax, takes no `..`
 
 

@@ -62,6 +62,15 @@ def test_two_dots_are_resolved_as_the_system_does(monkeypatch, tmp_path):
     assert paths.given(text, '-') == tmp_path / place
 
 
+def test_a_current_folder_that_is_gone(monkeypatch, tmp_path):
+  (tmp_path / 'gone').mkdir()
+  monkeypatch.chdir(tmp_path / 'gone')
+  (tmp_path / 'gone').rmdir()
+  with pytest.raises(paths.PathError, match='--out: x: the current folder was removed'):
+    paths.given('x', '--out')
+  assert paths.given('/x', '--out') == pathlib.Path('/x')
+
+
 def test_a_user_without_a_home_and_a_cache_in_a_place_that_cannot_be(monkeypatch):
   monkeypatch.delenv(paths.CACHE, raising=False)
   with monkeypatch.context() as patch:
