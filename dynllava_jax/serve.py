@@ -12,6 +12,7 @@ from absl import flags
 
 from dynllava_jax import command_line
 from dynllava_jax.config import ConfigError
+from dynllava_jax.files import decoded, read_regular
 
 CHECKPOINT = command_line.define_path('checkpoint', None, 'Checkpoint directory, or one step in it.')
 HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0 for all of this machine.')
@@ -35,6 +36,8 @@ MAX_PIXELS = flags.DEFINE_integer('max_pixels', 2**25, 'Largest picture.', lower
 QUEUE = flags.DEFINE_integer('queue', 256, 'Requests that may wait for each way; further ones are refused with 429.', lower_bound=1)
 TIMEOUT = flags.DEFINE_float('timeout', 300.0, 'Seconds after which an answer is given up.', lower_bound=0.001)
 DRAIN = flags.DEFINE_float('drain', 60.0, 'Seconds for what is being answered once SIGTERM came.', lower_bound=0.0)
+
+LARGEST_KEYS = 2**20  # bytes of their file
 
 
 def main(_) -> None:
@@ -83,7 +86,12 @@ def _keys() -> list[str]:
   """The clients' keys; ConfigError for a file without any, which would let everybody in."""
   if API_KEYS.value is None:
     return []
-  keys = [line.strip() for line in command_line.read(API_KEYS).read_text().splitlines() if line.strip()]
+  try:
+    text = decoded(read_regular(command_line.read(API_KEYS), LARGEST_KEYS))
+  except (OSError, UnicodeDecodeError) as e:
+    why = e.strerror if isinstance(e, OSError) else 'it is no text'
+    raise ConfigError(f'--api_keys={API_KEYS.value}: cannot be read ({why}); expected keys, one a line') from None
+  keys = [line.strip() for line in text.splitlines() if line.strip()]
   if not keys:
     raise ConfigError(f'--api_keys={API_KEYS.value}: holds no key, expected one a line')
   return keys

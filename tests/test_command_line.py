@@ -179,6 +179,25 @@ def test_what_is_null_in_a_config_file_is_set_there(tmp_path, monkeypatch):
   )
 
 
+def test_keys_of_clients_in_a_file_of_another_kind(tmp_path):
+  """Each is refused before jax starts: one that never ends, no text, a folder, none in it."""
+  os.mkfifo(tmp_path / 'pipe')
+  (tmp_path / 'binary').write_bytes(bytes(range(256)))
+  (tmp_path / 'empty').write_text('\n')
+  expected = {
+    'pipe': 'no regular file',
+    'binary': 'it is no text',
+    '.': 'no regular file',
+    'empty': 'holds no key',
+    'none': 'No such',
+  }
+  words = [sys.executable, '-m', 'dynllava_jax.serve', '--checkpoint=x']
+  started = [subprocess.Popen([*words, f'--api_keys={tmp_path / n}'], cwd=ROOT, stderr=-1, text=True) for n in expected]
+  for process, why in zip(started, expected.values()):
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and err.count('\n') == 1 and err.startswith('error: --api_keys=') and why in err, err
+
+
 def test_what_is_printed_arrives_or_one_line_says_why(tmp_path):
   """In an encoding without the letters, onto a full disk, to a reader that has seen enough, to nobody; at the end or at once."""
   read, broken = os.pipe()

@@ -1,12 +1,14 @@
 """What devices can do, from their makers' data sheets, and how far programs come short of it where that was measured."""
 
 import dataclasses
-import json
+import itertools
 import pathlib
 import statistics
 from collections.abc import Mapping
 
 from dynllava_jax.config import ConfigError
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals.reading import read_objects
 from dynllava_jax.training.throughput import peak_flops
 
 # Bytes per second of a device's memory, by how `device_kind` begins; the makers' data sheets.
@@ -96,18 +98,20 @@ def calibrated(hardware: Hardware, bench: pathlib.Path) -> Hardware:
   Raises:
     ConfigError: it is no such file, or was measured on another device.
   """
-  try:
-    result = json.loads(bench.read_text())
-    rows, device, limits = result['rows'], result['machine']['device'], result['machine']['limits']
-    factors = {part: [r['seconds'][1] / r['least_seconds'] for r in rows if r['part'] == part] for part in NO_CALIBRATION}
-  except (ValueError, KeyError, TypeError, ZeroDivisionError):
-    raise ConfigError(f'--bench={bench}: not what `python -m dynllava_jax.bench` writes; give its bench.json') from None
   wanted = hardware.name.partition('-')[0]
   known = wanted in DEVICES
-  if known and name_of(device) != wanted:
+  try:
+    result = read_objects(bench)
+    rows, device, limits = result['rows'], result['machine']['device'], result['machine']['limits']
+    factors = {part: [r['seconds'][1] / r['least_seconds'] for r in rows if r['part'] == part] for part in NO_CALIBRATION}
+    limits, found = hardware.limits if known else Limits(**limits), name_of(device)
+    if not all(f > 0 for f in (limits.flops, limits.bandwidth, *itertools.chain(*factors.values()))):
+      raise ValueError('rates and times are above zero')
+  except (OSError, DataError, ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError):
+    raise ConfigError(f'--bench={bench}: not what `python -m dynllava_jax.bench` writes; give its bench.json') from None
+  if known and found != wanted:
     raise ConfigError(f'--bench={bench}: measured on {device}, and the target is {hardware.name}; leave it out, or measure there')
-  found = {part: statistics.median(f) for part, f in factors.items() if f}
-  limits = hardware.limits if known else Limits(**limits)
+  medians = {part: statistics.median(f) for part, f in factors.items() if f}
   return dataclasses.replace(
-    hardware, limits=limits, factors=NO_CALIBRATION | found, source=f'calibrated by {bench.name}, measured on {device}'
+    hardware, limits=limits, factors=NO_CALIBRATION | medians, source=f'calibrated by {bench.name}, measured on {device}'
   )

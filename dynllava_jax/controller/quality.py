@@ -4,11 +4,12 @@ A setting that was not measured itself is taken to be at least as good as a meas
 Nothing is guessed: of a setting sparser than all that were measured the quality is not known.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 
 from dynllava_jax.config import ConfigError
+from dynllava_jax.data.samples import DataError
+from dynllava_jax.evals.reading import read_objects
 
 AGREEMENT = 'token_agreement'
 
@@ -33,7 +34,7 @@ def read_quality(path: pathlib.Path, selector: str) -> Quality:
   Agreement with the reference's answers is taken where it was measured, the score divided by the reference's else.
   """
   try:
-    result = json.loads(path.read_text())
+    result = read_objects(path)
     rows, stages = result['runs'], result['stages']
     reference = rows[result['reference']]
     points, agreed = [], all('agreement' in r for r in rows.values())
@@ -43,7 +44,7 @@ def read_quality(path: pathlib.Path, selector: str) -> Quality:
         continue
       value = row['agreement'][AGREEMENT] / 100 if agreed else row['score'] / reference['score']
       points.append((min(s[0] for s in shares), min(s[1] for s in shares), value))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+  except (OSError, DataError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError):
     raise ConfigError(
       f'--results={path}: not what eval.py writes, or without scores; give the results.json of an evaluation'
     ) from None

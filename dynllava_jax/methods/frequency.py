@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
-import pathlib
+import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynllava_jax import paths, remote
 from dynllava_jax.config import ConfigError
 from dynllava_jax.config.parsing import require
+from dynllava_jax.files import read_regular
 from dynllava_jax.methods.gate import Fed, Gate, GateOptions, GateState
+
+LARGEST = 2**26  # bytes of a table, of vocabularies a hundred times as large as any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +33,9 @@ class Options(GateOptions):
 def read(path: str) -> np.ndarray:
   """int64[V] counts; ConfigError for a file that has none."""
   try:
-    counts = np.load(pathlib.Path(path), allow_pickle=False)
-  except (OSError, ValueError, EOFError) as e:
+    content = io.BytesIO(read_regular(remote.fetched(paths.given(path, 'table')), LARGEST))
+    counts = np.lib.format.read_array(content, allow_pickle=False)
+  except Exception as e:  # numpy and tokenize each have their own
     raise ConfigError(f'table: {path}: {e}; data preparation writes one, token_counts.npy') from None
   require(
     counts.ndim == 1 and np.issubdtype(counts.dtype, np.integer) and counts.size and counts.min() >= 0 and counts.sum() > 0,

@@ -1,6 +1,7 @@
 """The offline search: targets read strictly, costs that agree with the compiler's bytes, choices that can be explained."""
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -122,6 +123,25 @@ def test_calibration_by_a_benchmark(tmp_path):
   assert place.factors == dict(prefill=1.25, decode=2.0, uncached=1.0) and 'measured on TPU v5e' in place.source
   with pytest.raises(ConfigError, match='measured on TPU v5e, and the target is v5p'):
     calibrated(of_name('v5p'), tmp_path / 'bench.json')
+
+
+OTHERS = ('', 'text', '[]', '[' * 10**5, '{"rows": 3, "runs": 3}', '{"runs": {"a": []}, "stages": {"a": [3]}, "reference": "a"}')
+ROWS = ([{'part': 'decode', 'seconds': []}], [{'part': 'decode', 'seconds': [0, -1.0], 'least_seconds': 2.0}], 3)
+
+
+def test_files_of_another_kind_are_named(tmp_path):
+  odd = tmp_path / 'odd.json'
+  benches = (json.dumps({'machine': {'device': device, 'limits': {}}, 'rows': rows}) for rows in ROWS for device in ('TPU v5e', 3))
+  for content in (*OTHERS, *benches):
+    odd.write_text(content)
+    for read in (lambda: calibrated(of_name('v5e'), odd), lambda: read_quality(odd, 'dynamic')):
+      with pytest.raises(ConfigError, match='odd.json: not what .* give'):
+        read()
+  odd.unlink()
+  os.mkfifo(odd)
+  for read in (lambda: calibrated(of_name('v5e'), odd), lambda: read_quality(odd, 'dynamic')):
+    with pytest.raises(ConfigError, match='odd.json: not what'):
+      read()
 
 
 def test_the_program_writes_a_config_that_eval_takes(tmp_path):

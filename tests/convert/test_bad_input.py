@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointError
+from dynllava_jax.config import ConfigError
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.plan import assign
 from dynllava_jax.convert.readers import ConversionError, file_tensors
 from dynllava_jax.convert.records.base import load_case
 from dynllava_jax.convert.source import Request, open_source
+from dynllava_jax.data.saved_batch import load_batch
+from dynllava_jax.methods import frequency
 
 
 @pytest.fixture
@@ -124,6 +128,24 @@ def test_truncated_case_file(tmp_path):
   (tmp_path / 'case.npz').write_bytes(content[: len(content) // 2])
   with pytest.raises(ConversionError, match='not a readable case file'):
     load_case(tmp_path / 'case.npz')
+
+
+HEADERS = ("{'descr': '<i8', 'fortran_order': False, 'shape': (5", """'''""", "{'descr': ('a',), 'shape': (5,)}", '[')
+
+
+@pytest.mark.parametrize('header', HEADERS)
+def test_damaged_headers_of_arrays(header, tmp_path):
+  """numpy lets through what tokenize and others say of them."""
+  array = b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header.encode() + bytes(40)
+  with zipfile.ZipFile(tmp_path / 'case.npz', 'w') as file:
+    file.writestr('a.npy', array)
+  with pytest.raises(ConversionError, match='not a readable case file'):
+    load_case(tmp_path / 'case.npz')
+  with pytest.raises(ConfigError, match='cannot be read as a batch'):
+    load_batch(tmp_path / 'case.npz')
+  (tmp_path / 'counts.npy').write_bytes(array)
+  with pytest.raises(ConfigError, match='counts.npy.*data preparation writes one'):
+    frequency.read(str(tmp_path / 'counts.npy'))
 
 
 @pytest.fixture

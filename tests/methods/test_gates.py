@@ -1,6 +1,7 @@
 """Gates of generated text: the running share, its guard and its ties, what each scores, and the cache slots that follow from it."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +110,12 @@ def test_frequency_counts_the_context_or_reads_a_corpus(tmp_path):
     methods.frequency.read.cache_clear()
     with pytest.raises(ConfigError, match='bad.npy.* expected a count for each token id'):
       scored('frequency', [1], table=str(tmp_path / 'bad.npy'))
-  with pytest.raises(ConfigError, match='nowhere.npy.*data preparation writes one'):
-    scored('frequency', [1], table=str(tmp_path / 'nowhere.npy'))
+  np.savez(tmp_path / 'several.npz', a=np.ones(3, int))
+  (tmp_path / 'text.npy').write_text('hello')
+  os.mkfifo(tmp_path / 'pipe')
+  for name in ('nowhere.npy', 'several.npz', 'text.npy', 'pipe', '.'):
+    with pytest.raises(ConfigError, match=f'{name}.*data preparation writes one'):
+      scored('frequency', [1], table=str(tmp_path / name))
 
 
 def test_novelty_is_the_distance_to_what_is_held():
