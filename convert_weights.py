@@ -31,7 +31,12 @@ SEED = flags.DEFINE_integer('seed', 0, 'Seed of untrained projectors and predict
 EXPORT = flags.DEFINE_enum('export', None, ['llava-hf', 'llava', 'dynamic-llava', 'peft'], 'Write --src, one of ours, for PyTorch.')
 DROP_PREDICTORS = flags.DEFINE_bool('drop_predictors', False, 'Export the dense part of a model with predictors.')
 INSPECT = command_line.define_path('inspect', None, 'Only describe the checkpoint in this directory, PyTorch or ours.')
-DTYPE = flags.DEFINE_enum('dtype', 'keep', ['keep', 'float32', 'bfloat16'], 'What to store; keep is what the source has.')
+DTYPE = flags.DEFINE_enum(
+  'dtype',
+  'keep',
+  ['keep', 'float32', 'bfloat16', 'int8'],
+  "What to store; keep: what the source has, int8: the decoder's matrices.",
+)
 OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace what is at --dst, once the new checkpoint is whole.')
 NO_READBACK = flags.DEFINE_bool('no_readback', False, 'Do not read again and compare what was written.')
 VERIFY = command_line.define_path('verify', None, 'Recorded case (.npz) to recompute with the converted weights.')
@@ -59,6 +64,8 @@ def main(_) -> None:
       refuse('with --export', *ONLY_CONVERSION)
     else:
       refuse('without --export', DROP_PREDICTORS)
+      if DTYPE.value == 'int8':
+        refuse('with --dtype=int8, whose rounded weights do not give the recorded numbers', VERIFY)
       if PROJECTOR.value != 'new' and not ADD_PREDICTORS.value:
         refuse('without --projector=new or --add_predictors', SEED)
     from dynllava_jax.convert import inspection, report

@@ -3,7 +3,10 @@
     python -m dynllava_jax.bench --config=configs/bench.py:mid --out=runs/bench
     python -m dynllava_jax.bench --config=configs/bench.py:mid,methods --config.rows='(1,)' --out=runs/bench-methods
 
-The second times every method that needs no training at the published budgets instead, 192, 128 and 64 of 576 image tokens.
+    python -m dynllava_jax.bench --config=configs/bench.py:7b,int8 --out=runs/bench-int8
+
+The second times every method that needs no training at the published budgets instead, 192, 128 and 64 of 576 image tokens;
+the third dense and dynamic with their weights and caches as int8 beside them.
 
 `mid` is a model that two CPU cores can time, `7b` and `13b` are for accelerators, and `tiny` shows that it runs. Expected:
 prefill near the ideal ratio that is printed beside it from batch 2 on; decoding gains with the batch.
@@ -37,10 +40,11 @@ def training_free(model: ModelConfig) -> dict:
 
 
 def get_config(arg: str = 'mid') -> ConfigDict:
-  """`tiny`, `mid`, `7b` or `13b`; all but `tiny`, whose picture has 16 patches, also with `,methods` behind it."""
+  """`tiny`, `mid`, `7b` or `13b`, also with `,int8` behind it; with `,methods` all but `tiny`, whose picture has 16 patches."""
   name, _, mode = arg.partition(',')
-  if name not in SETTINGS or mode not in ('', 'methods') or arg == 'tiny,methods':
-    raise ValueError(f'configs/bench.py has no {arg!r}; expected one of {", ".join(SETTINGS)}, or mid, 7b or 13b with ,methods')
+  if name not in SETTINGS or mode not in ('', 'methods', 'int8') or arg == 'tiny,methods':
+    sizes = ', '.join(SETTINGS)
+    raise ValueError(f'configs/bench.py has no {arg!r}; expected one of {sizes}, with ,int8, or mid, 7b or 13b with ,methods')
   model, settings = SETTINGS[name]
   cut = 2 if model.llama.num_layers > 4 else 1
   stages = lambda **second: dict(stages=[dict(start=0), dict(start=cut, **second)])
@@ -51,4 +55,7 @@ def get_config(arg: str = 'mid') -> ConfigDict:
   )
   if mode == 'methods':
     runs = training_free(model)
+  if mode == 'int8':
+    runs.pop('fastv')
+    runs |= {f'{name}, int8': run | dict(quantization='int8') for name, run in runs.items()}
   return ConfigDict(dict(model=to_dict(model), runs=runs, engine=not mode, seed=0, **settings))

@@ -172,6 +172,13 @@ def gates_eval() -> dict:
   return evaluate() | dict(runs=evaluate()['runs'] | runs)
 
 
+def int8_eval() -> dict:
+  """Dense and dynamic, with weights, caches and both as int8."""
+  runs = {name: run for name, run in evaluate()['runs'].items() if name in ('dense', 'dynamic')}
+  forms = ('int8_weights', 'int8_cache', 'int8')
+  return evaluate() | dict(runs=runs | {f'{n}, {f}': r | dict(quantization=f) for n, r in runs.items() for f in forms})
+
+
 def evaluate() -> dict:
   runs = dict(dense=dict(stages=[dict(start=0)])) | {n: dict(stages=stages(n)) for n in ('dynamic', 'uniform', 'random')}
   runs['dynamic']['stages'][1]['text_keep_budget'] = TEXT_KEEP_RATE
@@ -203,7 +210,7 @@ def get_config(name: str = 'base') -> ConfigDict:
   """`base`, `dynamic`, `conversation`, `dynamic_lora`, `revisit`, `revisit_mlp`, `eval`, `methods` and so on."""
   configs = dict(base=base, dynamic=dynamic, conversation=conversation, dynamic_lora=dynamic_lora, eval=evaluate, methods=methods)
   configs |= dict(revisit=revisit, revisit_gumbel=revisit_gumbel, revisit_decoder=revisit_decoder, revisit_eval=revisit_eval)
-  configs |= dict(gates_eval=gates_eval)
+  configs |= dict(gates_eval=gates_eval, int8_eval=int8_eval)
   configs |= {f'revisit_{score}': functools.partial(revisit, score) for score in ('mlp', 'transformer')}
   if name not in configs:
     raise ValueError(f'configs/digits.py has no {name!r}; expected one of {", ".join(configs)}')

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dynllava_jax import arguments, checkpoint, hub, paths
+from dynllava_jax import arguments, checkpoint, costs, hub, paths
 from dynllava_jax.buckets import bucket
 from dynllava_jax.checkpoint import CheckpointInfo
-from dynllava_jax.config import DENSE, ConfigError, EvalRun, Stage, from_config_dict
+from dynllava_jax.config import DENSE, QUANTIZATIONS, ConfigError, EvalRun, Stage, from_config_dict
 from dynllava_jax.controller.ladder import Ladder
 from dynllava_jax.controller.rules import DECODE, Rules
 from dynllava_jax.controller.rungs import by_rules, rungs
@@ -45,6 +45,7 @@ def load(
   *,
   stages: Stages = None,
   dtype: str | None = None,
+  quantization: str | None = None,
   mesh: Mesh | None = None,
   max_new_tokens: int = 256,
   batch_size: int = 8,
@@ -57,6 +58,8 @@ def load(
     stages: how it is run: 'dense', 'dynamic' or a method by name, both with or without a number of image tokens ('dynamic_64',
       'fastv'), or a stage list as in configs; None is what the checkpoint was made for.
     dtype: of the computation, 'float32' or 'bfloat16'; None is bfloat16 on accelerators.
+    quantization: 'int8' holds the decoder's matrices and the cache's keys and values as int8, 'int8_weights' and 'int8_cache' one
+      of the two; None is what the checkpoint holds.
     mesh: devices that the weights are spread over; the first device if None.
     max_new_tokens: room for answers.
     batch_size: questions that are answered at once.
@@ -75,15 +78,17 @@ def load(
   for length in text_lengths:
     arguments.integer('text_lengths', length, 1, arguments.MOST_TOKENS)
   dtype = dtype_of(dtype)
-  loaded, _ = describe(path, stages)
+  loaded, _ = describe(path, stages, quantization)
   sizes = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, text_lengths=tuple(sorted(text_lengths)))
   return Model(loaded, load_weights(loaded, mesh), dtype=dtype, mesh=mesh, **sizes)
 
 
-def describe(path: str | os.PathLike, stages: Stages) -> tuple[Loaded, EvalRun]:
+def describe(path: str | os.PathLike, stages: Stages, quantization: str | None = None) -> tuple[Loaded, EvalRun]:
   """A checkpoint without its weights, and the run that `stages` means; raises as `load` does."""
   path = converted(str(path)) if hub.is_hub(str(path)) else str(path)
-  run = run_of(checkpoint.read_info(path), stages)
+  if quantization is not None and quantization not in QUANTIZATIONS:
+    raise ValueError(f'quantization: {quantization!r}, expected {", ".join(filter(None, QUANTIZATIONS))}, or None')
+  run = dataclasses.replace(run_of(checkpoint.read_info(path), stages), quantization=quantization or '')
   return load_model(stages if isinstance(stages, str) else 'model', run, path, where='stages'), run
 
 
@@ -206,7 +211,7 @@ class Model:
 
     Dense ones are cut as this one is. Raises as `load` does.
     """
-    loaded, _ = describe(self.loaded.path, stages)
+    loaded, _ = describe(self.loaded.path, stages, self.loaded.quantization)
     starts = [s.start for s in self.loaded.stages]
     if loaded.stages == DENSE and loaded.reducer is None:
       loaded = dataclasses.replace(loaded, stages=tuple(Stage(start=start) for start in starts))
@@ -310,7 +315,8 @@ class Model:
     """
     model, rules = self.loaded.model, rules or Rules()
     lists = lists or by_rules(self.loaded.stages, model, rules, phase)
-    ladder = Ladder(rungs(model, lists, self._dtype.itemsize, self.loaded.reducer), rules)
+    width = costs.number_bytes(model, self._dtype.itemsize, self.loaded.int8_cache)
+    ladder = Ladder(rungs(model, lists, width, self.loaded.reducer), rules)
     generators = {r.name: self._make_generator(self._max_new_tokens, 0, r.stages) for r in ladder.rungs}
     text_length = text_length or max(self._text_lengths)
     return Engine(Pools.on(ladder, generators, room, text_length), self.loaded.tokenizer, text_length=text_length, **engine)
@@ -353,6 +359,7 @@ class Model:
       later_tokens=later_tokens,
       dtype=self._dtype,
       reducer=self.loaded.reducer,
+      int8_cache=self.loaded.int8_cache,
     )
 
   def _check_room(self, wanted: int | None, room: int) -> None:

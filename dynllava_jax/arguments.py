@@ -17,7 +17,8 @@ from dynllava_jax.cache import Cache
 from dynllava_jax.config import ModelConfig, Stage
 from dynllava_jax.config.groups import GROUPS
 from dynllava_jax.models.clip_text import NO_SEGMENT
-from dynllava_jax.models.lora import ADAPTERS, SCALES
+from dynllava_jax.models.lora import ADAPTERS
+from dynllava_jax.models.matrices import SCALES, check_scales, is_matrix
 from dynllava_jax.models.params import abstract_params
 from dynllava_jax.sharding import unboxed
 
@@ -82,7 +83,8 @@ def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[st
   """
   expected = _shapes(cfg, 'vision_tail' in params)
   groups = list(dict.fromkeys(name.partition('/')[0] for name in expected))
-  more = (ADAPTERS, SCALES) if adapters else ()
+  rounded = any(getattr(x, 'dtype', None) == jnp.int8 for _, x in _leaves(params['llama']))
+  more = (*([ADAPTERS] if adapters else []), *([SCALES] if rounded else []))
   if strange := next((group for group in params if group not in groups and group not in more), None):
     raise ValueError(f'params: {strange} is no group of this model, expected {", ".join(groups)}; take it out, or give its cfg')
   asked = set(groups) - {name for name, group in GROUPS.items() if not group.asked(stages)}
@@ -91,7 +93,7 @@ def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[st
     group = name.partition('/')[0]
     if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
       raise ValueError(f'params: {name} is {type(leaf).__name__}, expected an array')
-    whole = group == 'llama' and SCALES in params and leaf.dtype == jnp.int8
+    whole = group == 'llama' and SCALES in params and leaf.dtype == jnp.int8 and is_matrix(name.rpartition('/')[2])
     if not jnp.issubdtype(leaf.dtype, jnp.floating) and not whole:
       raise ValueError(f'params: {name} is {leaf.dtype}, expected floating-point numbers such as float32')
     if group in more or '/stage_' in name:  # one layer by itself, as `arrangement` lays them
@@ -101,6 +103,7 @@ def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[st
     cut = int('/layers/' in name and 'layers' not in params[group])  # as many as the stage has, see `check_cut`
     if tuple(leaf.shape[cut:]) != expected[name][cut:]:
       raise ValueError(f'params: {name} has shape {_sizes(leaf.shape)}, expected {_sizes(expected[name])}; is it of this cfg?')
+  check_scales(params['llama'], params.get(SCALES, {}))
   apart = any(name.startswith('llama/stage_') for name in found)
   for name, shape in expected.items():
     if name not in found and name.partition('/')[0] in asked and not (apart and name.startswith('llama/layers/')):

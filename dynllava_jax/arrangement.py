@@ -26,6 +26,7 @@ class Arrangement:
     keys, values: axes of a layer's cache, of a letter each: B batch, C slots, K kv heads, H head dim, X both: K H.
     multiple: slots of a cache are a multiple of this.
     tower: how the vision tower attends, see `ops.full_attention`.
+    int8: whether keys and values are held as int8, see `ops.int8`.
   """
 
   apart: bool
@@ -33,6 +34,7 @@ class Arrangement:
   values: str
   multiple: int = 1
   tower: str = 'xla'
+  int8: bool = False
 
   @property
   def flat(self) -> bool:
@@ -41,6 +43,7 @@ class Arrangement:
 
   def __str__(self) -> str:
     layers = 'each layer apart' if self.apart else 'layers stacked, heads side by side' if self.flat else 'layers stacked'
+    layers += ', keys and values as int8' if self.int8 else ''
     return f'weights and cache: {layers}; attention of the vision tower: {self.tower}'
 
 
@@ -48,6 +51,11 @@ STACKED = Arrangement(apart=False, keys='bckh', values='bckh')
 TILED = Arrangement(apart=False, keys='bcx', values='bcx', multiple=8, tower='flash')
 CUDA = dataclasses.replace(STACKED, tower='cudnn')
 APART = Arrangement(apart=True, keys='bkhc', values='bkch')
+
+
+def with_int8_cache(lies: Arrangement) -> Arrangement:
+  """The same with keys and values as int8, of which a TPU's tiles hold 32 slots."""
+  return dataclasses.replace(lies, int8=True, multiple=32 if lies.flat else lies.multiple)
 
 
 def best(devices: Iterable[jax.Device]) -> Arrangement:
@@ -85,14 +93,14 @@ def layer_names(starts: Sequence[int], num_layers: int) -> list[str]:
 
 
 def joined_projections(layer: dict[str, Any]) -> dict[str, Any]:
-  """A layer's weights with q, k and v, [N, D, H] and [K, D, H], as one matrix `qkv` [D, (N + 2 K) H]."""
-  flat = lambda w: w.transpose(1, 0, 2).reshape(w.shape[1], -1)
+  """A layer's weights with q, k and v, [N, D, H] and [K, D, H], as one matrix `qkv` [D, (N + 2 K) H]; or scales [N, H] as [X]."""
+  flat = lambda w: w.transpose(1, 0, 2).reshape(w.shape[1], -1) if w.ndim == 3 else w.reshape(-1)
   rest = {name: w for name, w in layer.items() if name not in ('q', 'k', 'v')}
-  return rest | {'qkv': jnp.concatenate([flat(layer[name]) for name in 'qkv'], 1)}
+  return rest | {'qkv': jnp.concatenate([flat(layer[name]) for name in 'qkv'], -1)}
 
 
 def lay_apart(llama: dict[str, Any]) -> dict[str, Any]:
-  """A decoder whose layers are stacks of one layer each, `stage_0_0` and so on, as a run takes it. `llama` is consumed."""
+  """A decoder, or its scales, whose layers are stacks of one each (`stage_0_0`), as a run takes it. `llama` is consumed."""
   return {name: _from_stack(llama.pop(name)) if name.startswith('stage_') else llama[name] for name in list(llama)}
 
 

@@ -22,6 +22,7 @@ IMAGES = command_line.define_path('images', None, 'Folder of the pictures; that 
 OUT = command_line.define_path('out', None, 'Answer file to write, .jsonl.')
 STAGES = flags.DEFINE_string('stages', None, "How it is run: dense, dynamic, a method, or a JSON list; the checkpoint's own.")
 DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the computation; bfloat16 on accelerators if not given.')
+QUANTIZATION = command_line.define_quantization()
 SLOTS = flags.DEFINE_integer('slots', 16, 'Questions that each engine answers at once.', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 8, 'Tokens per dispatch.', lower_bound=1)
 TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that hold the weights together; each group is an engine.', lower_bound=1)
@@ -97,7 +98,7 @@ def _run(out: pathlib.Path, stages) -> None:
   meshes = batch.meshes(devices, TENSOR.value)
   hosts, host = jax.process_count(), jax.process_index()
   sizes = dict(max_new_tokens=MAX_NEW_TOKENS.value, text_lengths=tuple(sorted(set(TEXT_LENGTHS.value))), batch_size=SLOTS.value)
-  loaded, run = api.describe(command_line.path(CHECKPOINT), stages)
+  loaded, run = api.describe(command_line.path(CHECKPOINT), stages, QUANTIZATION.value)
   layout = Layout(loaded, questions, sizes['text_lengths'], SEED.value, '--text_lengths') if questions else None
   dtype = api.dtype_of(DTYPE.value)
   cfg = EvalConfig(runs={'batch': run}, benchmark='questions', dtype=dtype, seed=SEED.value, mesh=MeshConfig(), **sizes)
@@ -113,7 +114,8 @@ def _run(out: pathlib.Path, stages) -> None:
     if store.rows:
       console.print(f'{len(store.rows)} answers are there already')
     if left:
-      first = api.load(command_line.path(CHECKPOINT), stages=stages, dtype=dtype, mesh=meshes[0], **sizes)
+      sizes |= dict(dtype=dtype, quantization=QUANTIZATION.value, mesh=meshes[0])
+      first = api.load(command_line.path(CHECKPOINT), stages=stages, **sizes)
       models = [first, *(first.on(mesh) for mesh in meshes[1 : len(left)])]
       engine = dict(text_length=max(layout.bucket[i] for i in left), slots=SLOTS.value, steps=STEPS.value)
       engines = [Engine(model.generator, loaded.tokenizer, **engine) for model in models]

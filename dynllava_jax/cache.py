@@ -14,14 +14,17 @@ counted in `evicted`. Counting tokens rather than free slots makes the rule inde
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dynllava_jax.arrangement import STACKED, Arrangement
+from dynllava_jax.ops.int8 import SCALE_AXES, Int8, quantised, restored
 
-Layers = jax.Array | tuple[jax.Array, ...]  # of a stage: one stack of all layers, or an array for each
+Held = jax.Array | Int8
+Layers = Held | tuple[Held, ...]  # of a stage: one stack of all layers, or an array for each
 
 NEVER_EVICTED = jnp.inf  # margin of prompt tokens
 
@@ -67,7 +70,7 @@ class StageCache:
     first: int32[L, B], where a layer's visible slots begin, if layers hold different numbers of a prompt's tokens; None for 0.
     gated: whether generated tokens are judged. Static.
     budget: generated tokens a row may hold. Static.
-    arrangement: how k and v lie. Static.
+    arrangement: how k and v lie, and whether they are `ops.int8.Int8`. Static.
     candidates: the image tokens where generated tokens choose among them; k and v then hold text alone. None otherwise.
     recent: int32[B, W], slots of the newest W generated tokens, which are judged later: that of number n at n % W; None for W = 0.
   """
@@ -141,9 +144,7 @@ def with_room(k: jax.Array, v: jax.Array, room: int, arrangement: Arrangement) -
   """A layer's keys and values float[B, S, K, H] of a prompt, as its cache has them, with at least `room` more slots."""
   room += -(k.shape[1] + room) % arrangement.multiple
 
-  def lie(x: jax.Array, axes: str) -> jax.Array:
-    return jnp.pad(_lying(x, axes), [(0, room * (a == 'c')) for a in axes])
-
+  lie = lambda x, axes: each(lambda axes, x: _widened(x, axes, room), axes, lying(x, axes, arrangement))
   return lie(k, arrangement.keys), lie(v, arrangement.values)
 
 
@@ -163,7 +164,8 @@ def from_prompt(
 ) -> StageCache:
   """A cache that holds a prompt's keys and values, as `with_room` makes them with `room_behind`; the rest as in `StageCache`."""
   budget = generated_budget(gated, text_keep_budget, spec)
-  batch, slots = (k[0].shape[arrangement.keys.index(axis)] for axis in 'bc')
+  axes = arrangement.keys
+  batch, slots = (jax.tree.leaves(k)[0].shape[axes.index(axis) - len(axes)] for axis in 'bc')
   return StageCache(
     k=k,
     v=v,
@@ -191,10 +193,10 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
     return None if old is None else old.at[*before, at].set(rows.astype(old.dtype), mode='drop', unique_indices=True)
 
   def put_layers(old: Layers, rows: Layers, lies: Arrangement, axes: str, more: int) -> Layers:
-    wide = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - len(axes)) + [(0, more * (a == 'c')) for a in axes])
     if lies.apart:
-      return tuple(put(a, wide(b)) for a, b in zip(old, rows, strict=True))
-    return put(old, wide(rows), _layers(old, lies, 1))
+      layer = lambda axes, a, b: put(a, _widened(b, axes, more))
+      return tuple(each(layer, axes, a, b) for a, b in zip(old, rows, strict=True))
+    return each(lambda axes, a, b: put(a, _widened(b, axes, more), _layers(a, lies.flat, 1)), axes, old, rows)
 
   def put_stage(old: StageCache, rows: StageCache) -> StageCache:
     lies, more = old.arrangement, old.slots - rows.slots
@@ -216,15 +218,16 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
 
 def stacked(cache: StageCache, kv_heads: int) -> StageCache:
   """The same cache with k and v as float[L, B, C, K, H]: to look at, a copy where they lie otherwise."""
+  lies = cache.arrangement
 
   def stack(held: Layers, axes: str) -> jax.Array:
-    if cache.arrangement.flat:
-      return held.reshape(*held.shape[:-1], kv_heads, -1)
-    return jnp.stack([x.transpose([axes.index(a) for a in STACKED.keys]) for x in held])
+    if lies.apart:
+      return jnp.stack([standing(x, axes, kv_heads) for x in held])
+    return standing(held, axes, kv_heads)
 
-  if cache.arrangement.keys == STACKED.keys:
+  if lies.keys == STACKED.keys and not lies.int8:
     return cache
-  k, v = stack(cache.k, cache.arrangement.keys), stack(cache.v, cache.arrangement.values)
+  k, v = stack(cache.k, lies.keys), stack(cache.v, lies.values)
   return dataclasses.replace(cache, k=k, v=v, arrangement=STACKED)
 
 
@@ -329,25 +332,51 @@ def _written(cache: StageCache, k: Layers, v: Layers, slot: jax.Array) -> dict[s
   """New keys and values, of each layer float[B, T, K, H], in the slots int32[B, T]; slots beyond the end are dropped."""
   lies, rows = cache.arrangement, jnp.arange(slot.shape[0])[:, None]
 
-  def write(held: Layers, new: Layers, axes: str) -> Layers:
+  def put(axes: str, old: jax.Array, new: jax.Array) -> jax.Array:
     place = tuple({'b': rows, 'c': slot}.get(axis, slice(None)) for axis in axes)
-    put = lambda old, new, place: old.at[place].set(new.astype(old.dtype), mode='drop', unique_indices=True)
+    if not lies.apart:  # one scatter for all layers
+      place = _layers(old, lies.flat or axes == SCALE_AXES, 2), *place
+      new = new.reshape(*new.shape[:3], -1) if 'x' in axes else new
+    return old.at[place].set(new.astype(old.dtype), mode='drop', unique_indices=True)
+
+  def write(held: Layers, new: Layers, axes: str) -> Layers:
+    made = quantised if lies.int8 else lambda x: x
     if lies.apart:
-      return tuple(put(a, b, place) for a, b in zip(held, new, strict=True))
-    new = new.reshape(*new.shape[:3], *held.shape[3:])
-    return put(held, new, (_layers(held, lies, 2), *place))  # one scatter for all layers
+      return tuple(each(put, axes, a, made(b)) for a, b in zip(held, new, strict=True))
+    return each(put, axes, held, made(new))
 
   return {'k': write(cache.k, k, lies.keys), 'v': write(cache.v, v, lies.values)}
 
 
-def _layers(held: jax.Array, lies: Arrangement, behind: int) -> slice | jax.Array:
+def _layers(held: jax.Array, named: bool, behind: int) -> slice | jax.Array:
   """All layers of a stack, as an index with `behind` more axes of indices.
 
   Where heads are flat each layer is named: with layers in the window XLA's TPU compiler transposes the whole cache to write to it.
   """
-  return jnp.arange(len(held)).reshape(-1, *[1] * behind) if lies.flat else slice(None)
+  return jnp.arange(len(held)).reshape(-1, *[1] * behind) if named else slice(None)
 
 
-def _lying(x: jax.Array, axes: str) -> jax.Array:
-  """float[B, C, K, H] with its axes in this order."""
-  return x.reshape(*x.shape[:2], -1) if 'x' in axes else x.transpose(['bckh'.index(a) for a in axes])
+def each(function: Callable[..., jax.Array], axes: str, *held: Held) -> Held:
+  """`function(axes, *arrays)` of arrays, or of the values and of the scales of such as are held as int8."""
+  if not isinstance(held[0], Int8):
+    return function(axes, *held)
+  return Int8(function(axes, *(x.values for x in held)), function(SCALE_AXES, *(x.scale for x in held)))
+
+
+def lying(x: jax.Array, axes: str, lies: Arrangement) -> Held:
+  """A layer's keys or values float[B, C, K, H] as they are held."""
+  order = lambda axes, x: x.reshape(*x.shape[:2], -1) if 'x' in axes else x.transpose(['bckh'.index(a) for a in axes])
+  return each(order, axes, quantised(x) if lies.int8 else x)
+
+
+def standing(held: Held, axes: str, kv_heads: int) -> jax.Array:
+  """The inverse of `lying`, also of stacked layers where they are not apart; of int8 what it stands for, in float32."""
+  heads = lambda axes, x: x.reshape(*x.shape[:-1], kv_heads, -1) if 'x' in axes else x
+  axes, held = axes.replace('x', 'kh'), each(heads, axes, held)
+  plain = restored(held, axes)
+  return plain if axes == STACKED.keys else plain.transpose([axes.index(a) for a in STACKED.keys])
+
+
+def _widened(x: jax.Array, axes: str, more: int) -> jax.Array:
+  """With so many more slots; its last axes are `axes`."""
+  return jnp.pad(x, [(0, 0)] * (x.ndim - len(axes)) + [(0, more * (a == 'c')) for a in axes])

@@ -25,6 +25,7 @@ MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 1024, 'Room for all answ
 LATER_TOKENS = flags.DEFINE_integer('later_tokens', 1024, 'Room for all later questions of a conversation.', lower_bound=16)
 TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 takes the most likely token.', lower_bound=0.0)
 SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn by chance.', lower_bound=0, upper_bound=2**32 - 1)
+QUANTIZATION = command_line.define_quantization()
 DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the computation; bfloat16 on accelerators if not given.')
 
 ORDERS = """\
@@ -198,7 +199,8 @@ def main(_) -> None:
       del readline
     sys.stdin.reconfigure(errors='replace')
     console = Terminal(soft_wrap=True)
-    model = dl.load(command_line.path(CHECKPOINT), stages=command_line.stages(STAGES), dtype=DTYPE.value)
+    sizes = dict(dtype=DTYPE.value, quantization=QUANTIZATION.value)
+    model = dl.load(command_line.path(CHECKPOINT), stages=command_line.stages(STAGES), **sizes)
     session = Session(
       model,
       command_line.path(IMAGE),

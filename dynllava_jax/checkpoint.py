@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -43,12 +44,13 @@ from dynllava_jax.config import (
 from dynllava_jax.config.groups import STORED_ALONG, layered
 from dynllava_jax.files import read_regular, write_atomically
 from dynllava_jax.models.lora import ADAPTERS, abstract_adapters, merged
+from dynllava_jax.models.matrices import MATRICES, SCALES, abstract_scales, smaller
 from dynllava_jax.models.params import abstract_params
 from dynllava_jax.sealing import INTEGRITY_FILE, DamagedError, check_integrity, json_digest, sealed_files
 from dynllava_jax.sealing import CheckpointError as CheckpointError
 from dynllava_jax.sealing import seal as seal
 from dynllava_jax.sharding import shardings, unboxed
-from dynllava_jax.stored import Part, Step
+from dynllava_jax.stored import Part, Step, as_tree, by_name
 
 FORMAT = 1
 MODEL_FILE = 'model.json'
@@ -71,6 +73,7 @@ class CheckpointInfo:
   lora: LoraConfig | None = None  # only adapters and what was trained whole are stored; the rest is in `base`
   base: str = ''  # DIR/STEP
   base_sha256: str = ''  # see `weights_digest`
+  int8: bool = False  # the decoder's matrices are int8, with a group of their `scales`: for generation alone
 
 
 def write_info(
@@ -210,7 +213,7 @@ def stored_params(path: str | pathlib.Path) -> dict[str, Any]:
   directory, step = locate(path)
   step_dir = directory / str(step)
   try:
-    return _by_path(ocp.checkpointables_metadata(step_dir).metadata['params'])
+    return by_name(ocp.checkpointables_metadata(step_dir).metadata['params'])
   except (OSError, KeyError, ValueError) as e:
     raise CheckpointError(f'{step_dir}: not a readable checkpoint step ({e})') from e
 
@@ -222,6 +225,7 @@ def load_params(
   stages: tuple[Stage, ...] | None = None,
   tail: bool = False,
   checked: bool = False,
+  int8: bool = False,
 ) -> dict[str, Any]:
   """Parameters in the dtype they are stored in, in checkpoint form, or cut while they are read for the stages of a run.
 
@@ -235,15 +239,19 @@ def load_params(
       they are put, without ever holding a layer twice, and without the top of the vision tower and CLIP's text tower.
     tail: with these all the same, for a reducer that looks at them (`methods.needs_tail`).
     checked: `check_integrity` has just read the step.
+    int8: the decoder's matrices as int8 with their scales, one after the other, so that no more than one is there in full. What is
+      stored so comes so.
 
   Raises:
-    CheckpointError: missing, damaged, or its arrays are not those that its `model.json` describes.
+    CheckpointError: missing, damaged, its arrays are not those that its `model.json` describes, or int8 in checkpoint form.
   """
-  params = _load_merged(path, mesh, stages, checked)
+  if stages is None and read_info(path).int8:
+    raise CheckpointError(f'{path}: its weights are rounded to int8, for generation alone; take the checkpoint that it was made of')
+  params = _load_merged(path, mesh, stages, checked, int8)
   if stages is not None and tail:
     params |= _load_tail(path, mesh)
   if stages is not None and best(_devices(mesh)).apart:
-    params['llama'] = lay_apart(params['llama'])
+    params |= {name: lay_apart(params[name]) for name in ('llama', SCALES) if name in params}
   return params
 
 
@@ -260,15 +268,20 @@ def _devices(mesh: Mesh | None) -> list[jax.Device]:
   return list(mesh.devices.flat) if mesh else jax.local_devices()[:1]
 
 
-def _load_merged(path: str | pathlib.Path, mesh: Mesh | None, stages: tuple[Stage, ...] | None, checked: bool) -> dict[str, Any]:
+def _load_merged(
+  path: str | pathlib.Path, mesh: Mesh | None, stages: tuple[Stage, ...] | None, checked: bool, int8: bool
+) -> dict[str, Any]:
   """As `load_params`; layers that lie apart are stacks of one layer each."""
   info = read_info(path)
   if info.lora is None:
-    return _load(path, abstract_params(info.model, with_tail=info.unused_vision_layers), mesh, stages, checked)
+    boxed = abstract_params(info.model, with_tail=info.unused_vision_layers)
+    boxed |= {SCALES: abstract_scales(info.model.llama)} if info.int8 else {}
+    return _load(path, boxed, mesh, stages, checked, int8 and not info.int8)
   check_base(info, path)
-  params = _load_merged(info.base, mesh, stages, False) | load_adapted(path, mesh, stages=stages, checked=checked)
+  params = _load_merged(info.base, mesh, stages, False, False) | load_adapted(path, mesh, stages=stages, checked=checked)
   adapters = params.pop(ADAPTERS)
-  return params | {'llama': merged(params['llama'], adapters, info.lora.scale)}
+  params |= {'llama': merged(params['llama'], adapters, info.lora.scale)}
+  return params | dict(zip(('llama', SCALES), smaller(params['llama']))) if int8 else params
 
 
 def load_base(path: str | pathlib.Path, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -308,11 +321,16 @@ def load_adapted(
 
 
 def _load(
-  path: str | pathlib.Path, boxed: dict[str, Any], mesh: Mesh | None, stages: tuple[Stage, ...] | None, checked: bool
+  path: str | pathlib.Path,
+  boxed: dict[str, Any],
+  mesh: Mesh | None,
+  stages: tuple[Stage, ...] | None,
+  checked: bool,
+  int8: bool = False,
 ) -> dict[str, Any]:
   """The parameters whose shapes and axis names are `boxed`, and no others."""
   directory, step = locate(path)
-  wanted = _by_path(unboxed(boxed))
+  wanted = by_name(unboxed(boxed))
   step_dir = directory / str(step)
   if not checked:
     check_integrity(step_dir, 'params', sampled=True)
@@ -324,26 +342,39 @@ def _load(
     for k in wanted.keys() & stored.keys()
     if tuple(stored[k].shape) != wanted[k].shape
   ]
+  for k in wanted.keys() & stored.keys():
+    whole = SCALES in boxed and k.startswith('llama/layers/') and k.split('/')[-1] in MATRICES
+    if stored[k].dtype != 'int8' if whole else not jnp.issubdtype(stored[k].dtype, jnp.floating):
+      differences.append(f'! {k}: stored as {stored[k].dtype}, expected {"int8" if whole else "floating-point numbers"}')
   if differences:
     raise CheckpointError(f'{step_dir}: its arrays do not match {directory / MODEL_FILE}:\n  ' + '\n  '.join(sorted(differences)))
-  return _read(path, boxed, mesh, stages)
+  return _read(path, boxed, mesh, stages, int8)
 
 
-def _read(path: str | pathlib.Path, boxed: dict[str, Any], mesh: Mesh | None, stages: tuple[Stage, ...] | None) -> dict[str, Any]:
+def _read(
+  path: str | pathlib.Path, boxed: dict[str, Any], mesh: Mesh | None, stages: tuple[Stage, ...] | None, int8: bool = False
+) -> dict[str, Any]:
   """Parameters that are known to be stored, cut for `stages`."""
   directory, step = locate(path)
-  step_dir, wanted = directory / str(step), _by_path(unboxed(boxed))
+  step_dir, wanted = directory / str(step), by_name(unboxed(boxed))
   place = SingleDeviceSharding(jax.local_devices()[0])
-  places = _by_path(shardings(boxed, mesh)) if mesh else dict.fromkeys(wanted, place)
-  parts = {}
-  for name in wanted:
-    for target, start, stop in _cut(name, wanted[name].shape, stages, best(_devices(mesh))):
-      parts[target] = Part(name.replace('/', '.'), start, stop, places[name])
+  places = by_name(shardings(boxed, mesh)) if mesh else dict.fromkeys(wanted, place)
+  found: dict[str, Any] = {}
   try:
-    values = Step(step_dir).read(list(parts.values()))
+    step = Step(step_dir)
+    for names in [[name] for name in wanted] if int8 else [list(wanted)]:
+      parts = {
+        target: Part(name.replace('/', '.'), start, stop, places[name])
+        for name in names
+        for target, start, stop in _cut(name, wanted[name].shape, stages, best(_devices(mesh)))
+      }
+      read = as_tree(dict(zip(parts, step.read(list(parts.values())))))
+      if int8 and 'llama' in read:
+        read = dict(zip(('llama', SCALES), smaller(read['llama'])))
+      found |= by_name(read)
   except (OSError, ValueError) as e:
     raise DamagedError(f'{step_dir}: cannot be read ({" ".join(str(e).split())}); copy or write it again') from e
-  return _as_tree(dict(zip(parts, values)))
+  return as_tree(found)
 
 
 def _cut(
@@ -355,7 +386,7 @@ def _cut(
     return [(name, 0, None)]
   if group in TAIL:
     return []  # never run
-  if group not in ('llama', ADAPTERS, *layered()) or not rest.startswith('layers/'):
+  if group not in ('llama', ADAPTERS, SCALES, *layered()) or not rest.startswith('layers/'):
     return [(name, 0, None)]
   starts = [s.start for s in stages]
   if arrangement.apart and group not in layered():
@@ -363,22 +394,3 @@ def _cut(
     return [(name.replace('/layers/', f'/{layer}/'), n, n + 1) for n, layer in layers]
   ends = [*starts[1:], None]
   return [(name.replace('/layers/', f'/stage_{i}/'), a, b) for i, (a, b) in enumerate(zip(starts, ends))]
-
-
-def _as_tree(named: Mapping[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for name, value in named.items():
-    node = tree
-    *folders, last = name.split('/')
-    for folder in folders:
-      node = node.setdefault(folder, {})
-    node[last] = value
-  return tree
-
-
-def _name(path: tuple) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-  return {_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}

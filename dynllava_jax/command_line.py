@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dynllava_jax import hosts, paths, remote
-from dynllava_jax.config import ConfigError, from_config_dict
+from dynllava_jax.config import QUANTIZATIONS, ConfigError, from_config_dict
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import printable
 from dynllava_jax.files import read_regular, require_writable
@@ -42,6 +42,12 @@ def define_path(name: str, default: str | None, text: str, *, several: bool = Fa
 _COMPILED = define_path(
   'compilation_cache', None, 'Folder where compiled programs are kept, "off" for none; by default in ~/.cache/dynllava_jax.'
 )
+
+
+def define_quantization() -> flags.FlagHolder:
+  """The flag --quantization, as in `config.EvalRun`."""
+  text = 'int8: weights and KV cache as int8; int8_weights and int8_cache one of them; as stored if not given.'
+  return flags.DEFINE_enum('quantization', None, list(filter(None, QUANTIZATIONS)), text)
 
 
 def path(flag: flags.FlagHolder) -> paths.Given | None:

@@ -54,18 +54,16 @@ def compacted(cache: kv.Cache, survivors: Survivors, cfg: LlamaConfig) -> kv.Cac
 def _compacted(stage: kv.StageCache, slots: jax.Array, length: jax.Array, moved: jax.Array, cfg: LlamaConfig) -> kv.StageCache:
   angles = rope_angles(moved, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
 
-  def moved_on(keys: jax.Array, axes: str) -> jax.Array:
-    if stage.arrangement.flat:
-      return apply_rope(keys.reshape(*keys.shape[:-1], cfg.num_kv_heads, -1), *angles).reshape(keys.shape)
-    rotated = apply_rope(jnp.einsum(f'{axes}->bckh', keys), *angles)
-    return jnp.einsum(f'bckh->{axes}', rotated)
+  def moved_on(keys: kv.Held, axes: str) -> kv.Held:
+    return kv.lying(apply_rope(kv.standing(keys, axes, cfg.num_kv_heads), *angles), axes, stage.arrangement)
 
-  def gathered(layer: jax.Array, axes: str) -> jax.Array:
+  def gathered(axes: str, layer: jax.Array) -> jax.Array:
     index = slots.reshape([slots.shape['bc'.index(a)] if a in 'bc' else 1 for a in axes])
     return jnp.take_along_axis(layer, index, axes.index('c'), mode='clip')
 
   def of_layers(held: Any, axes: str, is_key: bool) -> Any:
-    one = lambda layer: moved_on(gathered(layer, axes), axes) if is_key else gathered(layer, axes)
+    kept = lambda layer: kv.each(gathered, axes, layer)
+    one = lambda layer: moved_on(kept(layer), axes) if is_key else kept(layer)
     return tuple(map(one, held)) if isinstance(held, tuple) else jax.lax.map(one, held)
 
   return dataclasses.replace(

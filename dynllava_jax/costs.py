@@ -152,12 +152,17 @@ def stage_slots(model: ModelConfig, stage: Stage, end: int, text: int, image: in
   return [methods.prompt_slots(stage, layer, layers, text, image) for layer in range(stage.start, end)]
 
 
+def number_bytes(model: ModelConfig, plain: int, int8: bool) -> float:
+  """Bytes of a number in the cache, `plain` of them unless it is held as int8: then 1, and its share of a head's float32 scale."""
+  return 1 + 4 / model.llama.head_dim if int8 else plain
+
+
 def cache_bytes(
   model: ModelConfig,
   stages: tuple[Stage, ...],
   text_length: int,
   spec: kv.CacheSpec,
-  bytes_per_number: int,
+  bytes_per_number: float,
   reducer: Piece | None = None,
 ) -> list[int]:
   """Allocated bytes of one row's keys and values, per stage, for a text bucket of `text_length`."""
@@ -170,7 +175,7 @@ def cache_bytes(
       gate, budget_share = True, stage.text_keep_budget
     budget = kv.generated_budget(gate, budget_share, spec)
     slots = kv.capacity(max(stage_slots(model, stage, end, text_length, image_tokens)) + unmerged, budget, gate, spec)
-    sizes.append((end - stage.start) * slots * 2 * llama.num_kv_heads * llama.head_dim * bytes_per_number)
+    sizes.append(round((end - stage.start) * slots * 2 * llama.num_kv_heads * llama.head_dim * bytes_per_number))
   return sizes
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax import arguments, buckets, compilation, methods
-from dynllava_jax.arrangement import STACKED, Arrangement, best_for, of_run
+from dynllava_jax.arrangement import STACKED, Arrangement, best_for, of_run, with_int8_cache
 from dynllava_jax.cache import Cache, CacheSpec
 from dynllava_jax.config import LoraConfig, ModelConfig, Piece, Stage
 from dynllava_jax.generated import PAD, Forced, Generated, Turn
@@ -47,6 +47,7 @@ class Generator:
     reducer: Piece | None = None,
     lora: LoraConfig | None = None,
     arrangement: Arrangement | None = None,
+    int8_cache: bool = False,
   ):
     """Checks the arguments.
 
@@ -63,6 +64,7 @@ class Generator:
       reducer: what makes fewer image tokens of the tower's patches.
       lora: of `params` that hold adapters beside the decoder, as a training run has them.
       arrangement: how parameters in checkpoint form are laid out; what is fastest on their devices if None.
+      int8_cache: hold keys and values as int8 (`ops.int8`). Weights are int8 where `params` have their `scales`.
 
     Raises:
       ValueError: an argument that generation cannot work with; names it.
@@ -88,7 +90,8 @@ class Generator:
     else:
       arrangement = of_run(params)
       arguments.check_cut(params['llama'], stages, cfg.llama.num_layers)
-    self.model = DynLlava(cfg, stages, dtype, reducer=reducer, arrangement=arrangement)
+    lies = with_int8_cache(arrangement) if int8_cache else arrangement
+    self.model = DynLlava(cfg, stages, dtype, reducer=reducer, arrangement=lies)
     self.params = params
     self.max_new_tokens = max_new_tokens
     self.eos_id, self.sampling, self._lora = eos_id, sampling, lora

@@ -29,6 +29,7 @@ STEPS = flags.DEFINE_integer('steps', 8, 'Tokens per dispatch.', lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 256, 'Most tokens of an answer.', lower_bound=1)
 TEXT_LENGTHS = flags.DEFINE_multi_integer('text_lengths', [64, 256, 1024], 'Text buckets.')
 DTYPE = flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16'], 'Of the computation; bfloat16 on accelerators if not given.')
+QUANTIZATION = command_line.define_quantization()
 TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that hold the weights together; each group has engines.', lower_bound=1)
 API_KEYS = command_line.define_path('api_keys', None, 'File with the keys of clients, one a line; without it anybody may ask.')
 MAX_BODY = flags.DEFINE_integer('max_body_mib', 20, 'Largest request, MiB.', lower_bound=1)
@@ -63,7 +64,7 @@ def main(_) -> None:
 
     console = Terminal(file=sys.stderr)
     stages = command_line.stages(STAGES)
-    made = offers.offers(path, NAME.value or api.name_of(path), stages, ALSO.value)
+    made = offers.offers(path, NAME.value or api.name_of(path), stages, ALSO.value, QUANTIZATION.value)
     sizes = offers.Sizes(SLOTS.value, STEPS.value, MAX_NEW_TOKENS.value, tuple(sorted(set(TEXT_LENGTHS.value))), QUEUE.value)
     for length in sizes.text_lengths:
       if length < 1:

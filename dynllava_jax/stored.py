@@ -12,7 +12,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,3 +157,20 @@ def _within(index: slice, box: slice, size: int) -> slice:
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(whole: jax.Array, rows: jax.Array, at: jax.Array) -> jax.Array:
   return jax.lax.dynamic_update_slice_in_dim(whole, rows, at, 0)
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+  """The leaves of a tree of groups, by name (`llama/layers/q`)."""
+  return {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def as_tree(named: Mapping[str, Any]) -> dict[str, Any]:
+  """The inverse of `by_name`."""
+  tree: dict[str, Any] = {}
+  for name, value in named.items():
+    node = tree
+    *folders, last = name.split('/')
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[last] = value
+  return tree

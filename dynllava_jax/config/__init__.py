@@ -5,7 +5,7 @@ of this package. Past it nothing sees a ConfigDict.
 """
 
 from dynllava_jax.config.benchmark import BenchConfig
-from dynllava_jax.config.evaluation import PERPLEXITY, EvalConfig, EvalRun, TrainEval
+from dynllava_jax.config.evaluation import PERPLEXITY, QUANTIZATIONS, EvalConfig, EvalRun, TrainEval
 from dynllava_jax.config.model import (
   CLIP_MEAN,
   CLIP_STD,
@@ -37,6 +37,7 @@ __all__ = [
   'IMAGE_ID',
   'MODEL_FILES',
   'PERPLEXITY',
+  'QUANTIZATIONS',
   'TOKENIZER_FILES',
   'BenchConfig',
   'ClipTextConfig',

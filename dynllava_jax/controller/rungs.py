@@ -73,7 +73,7 @@ def _cut_at(name: str, stages: Stages, starts: list[int]) -> Stages:
   return tuple(out)
 
 
-def rungs(model: ModelConfig, lists: Mapping[str, Stages], width: int, reducer: Piece | None = None) -> tuple[Rung, ...]:
+def rungs(model: ModelConfig, lists: Mapping[str, Stages], width: float, reducer: Piece | None = None) -> tuple[Rung, ...]:
   """Rungs of stage lists, cut alike. `width`: bytes of a number in the cache. ConfigError if the model cannot be run so."""
   made = []
   for name, stages in cut_alike(lists).items():

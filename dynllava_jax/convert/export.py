@@ -12,7 +12,7 @@ from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import CLIP_TOKENIZER_FILES
 from dynllava_jax.convert import export_configs
-from dynllava_jax.convert.convert import DTYPES, with_progress
+from dynllava_jax.convert.convert import DTYPES, INT8, with_progress
 from dynllava_jax.convert.destination import TOWER_FOLDER, check_destination, new_directory
 from dynllava_jax.convert.export_adapter import MergingReader, adapter_files, adapter_plan, reader_of
 from dynllava_jax.convert.export_configs import Vocabulary
@@ -54,7 +54,11 @@ def export(
   """
   dst = pathlib.Path(os.path.realpath(dst))
   check_destination(dst, overwrite, checkpoint.locate(src)[0], vision)
+  if dtype == INT8:
+    raise ConversionError('--dtype=int8: is for generation here; export as keep, float32 or bfloat16')
   info, assets = checkpoint.read_info(src), checkpoint.read_assets(src)
+  if info.int8:
+    raise ConversionError(f'{src}: its weights are rounded to int8, for generation here; export the checkpoint that it was made of')
   tokenizer = checkpoint.read_tokenizer(src) or {}
   info, reader = _exported_model(info, layout, drop_predictors), reader_of(src)
   base = export_configs.carried_config(info, layout, json.loads(assets.get('config.json', b'{}')))

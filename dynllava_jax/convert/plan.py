@@ -55,10 +55,6 @@ class Assignment:
     return self.rule.path
 
   @property
-  def target(self) -> str:
-    return slot_name(self.path, self.index)
-
-  @property
   def nbytes(self) -> int:
     return math.prod(self.leaf.slot_shape) * self.dtype.itemsize
 

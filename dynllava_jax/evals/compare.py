@@ -57,7 +57,7 @@ def costs_of(cfg: EvalConfig, loaded: Loaded, rows: Sequence[Mapping[str, Any]])
   kept = [[c == '1' for c in m['kept']] for m in meta]
   fed = sum(map(len, kept))
   spec = CacheSpec(max_new_tokens=cfg.max_new_tokens)
-  itemsize = jnp.dtype(cfg.dtype).itemsize
+  itemsize = costs.number_bytes(loaded.model, jnp.dtype(cfg.dtype).itemsize, loaded.int8_cache)
   lengths = {m['text_length'] for m in meta}
   per_stage = {t: costs.cache_bytes(loaded.model, loaded.stages, t, spec, itemsize, loaded.reducer) for t in lengths}
   setting = costs.paper_setting(loaded.model, loaded.stages, loaded.reducer)

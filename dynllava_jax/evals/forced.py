@@ -76,6 +76,7 @@ def read_answers(
     given_tokens=length * max(map(len, answers)),
     dtype=jnp.dtype(cfg.dtype),
     reducer=loaded.reducer,
+    int8_cache=loaded.int8_cache,
   )
   with progress(console, f'{loaded.name} reading', int((~done).sum())) as advance:
     for chunk in layout.batches(np.flatnonzero(~done).tolist(), cfg.batch_size):

@@ -12,7 +12,7 @@ import numpy as np
 
 from dynllava_jax import checkpoint, methods
 from dynllava_jax.checkpoint import CheckpointError, CheckpointInfo
-from dynllava_jax.config import IGNORE, IMAGE_ID, ConfigError, EvalRun, ModelConfig, Piece, Stage
+from dynllava_jax.config import IGNORE, IMAGE_ID, QUANTIZATIONS, ConfigError, EvalRun, ModelConfig, Piece, Stage
 from dynllava_jax.data import conversation, images
 from dynllava_jax.data.question_words import QuestionWords
 from dynllava_jax.data.samples import DataError
@@ -40,11 +40,22 @@ class Loaded:
   reducer: Piece | None
   tokenizer: Tokenizer
   words: QuestionWords | None = None  # if its reducer goes by the question
+  quantization: str = ''  # as in `EvalRun`
 
   @property
   def num_image(self) -> int:
     """Image tokens that the language model sees."""
     return methods.num_image_tokens(self.model, self.reducer)
+
+  @property
+  def int8_weights(self) -> bool:
+    """Whether the decoder's matrices are made int8; those of an int8 checkpoint are."""
+    return 'weights' in QUANTIZATIONS[self.quantization]
+
+  @property
+  def int8_cache(self) -> bool:
+    """Whether keys and values are held as int8."""
+    return 'cache' in QUANTIZATIONS[self.quantization]
 
 
 def load_model(name: str, run: EvalRun, default: str, where: str = '') -> Loaded:
@@ -74,7 +85,7 @@ def load_model(name: str, run: EvalRun, default: str, where: str = '') -> Loaded
       words = QuestionWords(checkpoint.read_assets(path), model.clip_text)
     except ConfigError as e:
       raise ConfigError(f'{path}: reducer {reducer.name}: {e}') from None
-  return Loaded(name, path, info, model, stages, reducer, load_tokenizer(files), words)
+  return Loaded(name, path, info, model, stages, reducer, load_tokenizer(files), words, run.quantization)
 
 
 def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -84,12 +95,12 @@ def load_weights(loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     CheckpointError: they hold what is no number, or `checkpoint.load_params` says why.
   """
   tail = methods.needs_tail(loaded.model, loaded.reducer)
-  params = checkpoint.load_params(loaded.path, mesh, stages=loaded.stages, tail=tail)
+  params = checkpoint.load_params(loaded.path, mesh, stages=loaded.stages, tail=tail, int8=loaded.int8_weights)
   finite = jax.jit(lambda tree: [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])(params)
   for (path, _), whole in zip(jax.tree_util.tree_leaves_with_path(params), jax.device_get(finite)):
     if not whole:
       name = re.sub(r'/stage_\d+(_\d+)?/', '/layers/', jax.tree_util.keystr(path, simple=True, separator='/'))
-      name = name.replace('/qkv', '/q, k or v')
+      name = re.sub('^scales/', 'llama/', name).replace('/qkv', '/q, k or v')  # scales are made of the weights
       raise CheckpointError(f'{loaded.path}: {name} holds numbers that are not finite; convert or train it again')
   return resize_tower(params, loaded.info.model.vision, loaded.model.vision)
 

@@ -58,6 +58,7 @@ def provenance(cfg: EvalConfig, loaded: Loaded, questions: Sequence[Question], m
     'model': to_dict(loaded.model),
     'stages': [to_dict(s) for s in loaded.stages],
     'reducer': loaded.reducer.to_plain() if loaded.reducer else None,
+    'quantization': loaded.quantization,
     'decoding': 'greedy',
     'seed': cfg.seed,
     'max_new_tokens': cfg.max_new_tokens,
@@ -101,6 +102,7 @@ def answer_all(
       later_tokens=layout.later_tokens(),
       dtype=jnp.dtype(cfg.dtype),
       reducer=loaded.reducer,
+      int8_cache=loaded.int8_cache,
     )
     if store and done.any():
       console.print(f'{loaded.name}: {done.sum()} of {len(questions)} answers are there already')

@@ -74,7 +74,7 @@ def scan_layers(block: type[nn.Module], length: int, in_axes, remat: str = 'none
     block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
   return nn.scan(
     block,
-    variable_axes={'params': 0, 'adapters': 0, 'scales': 0},  # the last two in LoRA training alone
+    variable_axes={'params': 0, 'adapters': 0, 'scales': 0},  # the last two where a run has them
     split_rngs={'params': True},
     in_axes=in_axes,
     length=length,

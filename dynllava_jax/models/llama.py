@@ -20,6 +20,7 @@ from dynllava_jax.methods import Depth, LayerKind, Observed, Rotation, Rows, rev
 from dynllava_jax.models.layer_types import Context, LayerOutput, Queries
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
 from dynllava_jax.models.lora import multiply
+from dynllava_jax.models.matrices import SCALES, plain
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.attention import attention_received, cached_attention, causal_attention, policy_attention
 from dynllava_jax.ops.rope import apply_rope, rope_angles
@@ -118,7 +119,7 @@ class Block(nn.Module):
         y = layout.mean_rows(y, context.unmerged, x.shape[1])
       out = self._weight('o', (heads, head_dim, width), ('heads', 'head_dim', 'embed'), HEADS_OUT_INIT)
       if self.arrangement.apart:
-        y = y.reshape(*y.shape[:2], -1) @ out.reshape(-1, width)
+        y = multiply(self, 'o', 'btx,xd->btd', y.reshape(*y.shape[:2], -1), out.reshape(-1, width))
       else:
         y = multiply(self, 'o', 'btnh,nhd->btd', y, out)
       if kind.attend is not None:
@@ -130,7 +131,9 @@ class Block(nn.Module):
       up = self._weight('up', (width, cfg.mlp_dim), ('embed', 'mlp'))
       down = self._weight('down', (cfg.mlp_dim, width), ('mlp', 'embed'))
       if kind.mlp is not None:
-        y, seen = kind.mlp(y, (gate, up, down), rows, flags, kind_options)
+        own = {'gate': gate, 'up': up, 'down': down}
+        scales = {n: self.get_variable(SCALES, n) for n in own if self.has_variable(SCALES, n)}
+        y, seen = kind.mlp(y, tuple(plain(own, scales, self.dtype).values()), rows, flags, kind_options)
         details |= seen | {'mlp_output': y}
         x = x + y
       else:
@@ -184,8 +187,8 @@ class Block(nn.Module):
     width, heads, kv_heads, head_dim = y.shape[-1], self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
     if self.arrangement.apart:
       size = heads + 2 * kv_heads
-      qkv = (y @ self._weight('qkv', (width, size * head_dim), ('embed', None))).reshape(*y.shape[:2], size, head_dim)
-      return tuple(jnp.split(qkv, [heads, heads + kv_heads], 2))
+      qkv = multiply(self, 'qkv', 'btd,dx->btx', y, self._weight('qkv', (width, size * head_dim), ('embed', None)))
+      return tuple(jnp.split(qkv.reshape(*y.shape[:2], size, head_dim), [heads, heads + kv_heads], 2))
     # Heads first: no transposed copy of every layer's weights while decoding on TPU.
     kv_shape, kv_axes = (kv_heads, width, head_dim), ('kv_heads', 'embed', 'head_dim')
     q = self._weight('q', (heads, width, head_dim), ('heads', 'embed', 'head_dim'), HEADS_INIT)
@@ -308,14 +311,15 @@ class Llama(nn.Module):
     """
     cfg = self.cfg
     stage = getattr(self, f'stage_{index}')
+    held = nn.unbox((stage[0] if self.arrangement.apart else stage).variables)
+    if not self.arrangement.apart:
+      held = jax.tree.map(lambda w: w[0], held)
+    first = plain(held['params'], held.get(SCALES), self.dtype)
     if self.arrangement.apart:
-      first = nn.unbox(stage[0].variables['params'])
       first |= dict(zip('qkv', parted_projections(first['qkv'], cfg.num_heads, cfg.num_kv_heads)))
-    else:
-      first = jax.tree.map(lambda w: w[0], nn.unbox(stage.variables['params']))
     y = rms_norm(x, first['attention_norm']['scale'], cfg.rms_norm_eps, self.dtype)
     angles = rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-    return tuple(apply_rope(jnp.einsum('btd,ndh->btnh', y, first[name].astype(self.dtype)), *angles) for name in names)
+    return tuple(apply_rope(jnp.einsum('btd,ndh->btnh', y, first[name]), *angles) for name in names)
 
   def entering_attention(self, index: int, x: jax.Array, positions: jax.Array, rows: Rows, queries: Queries) -> jax.Array:
     """What the image rows of a stream that reaches stage `index` would receive in its first layer: float32[B, N, P]."""

@@ -1,12 +1,10 @@
 """Low-rank adapters (arXiv 2106.09685) beside the decoder's matrices: y = x W + alpha / rank * dropout(x) A B.
 
 The group `adapters` holds A and B of each layer like the decoder's own weights, stacked: `adapters/layers/q/a` float[L, D, R],
-`b` float[L, R, N, H]. The group `scales` holds what int8 weights are multiplied with, one number per output: `scales/layers/q`
-float32[L, N, H]. While a model runs, both are collections of their own, which `Block` looks into.
+`b` float[L, R, N, H]. While a model runs, it is a collection of its own, which `Block` looks into.
 Axes: B batch, T positions, L layers, D width, N heads, H head dim, F mlp, R rank.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -16,44 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax.config import LlamaConfig, LoraConfig, Stage
+from dynllava_jax.models.matrices import MATRICES, SCALES, Matrix
 
-ADAPTERS, SCALES = 'adapters', 'scales'
+ADAPTERS = 'adapters'
 DROPOUT = 'dropout'  # beside the adapters of a layer: keys of the rows, and the rate
-
-
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-  """One of a layer's matrices: its axes by letter and by logical name, and which of them the input has."""
-
-  letters: str
-  names: tuple[str, ...]
-  inner: str
-
-  @property
-  def outer(self) -> str:
-    return ''.join(c for c in self.letters if c not in self.inner)
-
-  def names_of(self, letters: str) -> tuple[str, ...]:
-    return tuple(self.names[self.letters.index(c)] for c in letters)
-
-  def sizes(self, letters: str, cfg: LlamaConfig) -> tuple[int, ...]:
-    return tuple(
-      dict(heads=cfg.num_heads, kv_heads=cfg.num_kv_heads, embed=cfg.hidden_size, head_dim=cfg.head_dim, mlp=cfg.mlp_dim)[n]
-      for n in self.names_of(letters)
-    )
-
-
-KEY = Matrix('ndh', ('kv_heads', 'embed', 'head_dim'), 'd')
-UP = Matrix('df', ('embed', 'mlp'), 'd')
-MATRICES = {
-  'q': Matrix('ndh', ('heads', 'embed', 'head_dim'), 'd'),
-  'k': KEY,
-  'v': KEY,
-  'o': Matrix('nhd', ('heads', 'head_dim', 'embed'), 'nh'),
-  'gate': UP,
-  'up': UP,
-  'down': Matrix('fd', ('mlp', 'embed'), 'f'),
-}
 
 
 def init_adapters(cfg: LlamaConfig, lora: LoraConfig, key: jax.Array) -> dict[str, Any]:
@@ -77,45 +41,22 @@ def abstract_adapters(cfg: LlamaConfig, lora: LoraConfig) -> dict[str, Any]:
   return jax.eval_shape(lambda: init_adapters(cfg, lora, jax.random.key(0)))
 
 
-def abstract_scales(cfg: LlamaConfig) -> dict[str, Any]:
-  """Shapes of the scales that `to_int8` makes, with axis names."""
-
-  def of(matrix: Matrix):
-    shape = jax.ShapeDtypeStruct((cfg.num_layers, *matrix.sizes(matrix.outer, cfg)), jnp.float32)
-    return nn.LogicallyPartitioned(shape, ('layers', *matrix.names_of(matrix.outer)))
-
-  return {'layers': {name: of(matrix) for name, matrix in MATRICES.items()}}
-
-
-def to_int8(layers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(the layers with their matrices as int8, the scales): the largest entry of each output becomes 127. `layers` is consumed."""
-  small, scales = dict(layers), {}
-  for name, matrix in MATRICES.items():
-    small[name], scales[name] = _to_int8(small[name], tuple(matrix.letters.index(c) + 1 for c in matrix.inner))
-  return small, scales
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _to_int8(weight: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-  largest = jnp.abs(weight).max(axes, keepdims=True).astype(jnp.float32)
-  scale = jnp.where(largest > 0, largest, 1) / 127
-  return jnp.round(weight / scale).astype(jnp.int8), scale.squeeze(axes)
-
-
 def as_variables(
   groups: dict[str, Any], lora: LoraConfig | None, stages: tuple[Stage, ...], keys: jax.Array | None
 ) -> dict[str, Any]:
   """What `Module.apply` takes, from parameter groups in run form.
 
   Args:
-    groups: all of them; with LoRA `adapters` and, if the base is int8, `scales` among them.
+    groups: all of them; with LoRA `adapters` and, if the decoder is int8, `scales` among them.
     lora: how the adapters are used; None if there are none.
     stages: which the groups are cut for.
     keys: uint32[B, 2], data of one random key per row, for dropout; None without it.
   """
-  if lora is None:
-    return {'params': groups}
   variables = {'params': {k: v for k, v in groups.items() if k not in (ADAPTERS, SCALES)}}
+  if SCALES in groups:
+    variables[SCALES] = {'llama': groups[SCALES]}
+  if lora is None:
+    return variables
   scaled = lambda name, x: x * lora.scale if name == 'b' else x
   adapters = {
     stage: {target: {n: scaled(n, x) for n, x in pair.items()} for target, pair in layers.items()}
@@ -128,8 +69,6 @@ def as_variables(
       of_rows = jax.vmap(lambda n: jax.vmap(lambda k: _fold(k, n))(keys))(numbers)
       layers[DROPOUT] = {'keys': of_rows, 'rate': jnp.full(numbers.shape, lora.dropout)}
   variables[ADAPTERS] = {'llama': adapters}
-  if SCALES in groups:
-    variables[SCALES] = {'llama': groups[SCALES]}
   return variables
 
 
@@ -141,7 +80,7 @@ def multiply(block: nn.Module, name: str, equation: str, x: jax.Array, weight: j
   """`einsum(equation, x, weight)` for the matrix `name` of a decoder layer, with its scale and its adapter if it has them."""
   y = jnp.einsum(equation, x, weight)
   if block.has_variable(SCALES, name):
-    y = y * block.get_variable(SCALES, name).astype(y.dtype)
+    y = (y * block.get_variable(SCALES, name)).astype(y.dtype)  # by the scale itself, not as 16 bits have it
   if block.has_variable(ADAPTERS, name):
     adapter, letters = block.get_variable(ADAPTERS, name), MATRICES[name]
     a, b = (adapter[n].astype(x.dtype) for n in 'ab')

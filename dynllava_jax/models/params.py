@@ -23,7 +23,8 @@ from dynllava_jax.models.clip_text import ClipText
 from dynllava_jax.models.dynllava import DynLlava, Prompt
 from dynllava_jax.models.groups import MODULES
 from dynllava_jax.models.layers import LayerNorm, scan_layers
-from dynllava_jax.models.lora import ADAPTERS, SCALES
+from dynllava_jax.models.lora import ADAPTERS
+from dynllava_jax.models.matrices import SCALES
 from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.sharding import unboxed
 
@@ -92,12 +93,17 @@ def cut_params(params: dict[str, Any], stages: tuple[Stage, ...], arrangement: A
   Adapters are of training, which stacks: with `arrangement` apart merge them first.
   """
   if arrangement.apart:
-    layers, starts = params['llama']['layers'], [s.start for s in stages]
-    taken = lambda number: joined_projections(jax.tree.map(lambda x: x[number], layers))
-    rest = {k: v for k, v in params['llama'].items() if k != 'layers'}
+    starts = [s.start for s in stages]
     cut = {name: cut_layers(params[name], stages) for name in layered() if name in params}
-    return params | cut | {'llama': rest | {name: taken(n) for n, name in enumerate(layer_names(starts, depth(layers)))}}
+    return params | cut | {name: _apart(params[name], starts) for name in ('llama', SCALES) if name in params}
   return params | {name: cut_layers(params[name], stages) for name in _layered(params)}
+
+
+def _apart(group: dict[str, Any], starts: list[int]) -> dict[str, Any]:
+  layers = group['layers']
+  taken = lambda number: joined_projections(jax.tree.map(lambda x: x[number], layers))
+  rest = {k: v for k, v in group.items() if k != 'layers'}
+  return rest | {name: taken(n) for n, name in enumerate(layer_names(starts, depth(layers)))}
 
 
 def depth(layers: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dynllava_jax.arrangement import STACKED, Arrangement
 from dynllava_jax.ops import layout
+from dynllava_jax.ops.int8 import Int8
 
 NEARLY_ONE = 1 - 1e-6
 POLICY_EPS = 1e-6  # as in the authors' `softmax_with_policy`
@@ -208,8 +209,8 @@ def cached_attention(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  cache_k: jax.Array,
-  cache_v: jax.Array,
+  cache_k: jax.Array | Int8,
+  cache_v: jax.Array | Int8,
   cache_length: jax.Array,
   cache_first: jax.Array | None = None,
   arrangement: Arrangement = STACKED,
@@ -223,7 +224,7 @@ def cached_attention(
 
   Args:
     q: float[B, T, N, H]; k, v: float[B, T, K, H] of the T new tokens.
-    cache_k, cache_v: float[B, C, K, H], their axes as `arrangement` has them.
+    cache_k, cache_v: float[B, C, K, H], their axes as `arrangement` has them; of int8 ones the scales take part in float32.
     cache_length: int32[B], the first `cache_length[b]` slots of row b are real,
     cache_first: int32[B], but for the first `cache_first[b]`; None for none of them.
     image: float[B, M, 2, K, H], keys and values beside the cache; None for none.
@@ -233,13 +234,14 @@ def cached_attention(
     float[B, T, N, H].
   """
   batch, length, heads, head_dim = q.shape
+  (cache_k, scale_k), (cache_v, scale_v) = _parts(cache_k, q.dtype), _parts(cache_v, v.dtype)
   slots = cache_k.shape[arrangement.keys.index('c')]
   real = jnp.arange(slots) < cache_length[:, None]
   if cache_first is not None:
     real = real & (jnp.arange(slots) >= cache_first[:, None])
   if arrangement.flat:
     if length == 1:
-      return _flat_cached_attention(q[:, 0], k[:, 0], v[:, 0], cache_k, cache_v, real)[:, None]
+      return _flat_cached_attention(q[:, 0], k[:, 0], v[:, 0], (cache_k, scale_k), (cache_v, scale_v), real)[:, None]
     cache_k, cache_v = (x.reshape(batch, slots, *k.shape[2:]) for x in (cache_k, cache_v))  # for many tokens worth a copy
   grouped = q.reshape(batch, length, k.shape[2], -1, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
   if arrangement.apart:  # `einsum` would give the cache as the first factor, and XLA's CPU compiler transpose it
@@ -248,6 +250,8 @@ def cached_attention(
     old = jnp.matmul(flat, cache_k, preferred_element_type=jnp.float32).reshape(*by_head.shape[:4], slots)
   else:
     old = jnp.einsum('btkgh,bckh->bkgtc', grouped, cache_k, preferred_element_type=jnp.float32)
+  if scale_k is not None:
+    old *= scale_k[:, :, None, None]
   old = jnp.where(real[:, None, None, None], old, -jnp.inf)
   new = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32)
   new = jnp.where(jnp.tril(jnp.ones((length, length), bool)), new, -jnp.inf)
@@ -255,8 +259,10 @@ def cached_attention(
   if image is not None:
     beside = jnp.einsum('btkgh,bmkh->bkgtm', grouped, image[:, :, 0], preferred_element_type=jnp.float32)
     parts.append(jnp.where(image_seen[:, None, None, None, None], beside, -jnp.inf))
-  weights = jax.nn.softmax(jnp.concatenate(parts, -1), -1).astype(v.dtype)
-  of_old, of_new, of_image = jnp.split(weights, [slots, slots + length], -1)
+  weights = jax.nn.softmax(jnp.concatenate(parts, -1), -1)
+  if scale_v is not None:
+    weights = weights.at[..., :slots].multiply(scale_v[:, :, None, None])
+  of_old, of_new, of_image = jnp.split(weights.astype(v.dtype), [slots, slots + length], -1)
   if arrangement.apart:
     out = jnp.matmul(of_old.reshape(*flat.shape[:3], slots), cache_v).reshape(by_head.shape).transpose(0, 3, 1, 2, 4)
   else:
@@ -267,21 +273,26 @@ def cached_attention(
   return out.reshape(batch, length, heads, head_dim)
 
 
-def _flat_cached_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, cache_k: jax.Array, cache_v: jax.Array, real: jax.Array
-) -> jax.Array:
+def _parts(held: jax.Array | Int8, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | None]:
+  """What multiplies, and its scales float32[B, K, C]."""
+  return (held.values.astype(dtype), held.scale) if isinstance(held, Int8) else (held, None)
+
+
+def _flat_cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, held_k: tuple, held_v: tuple, real: jax.Array) -> jax.Array:
   """One new token, and a cache whose heads lie side by side: a matrix for each row.
 
   Every query head is spread over the places of all kv heads, zeros but for its own. So it is multiplied with much that is zero,
   which costs a matrix unit nothing: what takes its time is to be fed with the cache, and that is read once, as it lies.
 
   Args:
-    q: float[B, N, H]; k, v: float[B, K, H]; cache_k, cache_v: float[B, C, K H]; real: bool[B, C], slots that are seen.
+    q: float[B, N, H]; k, v: float[B, K, H]; real: bool[B, C], slots that are seen.
+    held_k, held_v: float[B, C, K H], and scales float32[B, K, C] or None.
 
   Returns:
     float[B, N, H].
   """
   batch, heads, head_dim = q.shape
+  (cache_k, scale_k), (cache_v, scale_v) = held_k, held_v
   grouped = q.reshape(batch, k.shape[1], -1, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
   flat = grouped.reshape(q.shape)
   own = jnp.arange(cache_k.shape[-1]) // head_dim == jnp.arange(heads)[:, None] // grouped.shape[2]  # [N, K H]
@@ -289,12 +300,15 @@ def _flat_cached_attention(
   # [H, K H]: a product with it copies, and lays out as products do.
   repeat = jnp.tile(jnp.eye(head_dim, dtype=q.dtype), k.shape[1])
   spread = jnp.where(own, jnp.einsum('bnh,hx->bnx', flat, repeat, precision=exact), 0)
-  old = jnp.where(real[:, None], jnp.einsum('bnx,bcx->bnc', spread, cache_k, preferred_element_type=jnp.float32), -jnp.inf)
+  of_heads = lambda scale: jnp.repeat(scale, grouped.shape[2], 1)  # [B, N, C]
+  old = jnp.einsum('bnx,bcx->bnc', spread, cache_k, preferred_element_type=jnp.float32)
+  old = jnp.where(real[:, None], old if scale_k is None else old * of_heads(scale_k), -jnp.inf)
   new = jnp.einsum('bkgh,bkh->bkg', grouped, k, preferred_element_type=jnp.float32).reshape(batch, heads, 1)
   largest = jnp.maximum(old.max(-1, keepdims=True), new)
   old, new = jnp.exp(old - largest), jnp.exp(new - largest)
   total = old.sum(-1, keepdims=True) + new
-  of_old, of_new = (old / total).astype(v.dtype), (new / total).astype(v.dtype)
+  of_old, of_new = old / total, (new / total).astype(v.dtype)
+  of_old = (of_old if scale_v is None else of_old * of_heads(scale_v)).astype(v.dtype)
   out = jnp.where(own, jnp.einsum('bnc,bcx->bnx', of_old, cache_v), 0)
   out = jnp.einsum('bnx,hx->bnh', out, repeat, precision=exact)
   return out + (of_new.reshape(*grouped.shape[:3], 1) * v[:, :, None]).reshape(out.shape)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dynllava_jax import api
+from dynllava_jax import api, costs
 from dynllava_jax.config import ConfigError
 from dynllava_jax.controller import rungs
 from dynllava_jax.controller.ladder import Ladder, Need
@@ -48,13 +48,13 @@ class Offer:
     return Layout(self.loaded, [question], sizes.text_lengths, 0, SETTING).rows([0]).seeded(seed)
 
 
-def offers(path: str, name: str, stages: api.Stages, also: Sequence[str]) -> dict[str, Offer]:
+def offers(path: str, name: str, stages: api.Stages, also: Sequence[str], quantization: str | None = None) -> dict[str, Offer]:
   """The model `name`, run as `stages` says, and `name:WAY` for each of `also`; CheckpointError or ConfigError as `api.load`."""
   out = {}
   for label, way in [(name, stages), *((f'{name}:{way}', way) for way in also)]:
     if label in out:
       raise ConfigError(f'--also: {way} is there twice')
-    out[label] = Offer(label, way, api.describe(path, way)[0])
+    out[label] = Offer(label, way, api.describe(path, way, quantization)[0])
   return out
 
 
@@ -79,6 +79,7 @@ def engines(made: Mapping[str, Offer], mesh: Mesh, dtype: str, sizes: Sizes, roo
   """
   first, *others = made.values()
   limits = dict(max_new_tokens=sizes.max_new_tokens, batch_size=sizes.slots, text_lengths=sizes.text_lengths)
+  limits |= dict(quantization=first.loaded.quantization)
   model = api.load(first.loaded.path, stages=first.stages, dtype=dtype, mesh=mesh, **limits)
   models = {first.name: model} | {offer.name: model.run_as(offer.stages) for offer in others}
   runs = {name: model.generator for name, model in models.items()}
@@ -92,7 +93,8 @@ def on_ladder(model: api.Model, dtype: str, sizes: Sizes, room: int) -> Pools:
   """The checkpoint on the rungs that the controller's rules give it; see `engines`."""
   loaded, text = model.loaded, max(sizes.text_lengths)
   lists = rungs.by_rules(loaded.info.stages, loaded.model, Rules(), DECODE)
-  ladder = Ladder(rungs.rungs(loaded.model, lists, jnp.dtype(dtype).itemsize, loaded.reducer))
+  width = costs.number_bytes(loaded.model, jnp.dtype(dtype).itemsize, loaded.int8_cache)
+  ladder = Ladder(rungs.rungs(loaded.model, lists, width, loaded.reducer))
   room = room or sizes.slots * ladder.rungs[0].bytes(Need(text, sizes.max_new_tokens))
   return Pools.on(ladder, {rung.name: model.run_as(rung.stages).generator for rung in ladder.rungs}, room, text)
 

@@ -15,11 +15,12 @@ import numpy as np
 from dynllava_jax import costs, methods, sharding
 from dynllava_jax.arrangement import best
 from dynllava_jax.cache import CacheSpec
-from dynllava_jax.config import BenchConfig, EvalRun, ModelConfig
+from dynllava_jax.config import QUANTIZATIONS, BenchConfig, EvalRun, ModelConfig
 from dynllava_jax.controller.hardware import BANDWIDTH, Limits
 from dynllava_jax.evals.layout import Rows
 from dynllava_jax.generate import Generator
 from dynllava_jax.models.dynllava import Prompt
+from dynllava_jax.models.matrices import SCALES, smaller
 from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.serving.engine import Engine
 from dynllava_jax.serving.request import Request
@@ -51,22 +52,32 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def random_params(model: ModelConfig, run: EvalRun, dtype: Any, seed: int) -> dict[str, Any]:
-  """Parameters cut for a run: normal, of deviation 0.02, norms one. Runs share the arrays that have the same place and shape."""
+  """Parameters cut for a run: normal, of deviation 0.02, norms one; int8 ones evenly drawn, with scales that give as much.
+
+  Runs share the arrays that have the same place and shape.
+  """
   whole = sharding.unboxed(abstract_params(model, methods.needs_tail(model, run.reducer)))
+  if 'weights' in QUANTIZATIONS[run.quantization]:
+    whole |= jax.eval_shape(lambda llama: dict(zip(('llama', SCALES), smaller(llama))), whole['llama'])
   shapes = jax.eval_shape(lambda p: cut_params(p, run.stages, best(jax.local_devices()[:1])), whole)
   leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-  made = [
-    jnp.ones(leaf.shape, dtype) if path[-1].key == 'scale' else drawn(seed, number, leaf.shape, jnp.dtype(dtype))
-    for number, (path, leaf) in enumerate(leaves)
-  ]
-  return jax.tree.unflatten(tree, made)
+
+  def made(number: int, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if path[0].key == SCALES:
+      return jnp.full(leaf.shape, 0.02 / (127 / 3**0.5), jnp.float32)
+    if path[-1].key == 'scale':
+      return jnp.ones(leaf.shape, dtype)
+    return drawn(seed, number, leaf.shape, leaf.dtype if leaf.dtype == jnp.int8 else jnp.dtype(dtype))
+
+  return jax.tree.unflatten(tree, [made(number, *leaf) for number, leaf in enumerate(leaves)])
 
 
 @functools.cache  # dozens of runs of one model would not fit into memory, each with weights of its own
 def drawn(seed: int, number: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
   """The weights at one place."""
-  draw = jax.jit(lambda key: (0.02 * jax.random.normal(key, shape)).astype(dtype))  # never whole in float32
-  return draw(jax.random.fold_in(jax.random.key(seed), number))
+  whole = lambda key: jax.random.randint(key, shape, -127, 128, dtype)
+  parts = lambda key: (0.02 * jax.random.normal(key, shape)).astype(dtype)  # never whole in float32
+  return jax.jit(whole if dtype == jnp.int8 else parts)(jax.random.fold_in(jax.random.key(seed), number))
 
 
 class NoText:
@@ -84,13 +95,17 @@ class Contender:
   def __init__(self, cfg: BenchConfig, run: EvalRun):
     self.cfg, self.run = cfg, run
     params = random_params(cfg.model, run, jnp.dtype(cfg.dtype), cfg.seed)
-    make = lambda new: Generator(
-      cfg.model, run.stages, params, max_new_tokens=new, eos_id=None, dtype=jnp.dtype(cfg.dtype), reducer=run.reducer
-    )
+    options = dict(eos_id=None, dtype=jnp.dtype(cfg.dtype), reducer=run.reducer, int8_cache=self.int8_cache)
+    make = lambda new: Generator(cfg.model, run.stages, params, max_new_tokens=new, **options)
     self.generator = make(cfg.new)
     self.uncached = make(cfg.uncached_new) if cfg.uncached_new and not any(s.compressor for s in run.stages) else None
     self.num_image = methods.num_image_tokens(cfg.model, run.reducer)
     self.parameter_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
+
+  @property
+  def int8_cache(self) -> bool:
+    """Whether keys and values are held as int8."""
+    return 'cache' in QUANTIZATIONS[self.run.quantization]
 
   def batch(self, rows: int) -> 'Batch':
     """All parts for so many rows, compiled and run once."""
@@ -116,7 +131,7 @@ class Contender:
   def step_bytes(self, rows: int) -> int:
     """Bytes that a decoding step reads: the decoder's weights, and every slot of the cache."""
     cfg, spec = self.cfg, CacheSpec(max_new_tokens=self.cfg.new)
-    width = jnp.dtype(cfg.dtype).itemsize
+    width = costs.number_bytes(cfg.model, jnp.dtype(cfg.dtype).itemsize, self.int8_cache)
     return self.decoder_bytes + rows * sum(costs.cache_bytes(cfg.model, self.run.stages, cfg.text, spec, width, self.run.reducer))
 
   def weights_share(self, rows: int) -> float:
@@ -128,6 +143,7 @@ class Contender:
     """Of the weights that a decoding step reads: layers, norms and head."""
     llama = self.generator.params['llama']
     read = [tree for name, tree in llama.items() if name not in ('embedding', 'head')] + [llama.get('head', llama['embedding'])]
+    read.append(self.generator.params.get(SCALES, {}))
     return sum(x.nbytes for x in jax.tree.leaves(read))
 
 

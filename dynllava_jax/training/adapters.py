@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from dynllava_jax import checkpoint, paths, sharding
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import TrainConfig
-from dynllava_jax.models.lora import SCALES, abstract_adapters, init_adapters, to_int8
+from dynllava_jax.models.lora import abstract_adapters, init_adapters
+from dynllava_jax.models.matrices import SCALES, smaller
 from dynllava_jax.training.freezing import joined
 
 
@@ -29,9 +30,9 @@ def held_as(params: dict[str, Any], base: str) -> dict[str, Any]:
   llama = params['llama']
   if base != 'int8':
     return params | {'llama': jax.tree.map(lambda x: x.astype(base), llama)}
-  layers, scales = to_int8(llama['layers'])
-  small = jax.tree.map(lambda x: x if x.dtype == 'int8' else x.astype('bfloat16'), llama | {'layers': layers})
-  return params | {'llama': small, SCALES: {'layers': scales}}
+  small, scales = smaller(jax.tree.map(lambda x: x, llama))
+  small = jax.tree.map(lambda x: x if x.dtype == 'int8' else x.astype('bfloat16'), small)
+  return params | {'llama': small, SCALES: scales}
 
 
 def adapted(cfg: TrainConfig, directory: pathlib.Path, mesh: Mesh) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dynllava_jax import methods, sharding
 from dynllava_jax.config import ConfigError, TrainConfig
 from dynllava_jax.data.batches import Batch
-from dynllava_jax.models.lora import MATRICES, SCALES
+from dynllava_jax.models.matrices import MATRICES, SCALES
 from dynllava_jax.training.hlo import Collective, Module
 from dynllava_jax.training.machines import Machine
 from dynllava_jax.training.step import State, cut_abstract, make_optimizer, make_train_step, new_watch, split_frozen

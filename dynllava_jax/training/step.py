@@ -26,7 +26,8 @@ from dynllava_jax.methods.training import Drawn, Shape
 from dynllava_jax.models import trained
 from dynllava_jax.models.batch import TrainInputs
 from dynllava_jax.models.dynllava import DynLlava, Prompt
-from dynllava_jax.models.lora import ADAPTERS, SCALES, abstract_adapters, abstract_scales, as_variables
+from dynllava_jax.models.lora import ADAPTERS, abstract_adapters, as_variables
+from dynllava_jax.models.matrices import SCALES, abstract_scales
 from dynllava_jax.models.params import abstract_params, cut_params
 from dynllava_jax.ops.images import normalize
 from dynllava_jax.training.freezing import check_paths, joined, split_frozen

@@ -22,9 +22,11 @@ from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
 from dynllava_jax import checkpoint, command_line, progress, sharding
+from dynllava_jax.checkpoint import CheckpointError
 from dynllava_jax.config import MeshConfig
 from dynllava_jax.convert import convert as converting
 from dynllava_jax.convert.convert import check_destination, convert, new_directory
+from dynllava_jax.convert.export import export
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.base import load_case
 from dynllava_jax.convert.report import run_conversion
@@ -62,6 +64,31 @@ def test_every_number_arrives_exactly_once(source, out):
   )
   theirs = np.sort(np.concatenate([np.ravel(x) for x in weights.values()]))
   np.testing.assert_array_equal(ours, theirs)
+
+
+def test_int8_loads_as_what_is_made_of_the_whole_while_it_is_loaded(source, out, tmp_path):
+  """Sealed, read back and cut like any other; refused where whole numbers are needed."""
+  convert(Request(src=source), tmp_path / 'whole')
+  _, mapped = convert(Request(src=source), out, 'int8')
+  info = checkpoint.read_info(out)
+  assert info.int8 and {m.target for m in mapped} >= {'llama/layers/q[3]', 'scales/layers/q[3]'}
+  checkpoint.check_integrity(out / '0')
+  for mesh in (None, sharding.make_mesh(MeshConfig(fsdp=4, data=2))):
+    stored = checkpoint.load_params(out, mesh, stages=info.stages)
+    made = checkpoint.load_params(tmp_path / 'whole', mesh, stages=info.stages, int8=True)
+    assert jax.tree.structure(stored) == jax.tree.structure(made)
+    jax.tree.map(np.testing.assert_array_equal, stored, made)
+  with pytest.raises(CheckpointError, match='rounded to int8, for generation alone; take the checkpoint that it was made of'):
+    checkpoint.load_params(out)
+  with pytest.raises(ConversionError, match='rounded to int8, for generation here; export the checkpoint that it was made of'):
+    export(out, tmp_path / 'back', 'llava')
+  with pytest.raises(ConversionError, match='--dtype=int8: is for generation here'):
+    export(tmp_path / 'whole', tmp_path / 'back', 'llava', dtype='int8')
+  described = json.loads((out / checkpoint.MODEL_FILE).read_text())
+  described.pop('sha256')
+  checkpoint.write_description(out, described | {'int8': False})  # an edited description does not make whole numbers of them
+  with pytest.raises(CheckpointError, match=r'\+ scales/layers/q: not part of the model'):
+    checkpoint.load_params(out, stages=info.stages)
 
 
 def test_loads_onto_a_mesh(source, out):

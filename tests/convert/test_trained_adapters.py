@@ -14,6 +14,7 @@ from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.export import export
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.source import Request
+from dynllava_jax.stored import by_name
 from dynllava_jax.training import loop
 
 LORA = LoraConfig(rank=4, alpha=6.0, dropout=0.0, targets=('q', 'v', 'o', 'gate', 'down'), base='float32')
@@ -33,7 +34,7 @@ def adapted(fine_tuned):  # noqa: F811
 
 
 def equal(a, b, atol=0.0):
-  a, b = checkpoint._by_path(a), checkpoint._by_path(b)
+  a, b = by_name(a), by_name(b)
   assert a.keys() == b.keys()
   for name, leaf in a.items():
     np.testing.assert_allclose(leaf, b[name], rtol=0, atol=atol, err_msg=name)
