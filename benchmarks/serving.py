@@ -6,15 +6,21 @@
 Clients ask questions about digit scenes one after the other, every second one as a stream. Prints JSON: requests, what was lost (by
 the error that the client saw), answers that are not those of `Model.answer` to the question alone, accuracy, seconds from asking to
 the first token and to the end (p50, p95), tokens per second; the same for one client; and of the server its resident memory and
-compilations before and after. Start it with --offline= to compare with nothing, as one under a controller.
+compilations before, after, and `--every` so many seconds. Start it with --offline= to compare with nothing, as one under a
+controller. With --restarts=N the program starts the server itself, with the flags behind `--`, and kills it N times under load:
+
+    python benchmarks/serving.py --restarts=3 --url=http://127.0.0.1:8000 -- --text_lengths=32 --max_new_tokens=72
 """
 
 import base64
 import collections
+import contextlib
 import http.client
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -33,6 +39,8 @@ SECONDS = flags.DEFINE_float('seconds', 60.0, 'For so long new questions are ask
 ALONE = flags.DEFINE_float('alone', 15.0, 'And for so long by one client; 0 leaves it out.')
 QUESTIONS = flags.DEFINE_integer('questions', 24, 'Different ones.', lower_bound=1)
 LONG = flags.DEFINE_bool('long', False, 'Only questions with long answers.')
+EVERY = flags.DEFINE_float('every', 0.0, 'Seconds between looks at the memory and compilations of the server; 0 for none.')
+RESTARTS = flags.DEFINE_integer('restarts', 0, 'Kill the server (SIGKILL) so often under load, and start it again.', lower_bound=0)
 TIMEOUT = flags.DEFINE_float('timeout', 60.0, 'Seconds after which a client takes itself for hung.')
 TEXT, LONGEST = 32, 72
 
@@ -165,16 +173,71 @@ def server():
   return {'resident MiB': round(float(resident[1]) / 2**20, 1), 'compilations': sum(map(float, compiled))}
 
 
-def main(_) -> None:
+def looks(found, over):
+  """Fills `found` with what the server takes, from time to time, until it is `over`."""
+  while not over.wait(EVERY.value):
+    with contextlib.suppress(OSError, TypeError):  # it may just be starting
+      found.append(server())
+
+
+def started(command):
+  """A server that answers."""
+  process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+  while process.poll() is None:
+    with contextlib.suppress(OSError, TypeError):
+      server()
+      return process
+    time.sleep(0.2)
+  raise SystemExit(f'error: {" ".join(command)}: ended with {process.returncode}')
+
+
+class Restarted:
+  """A server that is killed and started again, evenly over the time of the load; `down`: seconds without one, each time."""
+
+  def __init__(self, flags_of_server):
+    port = urllib.parse.urlsplit(URL.value).port
+    more = [f'--checkpoint={CHECKPOINT.value}', f'--name={MODEL.value}', f'--port={port}', *flags_of_server]
+    self.command, self.down = [sys.executable, '-m', 'dynllava_jax.serve', *more], []
+    self.process = started(self.command)
+
+  def run(self, over):
+    """Until it is `over`."""
+    for _ in range(RESTARTS.value):
+      if over.wait(SECONDS.value / (RESTARTS.value + 1)):
+        return
+      self.process.kill()
+      self.process.wait()
+      begun = time.monotonic()
+      self.process = started(self.command)
+      self.down.append(round(time.monotonic() - begun, 1))
+
+
+def main(args) -> None:
   """Prints what was found."""
-  questions = asked()
-  expected = offline(questions)
-  out = {'before': server()}
-  if ALONE.value:
-    out['alone'] = load(1, ALONE.value, questions, expected)
-  out['together'] = load(CLIENTS.value, SECONDS.value, questions, expected)
-  out['after'] = server()
-  print(json.dumps(out, indent=1))
+  restarted = Restarted(args[1:]) if RESTARTS.value else None
+  try:
+    questions = asked()
+    expected = offline(questions)
+    out = {'before': server()}
+    if ALONE.value:
+      out['alone'] = load(1, ALONE.value, questions, expected)
+    found, over = [], threading.Event()
+    beside = [threading.Thread(target=looks, args=(found, over))] * bool(EVERY.value)
+    beside += [threading.Thread(target=restarted.run, args=(over,))] * bool(restarted)
+    for thread in beside:
+      thread.start()
+    out['together'] = load(CLIENTS.value, SECONDS.value, questions, expected)
+    over.set()
+    for thread in beside:
+      thread.join()
+    out |= {'meanwhile': found} if found else {}
+    out |= {'killed and started again, seconds without a server': restarted.down} if restarted else {}
+    out['after'] = server()
+    print(json.dumps(out, indent=1))
+  finally:
+    if restarted:
+      restarted.process.terminate()
+      restarted.process.wait()
 
 
 if __name__ == '__main__':

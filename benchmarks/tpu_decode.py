@@ -1,4 +1,4 @@
-"""What int8 and sparsification save in decoding on one TPU chip, asked of the TPU compiler: bytes of a token, and the largest batch.
+"""What int8 and sparsification save in decoding on one TPU chip, by the TPU compiler: bytes of a token, and the largest batch.
 
     pip install libtpu==0.0.51
     python benchmarks/tpu_decode.py             # all, a minute or so for each of 30 programs

@@ -12,6 +12,7 @@ from dynllava_jax import methods
 from dynllava_jax.evals.benchmarks.base import Question
 from dynllava_jax.evals.layout import Layout, Loaded
 from dynllava_jax.generate import Generator
+from dynllava_jax.models.lora import as_variables
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.images import normalize
 from dynllava_jax.ops.selection import keep_margin
@@ -95,7 +96,7 @@ def image_margins(generator: Generator, prompt: Any, pixels: np.ndarray) -> jax.
 
   @jax.jit
   def margins(params):
-    apply = lambda *args, method: model.apply({'params': params}, *args, method=method)
+    apply = lambda *args, method: model.apply(as_variables(params, None, model.stages, None), *args, method=method)
     image = apply(normalize(pixels, model.cfg.vision), method='reduce_images')
     _, traces, _ = apply(prompt, image.tokens, generator.spec, image.group, method='prefill')
     hidden = layout.take_image_rows(traces[index].entry, prompt.image_start, reached)

@@ -111,7 +111,7 @@ def test_rows_of_the_vocabulary_that_an_export_added(source):
   reconfigure(source, unpadded_vocab_size=500)
   found, parts = plan(source)
   assert found.info.model.llama.vocab_size == 500
-  assert next(a for a in parts if a.target == 'llama/embedding').load().shape == (500, 80)
+  assert next(a for a in parts if a.path == ('llama', 'embedding')).load().shape == (500, 80)
   reconfigure(source, vocab_size=511)
   with pytest.raises(ConversionError, match=r'lm_head.weight has shape \(512, 80\), but vocab_size in .* is 511'):
     plan(source)

@@ -5,7 +5,7 @@ import json
 from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
-from dynllava_jax.convert.plan import assign
+from dynllava_jax.convert.plan import assign, slot_name
 from dynllava_jax.convert.source import Request, open_source
 
 CASE = GOLDEN / 'public_b'
@@ -30,4 +30,4 @@ def write(directory, config, weights, name='model.safetensors'):
 def planned(**request):
   """Source tensor by target of what would be converted."""
   found = open_source(Request(**request))
-  return found, {a.target: a for a in assign(found.info, found.tensors, None)}
+  return found, {slot_name(a.path, a.index): a for a in assign(found.info, found.tensors, None)}
