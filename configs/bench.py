@@ -6,7 +6,7 @@
     python -m dynllava_jax.bench --config=configs/bench.py:7b,int8 --out=runs/bench-int8
 
 The second times every method that needs no training at the published budgets instead, 192, 128 and 64 of 576 image tokens;
-the third dense and dynamic with their weights and caches as int8 beside them.
+the third dense and dynamic with their weights as int8 beside them.
 
 `mid` is a model that two CPU cores can time, `7b` and `13b` are for accelerators, and `tiny` shows that it runs. Expected:
 prefill near the ideal ratio that is printed beside it from batch 2 on; decoding gains with the batch.

@@ -175,7 +175,7 @@ def gates_eval() -> dict:
 def int8_eval() -> dict:
   """Dense and dynamic, with weights, caches and both as int8."""
   runs = {name: run for name, run in evaluate()['runs'].items() if name in ('dense', 'dynamic')}
-  forms = ('int8_weights', 'int8_cache', 'int8')
+  forms = ('int8', 'int8_cache', 'int8_all')
   return evaluate() | dict(runs=runs | {f'{n}, {f}': r | dict(quantization=f) for n, r in runs.items() for f in forms})
 
 

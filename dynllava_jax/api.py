@@ -58,8 +58,8 @@ def load(
     stages: how it is run: 'dense', 'dynamic' or a method by name, both with or without a number of image tokens ('dynamic_64',
       'fastv'), or a stage list as in configs; None is what the checkpoint was made for.
     dtype: of the computation, 'float32' or 'bfloat16'; None is bfloat16 on accelerators.
-    quantization: 'int8' holds the decoder's matrices and the cache's keys and values as int8, 'int8_weights' and 'int8_cache' one
-      of the two; None is what the checkpoint holds.
+    quantization: 'int8' holds the decoder's matrices as int8, 'int8_cache' the cache's keys and values, 'int8_all' both; None is
+      what the checkpoint holds.
     mesh: devices that the weights are spread over; the first device if None.
     max_new_tokens: room for answers.
     batch_size: questions that are answered at once.

@@ -46,7 +46,7 @@ _COMPILED = define_path(
 
 def define_quantization() -> flags.FlagHolder:
   """The flag --quantization, as in `config.EvalRun`."""
-  text = 'int8: weights and KV cache as int8; int8_weights and int8_cache one of them; as stored if not given.'
+  text = "int8: the decoder's matrices as int8, int8_cache: keys and values, int8_all: both; as stored if not given."
   return flags.DEFINE_enum('quantization', None, list(filter(None, QUANTIZATIONS)), text)
 
 

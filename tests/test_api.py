@@ -57,7 +57,7 @@ def test_pictures_in_every_form_are_the_same(model, tmp_path):
 
 @pytest.mark.slow
 def test_int8_answers_and_its_cache_is_smaller(model, tiny_checkpoint):
-  small = dl.load(tiny_checkpoint, quantization='int8', max_new_tokens=6, batch_size=2, text_lengths=(64, 128))
+  small = dl.load(tiny_checkpoint, quantization='int8_all', max_new_tokens=6, batch_size=2, text_lengths=(64, 128))
   assert len(small.answer(pictures(), QUESTIONS)) == 4
   sizes = []
   for one in (model, small):
@@ -66,7 +66,7 @@ def test_int8_answers_and_its_cache_is_smaller(model, tiny_checkpoint):
     sizes.append(chat.cache_bytes)
   assert sizes[1] < 0.5 * sizes[0]
   assert small.run_as('dense').loaded.int8_cache
-  with pytest.raises(ValueError, match="quantization: 'int4', expected int8, int8_weights, int8_cache, or None"):
+  with pytest.raises(ValueError, match="quantization: 'int4', expected int8, int8_cache, int8_all, or None"):
     dl.load(tiny_checkpoint, quantization='int4')
 
 

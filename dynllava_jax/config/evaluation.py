@@ -13,7 +13,7 @@ MOST_AT_ONCE = 2**16  # rows of a batch
 MOST_MADE = 10**6  # questions that are made for a run
 MOST_PIXELS = 2**12
 # What is held as int8: the decoder's matrices, the cache's keys and values.
-QUANTIZATIONS = {'': (), 'int8': ('weights', 'cache'), 'int8_weights': ('weights',), 'int8_cache': ('cache',)}
+QUANTIZATIONS = {'': (), 'int8': ('weights',), 'int8_cache': ('cache',), 'int8_all': ('weights', 'cache')}
 RUN_NAME = re.compile(r'[\w+=-][\w .+=,-]{0,99}')  # it names files
 
 
@@ -27,8 +27,8 @@ class EvalRun:
     image_size: pixels that images are scaled to, with fewer image tokens and interpolated position embeddings; 0 is
       the tower's own size.
     reducer: what makes fewer image tokens of the tower's patches; None with no stages is the checkpoint's own too.
-    quantization: '' computes with what is stored; 'int8' holds the decoder's matrices and the cache's keys and values as int8,
-      'int8_weights' and 'int8_cache' one of the two. A checkpoint that is stored as int8 has its matrices so in any case.
+    quantization: '' computes with what is stored; 'int8' holds the decoder's matrices as int8, 'int8_cache' the cache's keys and
+      values, 'int8_all' both. A checkpoint that is stored as int8 has its matrices so in any case.
     method, budget: what tables call the run, and by which published figures are found: the method's name, and for how many image
       tokens it was set; '' and 0 for a run that stands for none.
   """
