@@ -14,6 +14,11 @@ import pytest
 from conftest import GOLDEN, ROOT
 
 from dynllava_jax import hub
+from dynllava_jax.config import DataConfig
+from dynllava_jax.convert.convert import convert
+from dynllava_jax.convert.export import export
+from dynllava_jax.convert.source import Request
+from dynllava_jax.data.sources import new_tokenizer
 
 COMMIT = 'c' * 40
 SHIPPED = {
@@ -127,6 +132,32 @@ def test_only_what_is_read_is_fetched_once_and_whole(tmp_path):
   assert 'converted 124 tensors' in convert(f'hf:org/name@{COMMIT}', 'd', HF_HUB_OFFLINE='1').stdout
   gone = convert('hf:org/name2', 'e')
   assert gone.returncode == 1 and 'cannot be fetched' in gone.stderr and gone.stderr.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_answers_from_python(tmp_path, monkeypatch):
+  """As transformers has it, weights and tokenizer; the second time from this machine's cache, without network."""
+  convert(Request(src=GOLDEN / 'public_b' / 'checkpoint'), tmp_path / 'recorded')
+  export(tmp_path / 'recorded', tmp_path / 'dense', 'llava', drop_predictors=True)
+  for name, content in new_tokenizer(DataConfig(), 512).items():
+    (tmp_path / 'dense' / name).write_bytes(content)
+  convert(Request(src=tmp_path / 'dense'), tmp_path / 'ours')
+  export(tmp_path / 'ours', tmp_path / 'hf', 'llava-hf')
+  monkeypatch.setitem(globals(), 'SHIPPED', {p.name: p.read_bytes() for p in (tmp_path / 'hf').iterdir() if p.is_file()})
+  words = "dl.load({!r}, stages='dense', max_new_tokens=4, text_lengths=(192,)).answer(None, 'How many digits are there?')"
+  env = os.environ | {'HF_HOME': str(tmp_path / 'home'), 'DYNLLAVA_JAX_CACHE': str(tmp_path / 'cache'), 'NO_PROXY': '127.0.0.1'}
+
+  def answer(path, **more):
+    command = [sys.executable, '-c', f'import dynllava_jax as dl; print({words.format(path)})']
+    done = subprocess.run(command, cwd=ROOT, env=env | more, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+  expected = answer(str(tmp_path / 'ours'))
+  with running() as server:
+    assert answer('hf:org/name', HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}') == expected
+    assert 'model.safetensors' in server.asked and any(name.startswith('tokenizer') for name in server.asked)
+  assert answer('hf:org/name', HF_HUB_OFFLINE='1') == expected
 
 
 def test_what_conversion_reads():

@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import together
 from conftest import ROOT
 
 import dynllava_jax as dl
@@ -81,3 +82,10 @@ def test_the_command_answers_a_file(tmp_path):
     assert words in subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
   answers = [json.loads(line) for line in (tmp_path / 'a.jsonl').read_text().splitlines()]
   assert [a['question_id'] for a in answers] == ['a', 'b'] and all(a['text'] for a in answers)
+  files[-1] = f'--out={tmp_path / "hosts.jsonl"}'
+  both = together.start(['-m', 'dynllava_jax.batch', '--multihost', *files, *sizes])
+  told = [host.communicate(timeout=200) for host in both]
+  assert [host.returncode for host in both] == [0, 0], told
+  of_hosts = [json.loads(line) for line in (tmp_path / 'hosts.jsonl').read_text().splitlines()]
+  assert [(a['question_id'], a['text']) for a in of_hosts] == [(a['question_id'], a['text']) for a in answers]
+  assert {p.name for p in (tmp_path / 'hosts.jsonl.parts').iterdir()} >= {'host-0-of-2.jsonl', 'host-1-of-2.jsonl'}
