@@ -7,7 +7,9 @@ Clients ask questions about digit scenes one after the other, every second one a
 the error that the client saw), answers that are not those of `Model.answer` to the question alone, accuracy, seconds from asking to
 the first token and to the end (p50, p95), tokens per second; the same for one client; and of the server its resident memory and
 compilations before, after, and `--every` so many seconds. Start it with --offline= to compare with nothing, as one under a
-controller. With --restarts=N the program starts the server itself, with the flags behind `--`, and kills it N times under load:
+controller. `--engine` also runs the checkpoint's engine here with as many slots as clients, before and after, without a server:
+what a server adds to a token, as a share of the engine's time for it (it wants as many --slots). With --restarts=N the program
+starts the server itself, with the flags behind `--`, and kills it N times under load:
 
     python benchmarks/serving.py --restarts=3 --url=http://127.0.0.1:8000 -- --text_lengths=32 --max_new_tokens=72
 """
@@ -17,6 +19,7 @@ import collections
 import contextlib
 import http.client
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -40,6 +43,7 @@ ALONE = flags.DEFINE_float('alone', 15.0, 'And for so long by one client; 0 leav
 QUESTIONS = flags.DEFINE_integer('questions', 24, 'Different ones.', lower_bound=1)
 LONG = flags.DEFINE_bool('long', False, 'Only questions with long answers.')
 EVERY = flags.DEFINE_float('every', 0.0, 'Seconds between looks at the memory and compilations of the server; 0 for none.')
+ENGINE = flags.DEFINE_bool('engine', False, 'Compare with the engine alone.')
 RESTARTS = flags.DEFINE_integer('restarts', 0, 'Kill the server (SIGKILL) so often under load, and start it again.', lower_bound=0)
 TIMEOUT = flags.DEFINE_float('timeout', 60.0, 'Seconds after which a client takes itself for hung.')
 TEXT, LONGEST = 32, 72
@@ -71,6 +75,29 @@ def offline(questions):
   stages = None if OFFLINE.value == 'own' else OFFLINE.value
   model = dl.load(CHECKPOINT.value, stages=stages, max_new_tokens=LONGEST, text_lengths=(TEXT,))
   return model.answer([picture for _, picture, _, _ in questions], [words for words, _, _, _ in questions])
+
+
+def engine_alone(questions, seconds):
+  """Tokens per second of an engine whose slots are all taken, pictures decoded before."""
+  import dynllava_jax as dl
+  from dynllava_jax.serving import questions as forms
+  from dynllava_jax.serving.engine import Engine
+  from dynllava_jax.serving.request import Request
+
+  stages = None if OFFLINE.value in ('', 'own') else OFFLINE.value
+  model = dl.load(CHECKPOINT.value, stages=stages, max_new_tokens=LONGEST, text_lengths=(TEXT,))
+  engine = Engine(model.generator, model.loaded.tokenizer, text_length=TEXT, slots=CLIENTS.value, steps=8)
+  asked = [forms.question(i, picture, words) for i, (words, picture, _, _) in enumerate(questions)]
+  rows = forms.lay_out(model.loaded, asked, (TEXT,), [0] * len(asked))
+  requests = itertools.cycle([Request(f'question {i}', row) for i, row in enumerate(rows)])
+  engine.warm([next(requests)])
+  live, made, begun = [], 0, time.monotonic()
+  while time.monotonic() - begun < seconds:
+    live += [engine.submit(next(requests)) for _ in range(CLIENTS.value - len(live))]
+    engine.step()
+    made += sum(len(t.output.tokens) for t in live if t.finish)
+    live = [t for t in live if not t.finish]
+  return made / (time.monotonic() - begun)
 
 
 def ask(place, body, stream):
@@ -226,8 +253,13 @@ def main(args) -> None:
     beside += [threading.Thread(target=restarted.run, args=(over,))] * bool(restarted)
     for thread in beside:
       thread.start()
+    alone = [engine_alone(questions, SECONDS.value / 2)] if ENGINE.value else []
     out['together'] = load(CLIENTS.value, SECONDS.value, questions, expected)
     over.set()
+    if alone:
+      alone.append(engine_alone(questions, SECONDS.value / 2))
+      out['engine alone, tokens per second'] = [round(a, 1) for a in alone]
+      out["the server's share beside the engine's time"] = round(np.mean(alone) / out['together']['tokens per second'] - 1, 4)
     for thread in beside:
       thread.join()
     out |= {'meanwhile': found} if found else {}
