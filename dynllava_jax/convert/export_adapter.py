@@ -17,7 +17,8 @@ from dynllava_jax.config import LoraConfig
 from dynllava_jax.convert.plan import Path, slots_by_key
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.step_reader import Out, StepReader
-from dynllava_jax.models.lora import ADAPTERS, MATRICES
+from dynllava_jax.models.lora import ADAPTERS
+from dynllava_jax.models.matrices import MATRICES
 
 ADAPTER_FILE, TRAINED_WHOLE_FILE = 'adapter_model', 'non_lora_trainables'
 PREFIX = 'base_model.model.'
