@@ -19,7 +19,7 @@ def cache_of(keys, values, positions, arrangement):
   """A one-stage cache of unrotated keys float[L, B, S, K, H] that stand at int32[B, S]."""
   angles = rope_angles(positions, CFG.head_dim, CFG.rope_theta)
   layers = [with_room(apply_rope(k, *angles), v, ROOM, arrangement) for k, v in zip(keys, values)]
-  k, v = zip(*layers) if arrangement.apart else (jnp.stack(x) for x in zip(*layers))
+  k, v = zip(*layers) if arrangement.apart else (jax.tree.map(lambda *x: jnp.stack(x), *side) for side in zip(*layers))
   spec = CacheSpec(max_new_tokens=ROOM)
   length = jnp.full(BATCH, positions.shape[1], jnp.int32)
   stage = from_prompt(k, v, length, gated=False, text_keep_budget=1.0, spec=spec, arrangement=arrangement)
