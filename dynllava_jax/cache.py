@@ -1,4 +1,4 @@
-"""The KV cache as data: one stack per stage, each with its own static capacity.
+"""The KV cache as data: one stack per stage, or per kind of layers in it (`models.stacks`), each with its own static capacity.
 
 Axes: L layers of the stage, B batch, C slots, K kv heads, H head dim, X both of these.
 How they lie in memory is the model's `Arrangement`; nothing but this file and `ops.attention.cached_attention` looks at that.
@@ -57,7 +57,7 @@ class Candidates:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StageCache:
-  """Keys and values of one stage.
+  """Keys and values of one stage, or of some of its layers that hold other tokens than the rest.
 
   Attributes:
     k, v: float[L, B, C, K, H], or of each layer an array whose axes are as `arrangement` has them; keys are stored rotated.
@@ -98,7 +98,7 @@ class StageCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """One `StageCache` per stage and int32[B] `position`: tokens seen so far, the next token's position in the conversation.
+  """One `StageCache` per stack of layers, stage by stage, and int32[B] `position`: tokens seen so far, where the next token stands.
 
   `gate` is what a gate with a memory knows of the rows (`methods.gate.GateState`), None in runs without one.
   """

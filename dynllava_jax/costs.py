@@ -13,6 +13,7 @@ from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.config import ModelConfig, Piece, Stage, judges_instructions
 from dynllava_jax.methods.base import row_flops
+from dynllava_jax.models.stacks import stacks_of
 
 
 def layer_flops(model: ModelConfig, tokens: float, keys: float, no_mlp: float = 0) -> float:
@@ -131,7 +132,10 @@ def sample_flops(
     prompt, places = text_tokens + image_tokens, text_tokens + image_tokens + unmerged
     for layer in range(stage.start, end):
       keys, rows = kind.saves(model.llama, layer, image_tokens, options)
-      total += layer_flops(model, prompt, places * (places + 1) / 2 - keys, rows)
+      waiting = image_tokens - methods.passing_image_tokens(stage, layer, model.llama.num_layers, image_tokens)
+      seen = places - waiting
+      total += layer_flops(model, prompt - waiting, seen * (seen + 1) / 2 - keys, rows)
+      total += 2 * image_tokens * model.llama.hidden_size if waiting else 0.0  # its router
       total += compressor.flops(model.llama, text_tokens, image_tokens, settings) if compressor else 0.0
     reached = image_tokens
     cached = sum(stage_slots(model, stage, end, text_tokens, image_tokens)) / layers + unmerged
@@ -165,17 +169,19 @@ def cache_bytes(
   bytes_per_number: float,
   reducer: Piece | None = None,
 ) -> list[int]:
-  """Allocated bytes of one row's keys and values, per stage, for a text bucket of `text_length`."""
+  """Allocated bytes of one row's keys and values, per stack of layers (`models.stacks`), for a text bucket of `text_length`."""
   llama, num_image = model.llama, methods.num_image_tokens(model, reducer)
   unmerged = methods.unmerged_tokens(model, reducer)
-  ends = [s.start for s in stages[1:]] + [llama.num_layers]
+  image_tokens = methods.stage_image_tokens(stages, num_image)
   sizes, gate, budget_share = [], False, 1.0
-  for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, num_image)):
+  for stack in stacks_of(stages, llama.num_layers):
+    stage, text_image = stages[stack.stage], (text_length, image_tokens[stack.stage])
     if methods.judges(stage):
       gate, budget_share = True, stage.text_keep_budget
     budget = kv.generated_budget(gate, budget_share, spec)
-    slots = kv.capacity(max(stage_slots(model, stage, end, text_length, image_tokens)) + unmerged, budget, gate, spec)
-    sizes.append(round((end - stage.start) * slots * 2 * llama.num_kv_heads * llama.head_dim * bytes_per_number))
+    most = max(methods.prompt_slots(stage, layer, llama.num_layers, *text_image) for layer in stack.layers)
+    slots = kv.capacity(most + unmerged, budget, gate, spec)
+    sizes.append(round(len(stack.layers) * slots * 2 * llama.num_kv_heads * llama.head_dim * bytes_per_number))
   return sizes
 
 
@@ -192,7 +198,8 @@ def paper_setting(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece 
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   num_image = methods.num_image_tokens(model, reducer)
   present = methods.stage_image_tokens(stages, num_image)
-  counts = [n for n, s, e in zip(present, stages, ends) for _ in range(e - s.start)]
+  passing = lambda stage, layer, image: methods.passing_image_tokens(stage, layer, model.llama.num_layers, image)
+  counts = [passing(s, layer, n) for n, s, e in zip(present, stages, ends) for layer in range(s.start, e)]
   return PaperSetting(model.llama.hidden_size, tuple(counts))
 
 

@@ -18,12 +18,14 @@ from dynllava_jax.config.model import (
   LlamaConfig,
   ModelConfig,
   PredictorConfig,
+  PyramidConfig,
   RelevanceConfig,
   RopeScaling,
+  RoutersConfig,
   TokenPackerConfig,
   VisionConfig,
 )
-from dynllava_jax.config.objective import Objective, RelevanceTraining, SparsityConfig
+from dynllava_jax.config.objective import Objective, PyramidTraining, RelevanceTraining, SparsityConfig
 from dynllava_jax.config.parsing import ConfigError, Options, differences, first_difference, from_config_dict, to_dict
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, judges_instructions
 from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, TrainConfig
@@ -54,9 +56,12 @@ __all__ = [
   'Options',
   'Piece',
   'PredictorConfig',
+  'PyramidConfig',
+  'PyramidTraining',
   'RelevanceConfig',
   'RelevanceTraining',
   'RopeScaling',
+  'RoutersConfig',
   'SparsityConfig',
   'Stage',
   'TokenPackerConfig',

@@ -59,11 +59,18 @@ def _always(stages: tuple[Stage, ...]) -> bool:
   return True
 
 
+def _routes(stages: tuple[Stage, ...]) -> bool:
+  return any(s.layers is not None and s.layers.name in ROUTING for s in stages)
+
+
 PREDICTORS = 'predictors'
+ROUTING = ('pmod', 'videollm_mod')
 GROUPS: dict[str, Group] = {
   'image_predictor': Group(field='predictor', what=PREDICTORS, asked=_chooses_image, trained=_always),
   'text_predictor': Group(field='predictor', what=PREDICTORS, asked=_judges_text, trained=_always),
   'instruct_predictor': Group(field='predictor', what=PREDICTORS, asked=judges_instructions, option='instruct'),
+  'routers': Group(field='routers', what='routers', asked=_routes, layered=True),
+  'dpn': Group(field='dpn', what='pooling routers', asked=lambda stages: any(s.selector in ('dpn', 'dpn_routed') for s in stages)),
   'relevance': Group(field='relevance', what='score of image tokens', asked=lambda stages: any(s.revisit for s in stages)),
 }
 

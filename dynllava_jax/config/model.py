@@ -204,6 +204,50 @@ class RelevanceConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutersConfig:
+  """A router per decoder layer, which lets only some image tokens pass, in stages with `Stage.layers` of that method.
+
+  Attributes:
+    method: name of the method that they were trained with.
+    bias: whether their score has one.
+    layers: decoder layers that have one, of a converted checkpoint; () for all.
+  """
+
+  method: str
+  bias: bool = False
+  layers: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PyramidConfig:
+  """Routers of a Dynamic Pyramid Network, which choose how the grid of image tokens is pooled in front of some layers.
+
+  Attributes:
+    layers: decoder layers in front of which it may be pooled; the authors' are 8, 16 and 24 of 32.
+    kernels: for each of them, the sides of the squares that a router chooses from.
+    router_id: token whose hidden state the routers look at, the first behind the image; the authors add one to the vocabulary that
+      ends the user's turn. One that ends it anyway will do.
+    temperature: what their numbers are divided by.
+  """
+
+  layers: tuple[int, ...] = (8, 16, 24)
+  kernels: tuple[tuple[int, ...], ...] = ((1, 2, 4), (1, 2, 4), (1, 2))
+  router_id: int = 32000
+  temperature: float = 10.0
+
+  def __post_init__(self):
+    require(
+      len(self.layers) == len(self.kernels) > 0,
+      f'dpn: {len(self.layers)} layers and {len(self.kernels)} lists of kernels, expected as many of both, at least one',
+    )
+    require(
+      list(self.layers) == sorted(set(self.layers)) and self.layers[0] > 0, f'dpn: layers {self.layers} do not rise from 1 on'
+    )
+    require(all(k and min(k) >= 1 for k in self.kernels), f'dpn: kernels {self.kernels}, expected numbers from 1 on for each layer')
+    require(self.temperature > 0, f'dpn: temperature is {self.temperature}, expected a positive number')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenPackerConfig:
   """The TokenPacker projector (arXiv 2407.02392); defaults are those for CLIP ViT-L/14-336.
 
@@ -233,6 +277,8 @@ class ModelConfig:
     projector: kind of projector: `linear`, `mlpNx_gelu`, or `tokenpacker`, which `packer` describes.
     clip_text: the text tower that belongs to the vision tower; only reducers that match patches and question look at it.
     relevance: weights that score image tokens for each generated token; None if the model has none.
+    dpn: weights that choose how image tokens are pooled between stages; None if the model has none.
+    routers: weights that let only some image tokens pass a layer; None if the model has none.
   """
 
   vision: VisionConfig = VisionConfig()
@@ -242,6 +288,8 @@ class ModelConfig:
   predictor: PredictorConfig | None = None
   clip_text: ClipTextConfig | None = None
   relevance: RelevanceConfig | None = None
+  routers: RoutersConfig | None = None
+  dpn: PyramidConfig | None = None
 
   def __post_init__(self):
     self.projector_depth  # raises on an unknown type

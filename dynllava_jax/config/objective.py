@@ -61,8 +61,27 @@ class RelevanceTraining:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PyramidTraining:
+  """How the routes of a Dynamic Pyramid Network are trained (numbers of the authors' code).
+
+  Attributes:
+    weight: of the hinge loss that asks for larger kernels; target: below which it is active, of 0 to the number of kernels - 1.
+    fewest: tokens that a draw must leave.
+  """
+
+  weight: float = 0.001
+  target: float = 1.5
+  fewest: int = 18
+
+  def __post_init__(self):
+    for name in ('weight', 'target', 'fewest'):
+      require(getattr(self, name) >= 0, f'dpn.{name} is {getattr(self, name)}, expected 0 or more')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
   """The settings of every method's part; of a run, the fields of `TrainConfig` that are called so."""
 
   sparsity: SparsityConfig = SparsityConfig()
   relevance: RelevanceTraining = RelevanceTraining()
+  dpn: PyramidTraining = PyramidTraining()

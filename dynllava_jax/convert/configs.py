@@ -25,6 +25,7 @@ from dynllava_jax.convert.beside import check_images, image_settings
 from dynllava_jax.convert.export_configs import LEGACY_END, PACKER_HEADS, PACKER_LEVELS, UNPADDED
 from dynllava_jax.convert.inputs import ConversionError, nested
 from dynllava_jax.convert.layouts import Layout
+from dynllava_jax.convert.mixture_of_depths import MOD_LAYERS, routers_and_stages
 
 # Hugging Face leaves out of `text_config` and `vision_config` what equals the defaults of transformers' LlamaConfig and
 # CLIPVisionConfig. These are they.
@@ -110,6 +111,8 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
     if projector == 'tokenpacker':
       model['packer'] = _packer(config, vision)
     whole = dict(image_aspect=_aspect(file, layout, config), unused_vision_layers=True)
+    if MOD_LAYERS in config:
+      model['routers'], whole['stages'] = routers_and_stages(file, config, llama['num_layers'])
     if not sparse:
       return CheckpointInfo(model=from_config_dict(ModelConfig, model, 'model'), **whole)
     width = sparse['d_model']

@@ -23,11 +23,13 @@ class Layout(enum.Enum):
   CLIP = 'CLIP'
 
 
+P_MOD = 'pmod_llava_llama'  # model_type
 ADAPTER_CONFIG = 'adapter_config.json'
 ROTARY = '.rotary_emb.inv_freq'  # a buffer that transformers before 4.32 saved
 POSITION_IDS = '.embeddings.position_ids'  # another one
 TOWER_COPY = 'model.vision_tower.vision_tower.'
 CLIP_TEXT = ('text_model.', 'text_projection.', 'visual_projection.')
+ROUTED = '.decoder_layer.'  # p-MoD's layers with a router hold the layer itself by this name
 SCALE = 'logit_scale'  # of CLIP's loss
 TOWER_PARTS = ('embeddings.', 'pre_layrnorm.', 'encoder.', 'post_layernorm.')
 
@@ -82,6 +84,7 @@ def canonical(layout: Layout, key: str) -> str | None:
     case Layout.LORA:
       key = peft_name(key)
       key = key if key.startswith(TOWER_COPY) else _translate(key, _HF)
+  key = key.replace(ROUTED, '.')
   if key.startswith(TOWER_COPY):
     tower = key.removeprefix(TOWER_COPY)
     return f'vision_model.{tower}' if tower.startswith(TOWER_PARTS) else tower
@@ -136,7 +139,7 @@ def detect(directory: pathlib.Path) -> tuple[Layout, dict[str, Any]]:
     if text != 'llama':
       raise ConversionError(f'{file}: text_config.model_type {text!r} is not supported; only LLaVA-1.5 on LLaMA is')
     return Layout.LLAVA_HF, config
-  if kind in ('llava', 'llava_llama', 'dynamic_llava_llama'):
+  if kind in ('llava', 'llava_llama', 'dynamic_llava_llama', P_MOD):
     return (Layout.DYNAMIC_LLAVA if config.get('sparse_config') else Layout.LLAVA), config
   if kind == 'llama':
     return Layout.LLAMA, config

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from dynllava_jax.config import ModelConfig
+from dynllava_jax.config import ModelConfig, PyramidConfig, RoutersConfig
 
 Shape = tuple[int, ...]
 
@@ -67,6 +67,8 @@ HEADS_BIAS = Transform(lambda s: (s[0] * s[1],), lambda x, s: x.reshape(s), lamb
 HEADS_OUT = Transform(  # [D, N*H] -> [N, H, D]
   lambda s: (s[2], s[0] * s[1]), lambda x, s: swap_last(x).reshape(s), lambda y: swap_last(_joined(y, 2))
 )
+ROW = Transform(lambda s: (1, *s), lambda x, s: x.reshape(s), lambda y: y[None])  # [1, D] -> [D]
+NUMBER = Transform(lambda s: (1,), lambda x, s: x.reshape(s), lambda y: y.reshape(1))  # [1] -> []
 FUSED_BIAS = Transform(lambda s: (s[0] * s[1] * s[2],), lambda x, s: x.reshape(s), lambda y: y.reshape(-1))  # [3*N*H] -> [3, N, H]
 FUSED_HEADS = Transform(
   lambda s: (s[0] * s[1] * s[3], s[2]),  # [3*N*H, D] -> [3, N, D, H]
@@ -88,7 +90,8 @@ def patches(size: int) -> Transform:
 class Rule:
   """See the module docstring. `part` is the index on the axis after the layer, for fused leaves.
 
-  `first_layer` is subtracted from the layer number, `layers` bounds it (layers outside do not match).
+  `first_layer` is subtracted from the layer number, `layers` bounds it (layers outside do not match). With `only` no other layers
+  have such a tensor; their slots stay zeros.
   """
 
   source: str
@@ -97,6 +100,7 @@ class Rule:
   part: int | None = None
   first_layer: int = 0
   layers: int | None = None
+  only: tuple[int, ...] = ()
 
   def match(self, key: str) -> tuple[int, ...] | None:
     """The slot index that `key` fills, or None if the rule is not about it."""
@@ -105,6 +109,8 @@ class Rule:
       return None
     index = tuple(int(g) - self.first_layer for g in found.groups())
     if self.layers is not None and index and not 0 <= index[0] < self.layers:
+      return None
+    if self.only and index[0] not in self.only:
       return None
     return index if self.part is None else (*index, self.part)
 
@@ -119,7 +125,7 @@ class Rule:
     if '#' not in self.source:
       yield self.source, part
       return
-    for i in range(layers):
+    for i in self.only or range(layers):
       yield self.source.replace('#', str(i + self.first_layer)), (i, *part)
 
 
@@ -191,7 +197,29 @@ def llava_rules(cfg: ModelConfig) -> list[Rule]:
     rules.append(Rule('lm_head.weight', ('llama', 'head'), LINEAR))
   rules += [Rule(f'{layer}.self_attn.{n}_proj.weight', (*target, n), HEADS) for n in 'qkv']
   rules += [Rule(f'{layer}.mlp.{n}_proj.weight', (*target, n), LINEAR) for n in ('gate', 'up', 'down')]
-  return rules + projector_rules(cfg) + (predictor_rules(cfg.predictor.instruct) if cfg.predictor else [])
+  rules += projector_rules(cfg) + (predictor_rules(cfg.predictor.instruct) if cfg.predictor else [])
+  rules += router_rules(cfg.routers) if cfg.routers else []
+  return rules + (pyramid_rules(cfg.dpn) if cfg.dpn else [])
+
+
+def pyramid_rules(pyramid: PyramidConfig) -> list[Rule]:
+  """Routers of a Dynamic Pyramid Network; the authors pool behind a layer, we in front of the next."""
+  rules = []
+  for layer in pyramid.layers:
+    source, target = f'model.layers.{layer - 1}.pooling_router', ('dpn', f'router_{layer}')
+    rules += _norm(f'{source}.mlp1.0', (*target, 'norm'))
+    rules += [
+      Rule(f'{source}.mlp1.1.weight', (*target, 'down'), LINEAR),
+      Rule(f'{source}.predictor.weight', (*target, 'predictor'), LINEAR),
+    ]
+  return rules
+
+
+def router_rules(routers: RoutersConfig) -> list[Rule]:
+  """Routers of mixture of depths, by p-MoD's names."""
+  source, target = 'model.layers.#.router.router', ('routers', 'layers')
+  rules = [Rule(f'{source}.weight', (*target, 'kernel'), ROW, only=routers.layers)]
+  return rules + ([Rule(f'{source}.bias', (*target, 'bias'), NUMBER, only=routers.layers)] if routers.bias else [])
 
 
 def projector_rules(cfg: ModelConfig) -> list[Rule]:

@@ -9,7 +9,17 @@ from typing import Any
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import ConfigError
 from dynllava_jax.convert.readers import ConversionError
-from dynllava_jax.convert.records import compressors, instruct_predictor, kv, layers, reducers, selectors, tokenpacker
+from dynllava_jax.convert.records import (
+  compressors,
+  depth,
+  instruct_predictor,
+  kv,
+  layers,
+  pyramid,
+  reducers,
+  selectors,
+  tokenpacker,
+)
 from dynllava_jax.convert.records.base import Mismatch, Quantity, load_case
 from dynllava_jax.convert.records.bases import Record
 from dynllava_jax.convert.records.described import ENTRIES
@@ -24,6 +34,9 @@ OF_METHODS = {
   'sparsevlm': selectors.verify,
   'look-m': compressors.verify,
   'redundancylens': layers.verify,
+  depth.VIDEOLLM: depth.verify,
+  depth.PMOD: depth.verify,
+  pyramid.METHOD: pyramid.verify,
   tokenpacker.METHOD: tokenpacker.verify,
   instruct_predictor.METHOD: instruct_predictor.verify,
 }
@@ -37,6 +50,7 @@ LEFT = {
     (r'find/\w+|\w+/thresholds', 'how thresholds were found in batches; the schedule that they give a picture is run'),
   ),
   'prumerge': ((r'\w*plus\w*/.*', "the authors' code takes a patch twice here, as one by attention and as one of the strided"),),
+  pyramid.METHOD: ((r'ids|labels|image_features|\w+/prompt_ids|train/(gumbel|draws)', 'what was given'),),
   instruct_predictor.METHOD: (
     (r'nocache/.*', "the authors' code without a cache judges by another predictor; compared with cached decoding instead"),
   ),

@@ -47,7 +47,8 @@ def look(cfg: TrainConfig, index: int) -> 'tuple[Sample, Batch, Tokenizer]':
   sample = source[index]
   methods.check_run(cfg.model, cfg.stages, cfg.reducer)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
-  layout = LayOut(cfg.data, cfg.model.vision, files, num_image, methods.text_room(cfg.stages, num_image))
+  room = methods.text_room(cfg.stages, num_image, cfg.model.llama.num_layers)
+  layout = LayOut(cfg.data, cfg.model.vision, files, num_image, room)
   row = layout(sample, index, cfg.data.text_length)
   bucket = next(b for b in cfg.data.text_buckets if row.length <= b + num_image)
   return sample, layout(sample, index, bucket), load_tokenizer(files)

@@ -184,8 +184,12 @@ RECIPES: dict[str, Callable[[Setting, int], Run]] = {
 BY_QUESTION = ('cdpruner',)  # need CLIP's text tower
 NO_BUDGET = {
   'all': 'keeps every token',
+  'dpn': 'has to be trained',
+  'dpn_routed': 'is how dpn is trained',
   'dynamic': 'has to be trained',
+  'pmod': 'has to be trained',
   'redundancylens': 'removes no token; `rows` has it once',
+  'videollm_mod': 'has to be trained',
 }
 
 

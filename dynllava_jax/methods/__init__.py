@@ -7,6 +7,7 @@ from dynllava_jax.methods import (
   base,
   cdpruner,
   divprune,
+  dpn,
   dpp,
   dymu,
   dynamic,
@@ -21,6 +22,7 @@ from dynllava_jax.methods import (
   look_m,
   novelty,
   observed_attention,
+  pmod,
   pool,
   prumerge,
   pyramiddrop,
@@ -35,6 +37,7 @@ from dynllava_jax.methods import (
   surprisal,
   tova,
   uniform,
+  videollm_mod,
   visionzip,
   vispruner,
   vscan,
@@ -57,6 +60,7 @@ from dynllava_jax.methods.base import (
   TowerOutput,
 )
 from dynllava_jax.methods.gate import Gate
+from dynllava_jax.methods.routing import Routing, check_routing
 
 REDUCERS: dict[str, Reducer] = {
   'cdpruner': cdpruner.REDUCER,
@@ -73,6 +77,8 @@ REDUCERS: dict[str, Reducer] = {
 }
 SELECTORS: dict[str, Selector] = {
   'all': everything.SELECTOR,
+  'dpn': dpn.SELECTOR,
+  'dpn_routed': dpn.ROUTED,
   'dynamic': dynamic.SELECTOR,
   'fastv': fastv.SELECTOR,
   'pyramiddrop': pyramiddrop.SELECTOR,
@@ -81,7 +87,9 @@ SELECTORS: dict[str, Selector] = {
   'uniform': uniform.SELECTOR,
 }
 LAYER_KINDS: dict[str, LayerKind] = {
+  'pmod': pmod.LAYERS,
   'redundancylens': redundancylens.LAYERS,
+  'videollm_mod': videollm_mod.LAYERS,
 }
 COMPRESSORS: dict[str, Compressor] = {
   'expected_attention': expected_attention.COMPRESSOR,
@@ -177,7 +185,21 @@ def seen_image_tokens(stages: tuple[Stage, ...], num_image: int) -> int:
 def prompt_slots(stage: Stage, layer: int, layers: int, text: int, image: int) -> int:
   """Cache slots that a prompt of `text` and `image` tokens in a stage takes up in one of its layers, of `layers` in the decoder."""
   compressor, options = bound(stage.compressor, 'compressor')
-  return text + image if compressor is None else compressor.slots(text, image, layer, layers, options)
+  if compressor is None:
+    return text + passing_image_tokens(stage, layer, layers, image)
+  return compressor.slots(text, image, layer, layers, options)
+
+
+def routing_of(stage: Stage) -> tuple[Routing | None, Any]:
+  """The routers of a stage's layers and their settings; None without."""
+  kind, options = bound(stage.layers, 'layers')
+  return (None, None) if kind is None else (kind.routing, options)
+
+
+def passing_image_tokens(stage: Stage, layer: int, layers: int, image: int) -> int:
+  """Of `image` tokens that reach a stage, how many pass one of its layers; the decoder has `layers`."""
+  routing, options = routing_of(stage)
+  return image if routing is None else routing.passing(layer, layers, image, options)
 
 
 def unmerged_tokens(model: ModelConfig, reducer: Piece | None) -> int:
@@ -238,6 +260,9 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
         raise ConfigError(f'{at}: {stage.layers.name} names {name} layers {outside}, the stage has {stage.start} to {end - 1}')
     bound(stage.compressor, 'compressor')
   _check_gate(model, stages)
+  for i, reached in enumerate(stage_image_tokens(stages, num_image_tokens(model, reducer))):
+    ranks_next = i + 1 < len(stages) and selector_of(stages[i + 1])[0].attention == 'previous'
+    check_routing(model, stages[i], *routing_of(stages[i]), range(stages[i].start, ends[i]), reached, ranks_next)
   for stage, reached in zip(stages, stage_image_tokens(stages, num_image_tokens(model, reducer))):
     if stage.revisit is not None:
       _check_revisit(model, stage, reached, num_image_tokens(model, reducer), unmerged_tokens(model, reducer) > 0)
@@ -279,17 +304,20 @@ def _check_revisit(model: ModelConfig, stage: Stage, candidates: int, num_image:
 
 
 def trained_by(stages: tuple[Stage, ...]) -> str:
-  """How a run of these stages is trained: by 'choices' if one revisits, else as its cuts have it, '' if there is none."""
+  """How a run of these stages is trained: by 'choices' if one revisits, else as its cuts or layers have it, '' if there is none."""
   if any(s.revisit for s in stages):
     return 'choices'
-  return next((how for s in stages if (how := get(s.selector).training)), '')
+  return next((how for s in stages if (how := get(s.selector).training or _layers_training(s))), '')
+
+
+def _layers_training(stage: Stage) -> str:
+  return bound(stage.layers, 'layers', LayerKind())[0].training
 
 
 def check_training(stages: tuple[Stage, ...], adapters: bool) -> None:
-  """Raises ConfigError unless these stages can be trained: dense, one cut that is trained by masks, or cuts that gather.
+  """Raises ConfigError unless these stages can be trained: dense, one cut that is trained by masks, or cuts and layers that gather.
 
-  Args:
-    stages: of the run; adapters: whether it trains adapters beside the decoder.
+  `adapters`: whether the run trains adapters beside the decoder.
   """
   cuts = [s for s in stages if s.selector != 'all']
   chooses = [s for s in stages if s.revisit]
@@ -298,14 +326,14 @@ def check_training(stages: tuple[Stage, ...], adapters: bool) -> None:
       f'stage at layer {chooses[-1].start}: revisit is trained with all image tokens as candidates, in one stage and with one '
       'choice for its layers; leave selectors and each_layer out'
     )
-  ways = [get(s.selector).training for s in cuts]
+  ways = [get(s.selector).training for s in cuts] + [how for s in stages if (how := _layers_training(s))]
   if not all(ways) or len(set(ways)) > 1 or ways.count('masks') > 1:
     raise ConfigError(
       f'stages: only a dense run, one with a single dynamic stage or with {trained_with("gathers")} alone can be trained, got '
       f'{[s.selector for s in stages]}'
     )
   for stage in stages:
-    for piece in (stage.compressor, stage.layers, stage.gate):
+    for piece in (stage.compressor, None if _layers_training(stage) else stage.layers, stage.gate):
       if piece is not None:
         raise ConfigError(
           f'stage at layer {stage.start}: {piece.name} acts in generation only, training knows nothing of it; leave it out'
@@ -319,9 +347,13 @@ def trained_with(how: str) -> str:
   return ', '.join(sorted(name for name, piece in SELECTORS.items() if piece.training == how))
 
 
-def text_room(stages: tuple[Stage, ...], num_image: int) -> int:
-  """Places of the image that a training row without image may fill with text: all, or those that the last cut leaves."""
-  return stage_image_tokens(stages, num_image)[-1] if trained_by(stages) == 'gathers' else num_image
+def text_room(stages: tuple[Stage, ...], num_image: int, layers: int) -> int:
+  """Places of the image that a training row without image may fill with text: all, or as few as some of the `layers` leaves."""
+  if trained_by(stages) != 'gathers':
+    return num_image
+  stage_of = {layer: i for i, stage in enumerate(stages) for layer in range(stage.start, layers)}
+  reached = stage_image_tokens(stages, num_image)
+  return min(passing_image_tokens(stages[i], layer, layers, reached[i]) for layer, i in stage_of.items())
 
 
 __all__ = [

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dynllava_jax.config import LlamaConfig, ModelConfig, Piece, VisionConfig, from_config_dict
 from dynllava_jax.config.parsing import require
+from dynllava_jax.methods.routing import Routing
 from dynllava_jax.ops import layout
 
 
@@ -211,6 +212,7 @@ class SelectorInputs:
     text_predictor: float[..., D] -> float[..., 2], or None if the model has none.
     attention: float32[B, N, P], softmax weight that the asked query rows give to each of these image tokens, per query head
       (over all that a row sees, so they do not add up to 1); None unless the selector asked for it.
+    routes: () -> (kernels, float32[B, E] how likely each is), of the pooling router in front of the stage; None without.
   """
 
   image_hidden: jax.Array
@@ -218,6 +220,7 @@ class SelectorInputs:
   image_predictor: Callable[[jax.Array], jax.Array] | None = None
   text_predictor: Callable[[jax.Array], jax.Array] | None = None
   attention: jax.Array | None = None
+  routes: Callable[[], tuple[tuple[int, ...], jax.Array]] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -291,11 +294,15 @@ class LayerKind(Origin):
       through the MLP that are not made), both summed over the layer's rows.
     mlp: (normalised x float[B, S, D], (gate [D, F], up [D, F], down [F, D]), `Rows`, flags, options) -> (float[B, S, D],
       details by name). None for the plain one.
+    routing: which image tokens pass which layers, where a router lets only some; None lets all pass.
+    training: as `Selector.training`; '' where training knows nothing of it.
   """
 
   flags: Callable[[int, Any], dict[str, tuple[bool, ...]]] = lambda layers, options: {}
   attend: Callable[..., jax.Array] | None = None
   mlp: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
+  routing: Routing | None = None
+  training: str = ''
   saves: Callable[[LlamaConfig, int, int, Any], tuple[float, float]] = lambda llama, layer, image, options: (0.0, 0.0)
 
 

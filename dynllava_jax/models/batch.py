@@ -52,7 +52,8 @@ class StageTrace:
     length: int32[B], real entries among them.
     unmerged: int32[B, N], row at each place that the layers attend over; None unless the reducer unmerges.
     attention: float32[B, N, P'], what the selector saw of it; None if it did not ask.
-    of_selector: what else the selector shows to records, by name, and of_layers what the layers' pieces do, stacked [L, ...].
+    of_selector: what else the selector shows to records, by name, and of_layers what the layers' pieces do, for each stack of the
+      stage (`stacks`), stacked [L, ...].
   """
 
   entry: jax.Array
@@ -63,7 +64,7 @@ class StageTrace:
   length: jax.Array
   attention: jax.Array | None = None
   of_selector: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-  of_layers: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  of_layers: tuple[dict[str, jax.Array], ...] = ()
   unmerged: jax.Array | None = None
 
 

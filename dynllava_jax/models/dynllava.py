@@ -6,6 +6,7 @@ text bucket and the stage list. Axes: B batch, S sequence, T new tokens, P image
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +27,7 @@ from dynllava_jax.models.layer_types import LayerOutput
 from dynllava_jax.models.layers import Dtype
 from dynllava_jax.models.llama import Llama
 from dynllava_jax.models.projector import Projector, TokenPacker
+from dynllava_jax.models.pyramid import first_router
 from dynllava_jax.models.reduction import Judgement
 from dynllava_jax.models.revisiting import Chooser
 from dynllava_jax.ops import layout
@@ -51,7 +53,7 @@ class DynLlava(nn.Module):
     for name, module in modules_of(self.cfg, self.dtype, self.stages).items():
       setattr(self, name, module)
 
-  def run_layers(self, index: int, x: jax.Array, positions: jax.Array, **how: Any) -> tuple[jax.Array, LayerOutput]:
+  def run_layers(self, index: int, x: jax.Array, positions: jax.Array, **how: Any) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
     """`Llama.run_stage`, with what methods keep per layer."""
     weights = {}
     for name, group in groups_of(self.cfg).items():
@@ -133,20 +135,20 @@ class DynLlava(nn.Module):
       stream = state.x
       gated, budget = self.gate(i)
       room = kv.room_behind(gated, budget, spec)
-      state, out = self._run_stage(i, state, prompt, prompt.length, weights, room)
+      state, attention, outputs = self._run_stage(i, state, prompt, prompt.length, weights, room)
       kept = state.image_index, state.positions, state.rotary, state.length
-      traces.append(StageTrace(entry, stream, *kept, seen, details, out.details, state.unmerged))
-      attention = out.attention
-      length, shift, candidates = state.places, state.shift, None
-      if choosing := self.chooser_of(i):
-        rows = state.rows(prompt.image_start)
-        candidates = choosing.candidates(out.candidates, stream, state.rotary, rows)
-        length = length - jnp.where(candidates.present, rows.num_image, 0)
-      if out.length is not None:  # compressed
-        length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
-      settings = dict(gated=gated, text_keep_budget=budget, spec=spec, arrangement=self.arrangement, candidates=candidates)
+      traces.append(StageTrace(entry, stream, *kept, seen, details, tuple(out.details for out in outputs), state.unmerged))
+      settings = dict(gated=gated, text_keep_budget=budget, spec=spec, arrangement=self.arrangement)
       settings |= dict(window=gating.window(self, i))
-      caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, **settings))
+      for out in outputs:
+        length, shift, candidates = state.places, state.shift, None
+        if choosing := self.chooser_of(i):
+          rows = state.rows(prompt.image_start)
+          candidates = choosing.candidates(out.candidates, stream, state.rotary, rows)
+          length = length - jnp.where(candidates.present, rows.num_image, 0)
+        if out.length is not None:  # not all of the sequence
+          length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
+        caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, candidates=candidates, **settings))
     return state.x, tuple(traces), kv.Cache(tuple(caches), prompt.length, judging)
 
   def extend(self, tokens: jax.Array, count: jax.Array, cache: kv.Cache, judge: bool, told: jax.Array | None = None):
@@ -175,7 +177,9 @@ class DynLlava(nn.Module):
     positions = cache.position[:, None] + steps
     last = steps == count[:, None] - 1
     new, looked, judging = [], [], cache.gate
-    for i, (stage, old) in enumerate(zip(self.stages, cache.stages)):
+    held = iter(cache.stages)
+    for i, stage in enumerate(self.stages):
+      stacks = [next(held) for _ in self.llama.stacks_in(i)]
       selector = methods.get(stage.selector)
       if judge and i == self.gate_stage:
         keep, margin, judging = gating.feed(self, x[:, 0], tokens[:, 0], told, judging, active)
@@ -185,15 +189,16 @@ class DynLlava(nn.Module):
       elif not judge and judges_instructions((stage,)):
         margin = selector.text_margin(x, self.instruct_predictor)
         keep = keep & ((margin > 0) | last)
-      rotary = kv.rotary_positions(old, positions)
+      rotary = kv.rotary_positions(stacks[0], positions)
       view = {}
       if judge and (choosing := self.chooser_of(i)):
-        looked.append(choosing.look(x, rotary, old.candidates))
+        looked.append(choosing.look(x, rotary, stacks[0].candidates))
         view = dict(chosen=looked[-1], generated=jnp.ones(tokens.shape, bool) if choosing.each_layer else None)
-      x, out = self.run_layers(i, x, rotary, cache=old, **view)
-      chunk = kv.read_for(old, x), out.k, out.v
+      x, outputs = self.run_layers(i, x, rotary, cache=stacks, **view)
       number = cache.gate and cache.gate.fed
-      new.append(kv.append_judged(*chunk, keep, margin, active, number) if judge else kv.append_chunk(*chunk, count, keep))
+      for old, out in zip(stacks, outputs):
+        chunk = kv.read_for(old, x), out.k, out.v
+        new.append(kv.append_judged(*chunk, keep, margin, active, number) if judge else kv.append_chunk(*chunk, count, keep))
     return x, kv.Cache(tuple(new), cache.position + count, judging), Judgement(keep, margin, tuple(looked))
 
   def recompute(
@@ -233,8 +238,7 @@ class DynLlava(nn.Module):
       if i == self.gate_stage:
         state, until = gating.replay(self, state, prompt, answer_start, told)
       view = revisiting.view(self.chooser_of(i), state, prompt.image_start, answer_start, until)
-      state, out = self._run_stage(i, state, prompt, answer_start, weights, **view)
-      attention = out.attention
+      state, attention, _ = self._run_stage(i, state, prompt, answer_start, weights, **view)
     newest = jnp.maximum(state.length - 1, 0)[:, None]
     return layout.gather_rows(state.x, newest)[:, 0], state.judgement
 
@@ -291,8 +295,10 @@ class DynLlava(nn.Module):
     weights: dict[int, jax.Array | None],
     room: int = 0,
     **view: Any,
-  ) -> tuple[reduction.State, LayerOutput]:
+  ) -> tuple[reduction.State, jax.Array | None, tuple[LayerOutput, ...]]:
     """Runs a stage's layers, and what its pieces and the next stage's selector make them do besides.
+
+    The second of the result is the attention that the selector looks at, None if it does not.
 
     `room`, and of `view` `visible` and `generated`, as in `Context`.
     """
@@ -303,9 +309,18 @@ class DynLlava(nn.Module):
     rows = state.rows(prompt.image_start) if ranks_next or stage.layers or stage.compressor or stage.revisit else None
     behind = prompt_length if state.shift is None else prompt_length - state.shift
     more = dict(rows=rows, queries=queries, next_position=behind, room=room, unmerged=state.unmerged, **view)
-    x, out = self.run_layers(index, state.x, state.rotary, **more)
-    last = None if out.attention is None else out.attention[-1]
-    return dataclasses.replace(state, x=x), dataclasses.replace(out, attention=last)
+    x, outputs = self.run_layers(index, state.x, state.rotary, **more)
+    last = outputs[-1].attention
+    return dataclasses.replace(state, x=x), None if last is None else last[-1], outputs
+
+  def routes(self, layer: int, state: reduction.State, prompt: Prompt) -> tuple[tuple[int, ...], jax.Array]:
+    """(kernels, float32[B, E] how likely each is) of the pooling router in front of a layer."""
+    cfg = self.cfg.dpn
+    if layer not in cfg.layers:
+      raise ConfigError(f'stage at layer {layer}: dpn has routers in front of layers {list(cfg.layers)} alone')
+    places = jnp.where(jnp.arange(state.x.shape[1]) < state.length[:, None], state.positions, -1)
+    hidden = first_router(state.x, places, prompt, cfg.router_id, self.num_image)
+    return cfg.kernels[cfg.layers.index(layer)], self.dpn(hidden)[layer]
 
   def reduce(
     self,
@@ -340,6 +355,7 @@ class DynLlava(nn.Module):
         image_predictor=self.image_predictor,
         text_predictor=self.text_predictor,
         attention=attention if selector.attention else None,
+        routes=None if self.dpn is None else functools.partial(self.routes, stage.start, state, prompt),
       ),
       budget,
       options,

@@ -16,6 +16,7 @@ from dynllava_jax.config import DENSE, ModelConfig, Stage
 from dynllava_jax.config.groups import GROUPS, groups_of
 from dynllava_jax.models.layers import Dtype, partitioned
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
+from dynllava_jax.models.pyramid import Pyramid
 from dynllava_jax.models.revisiting import Relevance
 from dynllava_jax.sharding import unboxed
 
@@ -87,10 +88,19 @@ def _image_rows(cfg: ModelConfig) -> tuple[jax.Array, ...]:
   return (jnp.zeros((1, methods.num_image_tokens(cfg), cfg.llama.hidden_size)),)
 
 
+def _router(cfg: ModelConfig) -> dict[str, Leaf]:
+  start = methods.get(cfg.routers.method, 'layers').routing.start
+  init = nn.initializers.normal(start * cfg.llama.hidden_size**-0.5)
+  kernel = Leaf(shape=(cfg.llama.hidden_size,), axes=('embed',), init=init)
+  return {'kernel': kernel} | ({'bias': Leaf(shape=(), axes=(), init=nn.initializers.zeros)} if cfg.routers.bias else {})
+
+
 MODULES: dict[str, Brought] = {
   'image_predictor': Brought(make=lambda cfg, dtype: ImagePredictor(cfg.predictor, dtype), inputs=_image_rows),
   'text_predictor': Brought(make=lambda cfg, dtype: TextPredictor(cfg.predictor, dtype), inputs=_image_rows),
   'instruct_predictor': Brought(make=lambda cfg, dtype: TextPredictor(cfg.predictor, dtype), inputs=_image_rows),
+  'routers': Brought(leaves=_router),
+  'dpn': Brought(make=lambda cfg, dtype: Pyramid(cfg.dpn), inputs=lambda cfg: (jnp.zeros((1, cfg.llama.hidden_size)),)),
   'relevance': Brought(make=lambda cfg, dtype: Relevance(cfg.relevance, cfg.llama.hidden_size)),
 }
 

@@ -1,12 +1,14 @@
 """LLaMA decoder (arXiv 2302.13971), cut into stages.
 
 Axes: B batch, T query, S key, N heads, K kv heads, H head dim, D width, F mlp, V vocabulary, L layers, C slots.
-A stage is one `nn.scan` over its layers. Parameters of stage i live under `stage_{i}`, stacked [L_i, ...];
-`cut_layers` and `join_layers` convert from and to the single stack that checkpoints hold. Where arrays lie apart (`arrangement`),
-its layers are unrolled, and those of layer j in it live under `stage_{i}_{j}`.
+A stage is one `nn.scan` over its layers, or over groups of them where they take turns (`stacks`). Parameters of stage i live under
+`stage_{i}`, stacked [L_i, ...]; `cut_layers` and `join_layers` convert from and to the single stack that checkpoints hold. Where
+arrays lie apart (`arrangement`), its layers are unrolled, and those of layer j in it live under `stage_{i}_{j}`.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,6 +23,8 @@ from dynllava_jax.models.layer_types import Context, LayerOutput, Queries
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
 from dynllava_jax.models.lora import multiply
 from dynllava_jax.models.matrices import SCALES, plain
+from dynllava_jax.models.passing import QUOTA, Passing, quota_per_frame
+from dynllava_jax.models.stacks import Stack, scan_groups, stacks_of
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.attention import attention_received, cached_attention, causal_attention, policy_attention
 from dynllava_jax.ops.rope import apply_rope, rope_angles
@@ -88,7 +92,10 @@ class Block(nn.Module):
     cfg, rows = self.cfg, context.rows
     width, heads, head_dim = cfg.hidden_size, cfg.num_heads, cfg.head_dim
     kind, kind_options = methods.bound(self.stage.layers if rows else None, 'layers', default=LayerKind())
-    details = {}
+    details, passing, whole = {}, None, x
+    if kind.routing is not None and kind.routing.layers(cfg.num_layers, kind_options)[self.layers[0]]:
+      passing = Passing.of_layer(self.stage, self.layers, cfg.num_layers, x, rows, flags)
+      x, context = passing.entered, passing.angles(context)
     with jax.named_scope('attention'):
       y = RMSNorm(cfg.rms_norm_eps, self.dtype, name='attention_norm')(x)
       unrotated, k, v = self._projected(y)
@@ -138,7 +145,8 @@ class Block(nn.Module):
         x = x + y
       else:
         gate, up = (multiply(self, n, 'btd,df->btf', y, w) for n, w in (('gate', gate), ('up', up)))
-        x = x + multiply(self, 'down', 'btf,fd->btd', jax.nn.silu(gate) * up, down)
+        y = multiply(self, 'down', 'btf,fd->btd', jax.nn.silu(gate) * up, down)
+        x = x + (y if passing is None else passing.weigh_mlp(y))
     attention = None
     if context.queries is not None:
       with jax.named_scope('ranking'):
@@ -148,6 +156,8 @@ class Block(nn.Module):
           lambda: jnp.zeros((x.shape[0], heads, rows.num_image), jnp.float32),
         )
     output = LayerOutput(k, v, attention=attention, details=details)
+    if passing is not None:
+      x, output = passing.leave(whole, x, output)
     if rows is not None and self.stage.compressor is not None:
       with jax.named_scope('compressor'):
         compressor, options = methods.bound(self.stage.compressor, 'compressor')
@@ -196,6 +206,13 @@ class Block(nn.Module):
     return tuple(multiply(self, n, 'btd,ndh->btnh', y, w) for n, w in (('q', q), ('k', k), ('v', v)))
 
 
+def _stacked(outputs: Sequence[LayerOutput]) -> LayerOutput:
+  """Of layers that lie apart: what they give stacked, but for keys and values."""
+  small = [dataclasses.replace(o, k=None, v=None) for o in outputs]
+  stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *small)
+  return dataclasses.replace(stacked, k=tuple(o.k for o in outputs), v=tuple(o.v for o in outputs))
+
+
 def image_attention(q: jax.Array, k: jax.Array, queries: Queries, rows: Rows) -> jax.Array:
   """What the image rows receive from some query rows: q float[B, R, N, H], k float[B, S, K, H] -> float32[B, N, P]."""
   received = attention_received(q, k, queries.weight, queries.place)
@@ -217,16 +234,25 @@ class Llama(nn.Module):
     self.embedding = self.param(
       'embedding', partitioned(nn.initializers.normal(1.0), 'vocab', 'embed'), (cfg.vocab_size, cfg.hidden_size)
     )
-    for i, stage in enumerate(self.stages):
+    for i in range(len(self.stages)):
       layers = self.layers_of(i)
       if self.arrangement.apart:
-        setattr(self, f'stage_{i}', [Block(cfg, self.dtype, stage, layers, self.arrangement, self.num_image) for _ in layers])
+        of_group = [self._settings(stack) for stack in self.stacks_in(i)]
+        setattr(self, f'stage_{i}', [Block(*of_group[n % len(of_group)]) for n in range(len(layers))])
       else:
         block = scan_layers(Block, len(layers), (nn.broadcast, 0, 0), self.remat)
-        setattr(self, f'stage_{i}', block(cfg, self.dtype, stage, layers, self.arrangement, self.num_image))
+        setattr(self, f'stage_{i}', block(*self._settings(self.stacks_in(i)[0])))
     self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
     if not cfg.tie_embeddings:
       self.head = self.param('head', partitioned(LINEAR_INIT, 'embed', 'vocab'), (cfg.hidden_size, cfg.vocab_size))
+
+  def _settings(self, stack: Stack) -> tuple[Any, ...]:
+    """Of a `Block`."""
+    return self.cfg, self.dtype, self.stages[stack.stage], stack.layers, self.arrangement, self.num_image
+
+  def stacks_in(self, index: int) -> list[Stack]:
+    """The stacks of a stage."""
+    return [stack for stack in stacks_of(self.stages, self.cfg.num_layers) if stack.stage == index]
 
   def layers_of(self, index: int) -> range:
     """Decoder layers of a stage."""
@@ -244,7 +270,7 @@ class Llama(nn.Module):
     positions: jax.Array,
     *,
     policy: jax.Array | None = None,
-    cache: kv.StageCache | None = None,
+    cache: Sequence[kv.StageCache] | None = None,
     chosen: jax.Array | None = None,
     rows: Rows | None = None,
     queries: Queries | None = None,
@@ -255,21 +281,21 @@ class Llama(nn.Module):
     target: jax.Array | None = None,
     generated: jax.Array | None = None,
     weights: dict[str, jax.Array] | None = None,
-  ) -> tuple[jax.Array, LayerOutput]:
+  ) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
     """Runs the layers of one stage.
 
     Args:
       index: stage number.
       x: float[B, T, D]; positions: int32[B, T], rotary positions; int32[B, N] with `unmerged`.
       policy: float[B, T] keep weight per key, for training.
-      cache: of the stage, for decoding; chosen: int32[B, k], what is seen of its candidates; None for all.
+      cache: of each of its stacks, for decoding; chosen: int32[B, k], what is seen of its candidates; None for all.
       unmerged, visible, target, generated: as in `Context`.
       rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
         they are plain.
       weights: by name, float[L, ...], what methods keep for each of these layers beside the blocks' own weights.
 
     Returns:
-      (float[B, T, D], `LayerOutput` of all layers).
+      (float[B, T, D], `LayerOutput` of each stack of the stage).
     """
     stage, layers, flags = self.stages[index], self.layers_of(index), dict(weights or {})
     if rows is not None and stage.layers is not None:
@@ -277,6 +303,8 @@ class Llama(nn.Module):
       flags |= {
         name: jnp.asarray(marks[layers.start : layers.stop]) for name, marks in kind.flags(self.cfg.num_layers, options).items()
       }
+    if rows is not None and methods.routing_of(stage)[0] is not None:
+      flags[QUOTA] = jnp.asarray(quota_per_frame(stage, layers, self.cfg.num_layers, rows.num_image), jnp.int32)
     if queries is not None:
       flags[LAST] = jnp.arange(layers.start, layers.stop) == layers.stop - 1
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
@@ -284,24 +312,32 @@ class Llama(nn.Module):
     context = dataclasses.replace(context, visible=visible, generated=generated, target=target)
     held = None
     if cache is not None:
-      held = cache.k, cache.v, cache.first
-      context = dataclasses.replace(context, cache_length=cache.length, candidates=cache.candidates, chosen=chosen)
-      if cache.candidates is not None:
+      held = [(stack.k, stack.v, stack.first) for stack in cache]
+      context = dataclasses.replace(context, candidates=cache[0].candidates, chosen=chosen)
+      if cache[0].candidates is not None:
         flags[LAYER] = jnp.arange(layers.start, layers.stop)
     if rows is not None and stage.compressor is not None:
       flags[LAYER] = jnp.arange(layers.start, layers.stop)
       context = dataclasses.replace(context, positions=positions, next_position=next_position)
-    run = getattr(self, f'stage_{index}')
+    return self._run(index, x, context, None if cache is None else [stack.length for stack in cache], held, flags)
+
+  def _run(self, index, x, context, lengths, held, flags) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
+    """The layers of a stage, scanned or one by one; `lengths` and `held` of each of its stacks, None without a cache."""
+    run, stacks = getattr(self, f'stage_{index}'), self.stacks_in(index)
+    contexts = [context if lengths is None else dataclasses.replace(context, cache_length=lengths[j]) for j in range(len(stacks))]
+    if not self.arrangement.apart and len(stacks) == 1:
+      x, output = run(x, contexts[0], held and held[0], flags or None)
+      return x, (output,)
     if not self.arrangement.apart:
-      return run(x, context, held, flags or None)
-    outputs = []
+      blocks = [Block(*self._settings(stack), parent=None) for stack in stacks]
+      return scan_groups(blocks, nn.unbox(run.variables), self.remat, x, contexts, held, flags)
+    outputs: list[list[LayerOutput]] = [[] for _ in stacks]
     for i, block in enumerate(run):
-      of_layer = None if held is None else tuple(None if a is None else a[i] for a in held)
-      x, output = block(x, context, of_layer, {name: marks[i] for name, marks in flags.items()} or None)
-      outputs.append(output)
-    small = [dataclasses.replace(o, k=None, v=None) for o in outputs]
-    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *small)
-    return x, dataclasses.replace(stacked, k=tuple(o.k for o in outputs), v=tuple(o.v for o in outputs))
+      turn, j = divmod(i, len(stacks))
+      of_layer = None if held is None else tuple(None if a is None else a[turn] for a in held[j])
+      x, output = block(x, contexts[j], of_layer, {name: marks[i] for name, marks in flags.items()} or None)
+      outputs[j].append(output)
+    return x, tuple(map(_stacked, outputs))
 
   def entering_projections(self, index: int, x: jax.Array, positions: jax.Array, names: str) -> tuple[jax.Array, ...]:
     """What the first layer of stage `index` makes of rows that reach it, float[B, T, D] at rotary positions int32[B, T].

@@ -53,7 +53,7 @@ def forward(model: Any, x: jax.Array, prompt: Prompt, inputs: TrainInputs, objec
           image = revisit.seen(revisit.choose(scores, choosing.count), model.num_image)
         image = jnp.where(answers[..., None], image, jnp.ones_like(image))
         visible = Visible(image, prompt.image_start)
-    x, out = model.run_layers(i, x, positions, visible=visible, target=target, rows=None if target is None else rows)
+    x, (out,) = model.run_layers(i, x, positions, visible=visible, target=target, rows=None if target is None else rows)
     if target is not None:
       total = out.details['distance'].sum(0)
       more = dict(distance=total if 'distance' not in more else more['distance'] + total)

@@ -4,6 +4,7 @@ Axes: B batch, S sequence, D width.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,22 +14,32 @@ from dynllava_jax import methods
 from dynllava_jax.config import Objective
 from dynllava_jax.methods.training import Training
 from dynllava_jax.models.batch import Prompt, TrainInputs, TrainOutput
+from dynllava_jax.models.layer_types import LayerOutput
+from dynllava_jax.models.stacks import Stack
 
 
 def forward(model: Any, x: jax.Array, prompt: Prompt, inputs: TrainInputs, objective: Objective) -> TrainOutput:
   """Labels go with their rows, see `TrainOutput.places`."""
   del objective
-  state, weights, kept = model.start(x, prompt, None), {}, []
+  state, weights, kept, seen = model.start(x, prompt, None), {}, [], {}
   for i, stage in enumerate(model.stages):
     selector, options = methods.selector_of(stage)
     weights[i] = selector.training_weight(inputs.labels, options) if selector.training_weight else None
     state, _, _ = model.reduce(i, state, prompt, None, weights, answer_start=None)
     kept.append(state.image_index)
-    x, _ = model.run_layers(i, state.x, state.rotary)
+    rows = state.rows(prompt.image_start) if stage.layers else None
+    x, outputs = model.run_layers(i, state.x, state.rotary, rows=rows)
+    seen |= {name: value for stack, out in zip(model.llama.stacks_in(i), outputs) for name, value in passing(stack, out)}
     state = dataclasses.replace(state, x=x)
   hidden, head = model.llama.output(state.x)
   real = jnp.arange(hidden.shape[1]) < state.length[:, None]
-  return TrainOutput(hidden, head=head, places=jnp.where(real, state.positions, -1), kept_image=tuple(kept))
+  return TrainOutput(hidden, head=head, places=jnp.where(real, state.positions, -1), kept_image=tuple(kept), seen=seen)
+
+
+def passing(stack: Stack, out: LayerOutput) -> Iterator[tuple[str, jax.Array]]:
+  """Of layers with routers, bool[B, P], the image tokens that pass each of them."""
+  if 'passes' in out.details:
+    yield from ((f'passes_{layer}', out.details['passes'][i]) for i, layer in enumerate(stack.layers))
 
 
 def dense(model: Any, x: jax.Array, prompt: Prompt, inputs: TrainInputs, objective: Objective) -> TrainOutput:

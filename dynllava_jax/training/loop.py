@@ -94,7 +94,8 @@ def _train(
   require_vocabulary(tokenizer, cfg.model.llama.vocab_size)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)
   training = training_data(cfg.data, num_image, tokenizer, batch_size=cfg.batch_size, seed=cfg.seed)
-  layout = LayOut(cfg.data, cfg.model.vision, tokenizer, num_image, methods.text_room(cfg.stages, num_image))
+  room = methods.text_room(cfg.stages, num_image, cfg.model.llama.num_layers)
+  layout = LayOut(cfg.data, cfg.model.vision, tokenizer, num_image, room)
   inputs = records.inputs(cfg, training.source, tokenizer)
   if started and first:
     records.check_same_inputs(cfg, started, inputs, workdir)

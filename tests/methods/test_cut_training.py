@@ -84,7 +84,11 @@ def test_labels_go_with_their_rows():
 @pytest.mark.parametrize(
   ('stages', 'adapters', 'message'),
   [
-    ((Stage(), Stage(start=2, selector='random', image_keep_rate=0.5)), False, 'a single dynamic stage or with pyramiddrop alone'),
+    (
+      (Stage(), Stage(start=2, selector='random', image_keep_rate=0.5)),
+      False,
+      'with dpn, pyramiddrop alone',
+    ),
     ((Stage(), Stage(start=1, selector='dynamic'), Stage(start=2, selector='dynamic')), False, 'can be trained'),
     ((Stage(), Stage(start=1, selector='dynamic'), Stage(start=2, selector='pyramiddrop')), False, 'can be trained'),
     ((Stage(compressor=Piece('tova', {'slots': 8})),), False, 'tova acts in generation only'),
@@ -107,6 +111,6 @@ def test_what_can_be_trained_and_how(stages, how):
 
 
 def test_text_may_fill_what_the_last_cut_leaves():
-  assert methods.text_room(CUT, 16) == 8
+  assert methods.text_room(CUT, 16, 4) == 8
   for stages in ((Stage(),), (Stage(), Stage(start=2, selector='dynamic', image_keep_rate=0.2))):
-    assert methods.text_room(stages, 16) == 16
+    assert methods.text_room(stages, 16, 4) == 16

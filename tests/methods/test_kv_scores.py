@@ -52,7 +52,7 @@ def observed(base):
       prompt, image = runner.lay_out(everyone, TEXT_SLOTS)
       _, _, (trace,), _ = runner._prefill(prompt, image, CacheSpec(max_new_tokens=1), None)
       index = jnp.broadcast_to(jnp.arange(runner.num_image), (len(everyone), runner.num_image))
-      return list(prompts), trace.of_layers, Rows(prompt.length, prompt.image_start, index)
+      return list(prompts), trace.of_layers[0], Rows(prompt.length, prompt.image_start, index)
 
     known = {}
     yield lambda record: known.get(record.method) or known.setdefault(record.method, look(record))
@@ -105,7 +105,7 @@ def test_recorded_scores_and_sets_in_a_batch(name, base, observed):
     left = compress_all(piece, arrays, rows, base.info.model.llama)
     row = prompts.index(case.prompt)
     details, (k, v) = answer_of(left, row)
-    trace = types.SimpleNamespace(of_layers=details, length=rows.length[row])
+    trace = types.SimpleNamespace(of_layers=(details,), length=rows.length[row])
     array = kv.own(piece)
     for part in ('scores', 'kept', 'kept_count', 'k', 'v', 'partition_scores'):
       recorded = record.case.get(case.at + part)

@@ -43,7 +43,7 @@ def piece(record: Record, group: Group) -> Piece:
 
 def own(name: str, recorded: np.ndarray, answer: Answer) -> tuple[Any, float] | None:
   """The arrays of the compressor by name."""
-  seen = answer.traces[0].of_layers
+  seen = answer.traces[0].of_layers[0]
   if name == 'cache_len':
     return per_layer(answer.cache_len, recorded), EXACT
   if name in ('k', 'v'):

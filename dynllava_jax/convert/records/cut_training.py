@@ -87,12 +87,17 @@ def _batch(record: Record, group: Group, base: Base, num_image: int, others: boo
     ids, labels = np.concatenate([ids, more]), np.concatenate([labels, np.full_like(more, IGNORE)])
     valid, numbers = np.concatenate([valid, np.arange(ids.shape[1])[None] < len(text)]), np.append(numbers, 0)
   prompt = prompt_from_ids(ids, num_image, valid, SPARE if others else 0)
-  full = np.full(prompt.tokens.shape, IGNORE, np.int32)
+  return prompt, full_labels(ids, labels, valid, num_image, prompt.tokens.shape[1]), jnp.asarray(projected[numbers])
+
+
+def full_labels(ids: np.ndarray, labels: np.ndarray, valid: np.ndarray, num_image: int, size: int) -> jax.Array:
+  """Labels int32[B, size] of rows in which `num_image` tokens stand for each -200 of int[B, L] `ids`; `valid`: real entries."""
+  full = np.full((len(ids), size), IGNORE, np.int32)
   for row, (tokens, own, ok) in enumerate(zip(ids, labels, valid)):
     places = np.cumsum(np.where(tokens[ok] == IMAGE_ID, num_image, 1)) - 1
     text = tokens[ok] != IMAGE_ID
     full[row, places[text]] = own[ok][text]
-  return prompt, jnp.asarray(full), jnp.asarray(projected[numbers])
+  return jnp.asarray(full)
 
 
 def _rows(record: Record, group: Group, prompt: Prompt, labels: jax.Array, out: TrainOutput, where: str) -> Iterator[Quantity]:

@@ -18,6 +18,7 @@ from dynllava_jax.models.dynllava import DynLlava
 PROJECTED = 'vision/projected'
 GRADIENTS = 'grad'  # BASE/CONFIG/grad/PARAMETER of a training step
 MANY = 2**31
+OF_BASES = {'b1': 0, 'b1s': 1}  # prompts of a base's own case, and their images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,5 +175,7 @@ def image_number(described: str, prompt: str) -> int:
   named = re.search(rf'\b{re.escape(prompt)}((?:\s|,|and|use|uses|\b[a-z]+\d+\b)*)\bimage (\d+)', described)
   if named:
     return int(named[2])
+  if prompt in OF_BASES:
+    return OF_BASES[prompt]
   number = re.search(r'(\d+)$', prompt)
   return int(number[1]) if number and not re.fullmatch(r'b\d+', prompt) else 0

@@ -61,7 +61,7 @@ class DynamicRunner:
       positions = cache.position[:, None] + jnp.arange(tokens.shape[1])
       for i in range(self.sparse):
         old = cache.stages[i]
-        x, _ = model.llama.run_stage(i, x, positions, cache=old)
+        x, _ = model.llama.run_stage(i, x, positions, cache=(old,))
       return model.predict_instruct(x) if self.instruct and not judge else model.predict_text(x)
 
     return self.apply(method=entry)

@@ -103,7 +103,7 @@ def own(compressor: Piece) -> Own:
     return max((length - options.n_sink) // options.lag - 1, 0)
 
   def array(name: str, recorded: np.ndarray, answer: Answer) -> tuple[Any, float] | None:
-    seen = answer.traces[0].of_layers
+    seen = answer.traces[0].of_layers[0]
     keep = seen['keep'][..., : int(answer.traces[0].length)]
     if name in ('position', 'cache_len'):
       return per_layer(getattr(answer, name), recorded), EXACT

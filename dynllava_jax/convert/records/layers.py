@@ -63,7 +63,7 @@ def own(name: str, recorded: np.ndarray, answer: Answer) -> tuple[Any, float] | 
   if first not in ARRAYS or not layer.isdecimal():
     return None
   ours, tolerance = ARRAYS[first]
-  found = answer.traces[0].of_layers.get(ours, ())
+  found = answer.traces[0].of_layers[0].get(ours, ())
   if int(layer) >= len(found):  # no such layer, or none that is told to differ so
     return None
   found = found[int(layer)]

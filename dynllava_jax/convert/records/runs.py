@@ -17,11 +17,13 @@ from dynllava_jax import methods
 from dynllava_jax.arrangement import best_for
 from dynllava_jax.cache import Cache, CacheSpec, StageCache
 from dynllava_jax.config import IMAGE_ID, ModelConfig, Piece, Stage
+from dynllava_jax.config.groups import GROUPS
 from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, in_range, prompt_from_ids
 from dynllava_jax.convert.records.bases import Base, Record
 from dynllava_jax.convert.records.decoded import Asked, Group, asked
 from dynllava_jax.models.dynllava import DynLlava, Prompt, StageTrace
 from dynllava_jax.models.params import cut_params
+from dynllava_jax.models.stacks import stacks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Answer:
     image_start: place of the image in the full sequence, -1 without.
     prefill_logits: [S', V] of what is left of the prompt in the last stage; hidden: [S', D], before the final norm.
     traces: one `StageTrace` per stage, of this row.
-    k, v: [L, C, K, H] per stage, after the prefill, slots in use; where layers hold different numbers of them, zeros behind the
-      fewer.
+    k, v: [L, C, K, H] per stack of layers, after the prefill, slots in use; where layers hold different numbers of them, zeros
+      behind the fewer.
     tokens: [T]; logits: [T, V], those that each token was drawn from.
     position: [T - 1, L], rotary position of each fed token in every layer.
     cache_len: [T, L], slots in use after the prefill and after each fed token.
@@ -65,14 +67,15 @@ class Runner:
     arrangement = best_for(params)
     self.model = DynLlava(dataclasses.replace(model, predictor=None), stages, reducer=reducer, arrangement=arrangement)
     self.num_image = self.model.num_image
-    used = {name: params[name] for name in ('vision', 'vision_tail', 'clip_text', 'projector', 'llama') if name in params}
+    unused = {name for name, group in GROUPS.items() if group.field == 'predictor'}
+    used = {name: group for name, group in params.items() if name not in unused}
     methods.check_tail(model, reducer, 'vision_tail' in used)
     self.params = cut_params(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), used), stages, arrangement)
     self._prefill = jax.jit(self._prefill_impl, static_argnums=2)
     self._extend = jax.jit(self._extend_impl)
+    self._later = jax.jit(self._later_impl)
     self._recompute = jax.jit(self._recompute_impl, static_argnums=3)
-    ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
-    self.stage_of_layer = np.concatenate([np.full(end - s.start, i) for i, (s, end) in enumerate(zip(stages, ends))])
+    self.stacks = stacks_of(stages, model.llama.num_layers)
 
   def _apply(self, *args, method):
     return self.model.apply({'params': self.params}, *args, method=method)
@@ -84,6 +87,10 @@ class Runner:
   def _extend_impl(self, tokens, count, cache):
     hidden, cache, _ = self._apply(tokens, count, cache, True, method='extend')
     return self._apply(hidden, method='logits')[:, 0], cache
+
+  def _later_impl(self, tokens, count, cache):
+    hidden, cache, _ = self._apply(tokens, count, cache, False, method='extend')
+    return self._apply(hidden, method='logits'), cache
 
   def _recompute_impl(self, prompt, image, answer_start, text_slots):
     hidden, _ = self._apply(prompt, image, answer_start, text_slots, method='recompute')
@@ -131,15 +138,25 @@ class Runner:
 
   def _per_layer(self, cache: Cache, name: str) -> np.ndarray:
     """[B, L] of a number that every stage's cache has, int32[B] or for its layers int32[L, B]; 0 where it has none."""
-    found, batch = [], cache.position.shape[0]
-    for stage, layers in zip(cache.stages, np.bincount(self.stage_of_layer)):
-      value = getattr(stage, name)
-      found.append(np.broadcast_to(0 if value is None else np.asarray(value), (layers, batch)))
-    return np.concatenate(found).T
+    found = np.zeros((self.model.cfg.llama.num_layers, cache.position.shape[0]), np.int32)
+    for held, stack in zip(cache.stages, self.stacks):
+      value = getattr(held, name)
+      found[np.asarray(stack.layers)] = 0 if value is None else value
+    return found.T
 
   def _slots_in_use(self, cache: Cache) -> np.ndarray:
     """[B, L]."""
     return self._per_layer(cache, 'length') - self._per_layer(cache, 'first')
+
+  def later(self, asked: Sequence[Asked], chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks int[B, T] one after the other on top of the prompts: (logits [B, T, V] of the last, slots in use [B, L] behind it)."""
+    prompt, image = self.lay_out(asked)
+    spec = CacheSpec(max_new_tokens=1, later_tokens=sum(chunk.shape[1] for chunk in chunks))
+    _, _, _, cache = self._prefill(prompt, image, spec, _groups(asked))
+    for chunk in chunks:
+      count = jnp.full(len(asked), chunk.shape[1], jnp.int32)
+      logits, cache = self._later(jnp.asarray(chunk, jnp.int32), count, cache)
+    return np.asarray(logits), self._slots_in_use(cache)
 
   def uncached(self, asked: Sequence[Asked], tokens: np.ndarray) -> np.ndarray:
     """Logits [B, V] behind the prompts and int[B, T] generated tokens, recomputed as a whole."""
@@ -166,7 +183,7 @@ def _in_use(x: np.ndarray, stage: StageCache, row: int) -> np.ndarray:
 def _row_of_trace(trace: StageTrace, row: int) -> StageTrace:
   """The trace of one row."""
   of_layers = jax.tree.map(lambda x: x[:, row], trace.of_layers)
-  return dataclasses.replace(jax.tree.map(lambda x: x[row], dataclasses.replace(trace, of_layers={})), of_layers=of_layers)
+  return dataclasses.replace(jax.tree.map(lambda x: x[row], dataclasses.replace(trace, of_layers=())), of_layers=of_layers)
 
 
 # (name of an array, the array, what a row gave) -> (ours, tolerance); None for arrays that the method does not know.

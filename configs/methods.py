@@ -1,0 +1,84 @@
+"""Methods that are trained, on the digit scenes: each starts from the dense checkpoint of `make demo`.
+
+    python train.py --config=configs/methods.py:pmod --workdir=runs/digits/pmod
+    python eval.py --config=configs/methods.py:pmod_eval --checkpoint=runs/digits/pmod/checkpoints --out=runs/digits/pmod/eval
+
+What each does, how long it takes and what to expect stands at its function. NAME_eval compares it with the same weights run dense.
+Hardware: 2 CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+FROM = 'runs/digits/base/checkpoints'
+
+
+def trained(steps: int, model: dict, stages: list[dict], learning_rate: float = 3e-4, **fields) -> dict:
+  """A run from the dense checkpoint in which the decoder learns, and what the method brings ten times as fast."""
+  optimizer = dict(learning_rate=learning_rate, predictor_learning_rate=10 * learning_rate, warmup_share=0.03, b2=0.99)
+  return digits.base() | dict(
+    model=digits.MODEL | model,
+    data=digits.DATA | dict(source='digits_instruct'),
+    stages=stages,
+    steps=steps,
+    init_from=FROM,
+    frozen=('vision', 'projector'),
+    optimizer=optimizer,
+    save_every=100,
+    seed=1,
+    **fields,
+  )
+
+
+def evaluated(**runs: list[dict]) -> dict:
+  """The weights run dense and in other ways, by stage lists."""
+  return digits.evaluate() | dict(runs={name: dict(stages=stages) for name, stages in dict(dense=[dict(start=0)], **runs).items()})
+
+
+def of_depth(method: str, **options) -> list[dict]:
+  """The stage list of a method with routers: every second layer, or from the second one on with a falling share."""
+  piece = dict(name=method, **options)
+  if method == 'videollm_mod':
+    return [dict(start=0, layers=piece)]
+  return [dict(start=0), *(dict(start=layer, layers=piece) for layer in (1, 2, 3))]
+
+
+def videollm_mod() -> dict:
+  """A fifth of the 49 tokens, 9, pass layers 1 and 3."""
+  return trained(500, dict(routers=dict(method='videollm_mod')), of_depth('videollm_mod'))
+
+
+def pmod() -> dict:
+  """Of the 49 tokens 36, 12 and 7 pass layers 1, 2 and 3; each layer is a stage, so that its cache has room for these alone."""
+  return trained(500, dict(routers=dict(method='pmod', bias=True)), of_depth('pmod'))
+
+
+ROUTER = 276  # ' ASSISTANT', which ends the user's turn, in the tokenizer of the digit scenes
+
+
+def pyramid() -> list[dict]:
+  """The 7 x 7 grid in squares of 2 x 2 from the second layer on: 16 tokens."""
+  return [dict(start=0), dict(start=1, selector='dpn', image_tokens=16, options=dict(kernel=2, ceil=True))]
+
+
+def dpn() -> dict:
+  """A fixed route: with one kernel a router has nothing to choose, and its weight is 1."""
+  return trained(500, dict(dpn=dict(layers=(1,), kernels=((2,),), router_id=ROUTER)), pyramid())
+
+
+CONFIGS = dict(
+  dpn=dpn,
+  dpn_eval=lambda: evaluated(dpn=pyramid()),
+  videollm_mod=videollm_mod,
+  videollm_mod_eval=lambda: evaluated(videollm_mod=of_depth('videollm_mod')),
+  pmod=pmod,
+  pmod_eval=lambda: evaluated(pmod=of_depth('pmod')),
+)
+
+
+def get_config(name: str = 'pmod') -> ConfigDict:
+  """One of `CONFIGS`."""
+  if name not in CONFIGS:
+    raise ValueError(f'configs/methods.py has no {name!r}; expected one of {", ".join(CONFIGS)}')
+  return ConfigDict(CONFIGS[name]())
