@@ -169,7 +169,7 @@ def prepare_part(
     return False
   jobs, plan = shard_jobs(scan, out, settings, usable(entries, findings), image_bytes, shard_samples)
   plan_file = unfinished / PLAN_FILE
-  if plan_file.exists() and plan_file.read_bytes() != as_json(plan).encode():
+  if os.path.lexists(plan_file) and not is_plan(plan_file, plan):
     raise ConfigError(f'--part: {out}: samples were mended or lost since shards were written; --finish writes them again')
   write(plan_file, plan)
   own = [job for number, job in enumerate(jobs) if part.has(number)]
@@ -263,7 +263,7 @@ def write_store(
   jobs, plan = shard_jobs(scan, out, settings, good, image_bytes, shard_samples)
   sweep(out)
   plan_file = out / UNFINISHED / PLAN_FILE
-  sweep_shards(out, keep=plan_file.exists() and plan_file.read_bytes() == as_json(plan).encode())
+  sweep_shards(out, keep=is_plan(plan_file, plan))
   write(plan_file, plan)
   write_shards(scan, jobs)
   counts = [sum(r.source == name for r, _ in good) for name in scan.json]
@@ -304,6 +304,15 @@ def write_store(
   write(out / SETTINGS_FILE, content)
   for name in (FEATURES_FILE, INFO_FILE):
     os.replace(unfinished / name, out / name)
+
+
+def is_plan(path: pathlib.Path, plan: dict) -> bool:
+  """Whether a file holds this plan."""
+  content = as_json(plan).encode()
+  try:
+    return read_regular(path, len(content)) == content
+  except OSError:  # also what never ends
+    return False
 
 
 def shard_jobs(

@@ -180,3 +180,12 @@ def group(leader):
 def test_a_killed_worker_is_one_message():
   with pytest.raises(ChildProcessError, match='a worker process was killed'), parallel_map(os._exit, [1, 1], 2) as results:
     list(results)
+
+
+def test_a_plan_of_shards_is_read_no_further_than_it_is_long(tmp_path):
+  (tmp_path / 'plan').write_text(preparation.as_json({'sha256': 'a'}))
+  (tmp_path / 'device').symlink_to('/dev/zero')
+  os.mkfifo(tmp_path / 'pipe')
+  (tmp_path / 'longer').write_text(preparation.as_json({'sha256': 'a'}) + ' ')
+  names = ('plan', 'device', 'pipe', 'longer', 'none', '.')
+  assert [name for name in names if preparation.is_plan(tmp_path / name, {'sha256': 'a'})] == ['plan']
