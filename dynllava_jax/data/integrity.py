@@ -15,7 +15,7 @@ from typing import Any
 
 from dynllava_jax.config import ConfigError
 from dynllava_jax.display import printable
-from dynllava_jax.files import SECTOR, digest_of, read_regular
+from dynllava_jax.files import SECTOR, check_regular, digest_of, read_regular
 
 NAME, SPLIT = 'llava', 'train'
 SOURCES_FILE, INFO_FILE, FEATURES_FILE, SETTINGS_FILE = 'sources.json', 'dataset_info.json', 'features.json', 'prepared.json'
@@ -200,6 +200,7 @@ def damaged_whole(job: tuple[pathlib.Path, str, Mapping[str, Any]]) -> str:
   """A line about a file whose bytes are not as `prepared.json` says, '' if they are. The job: folder, name, digests."""
   folder, name, known = job
   try:
+    check_regular(folder / name)
     return '' if digests(folder / name) == known else f'{folder / name}: its content has changed'
   except OSError as e:
     return f'{folder / name}: {e.strerror}'

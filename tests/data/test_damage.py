@@ -163,6 +163,9 @@ def test_verify_finds_what_opening_does_not_look_at(prepared, tmp_path):
   counts = folder / 'token_counts.npy'
   counts.write_bytes(counts.read_bytes()[:-1])
   assert verify.verify(str(folder), 1) == [f'{path}: its content has changed' for path in (shard, counts)]
+  counts.unlink()
+  os.mkfifo(counts)
+  assert verify.verify(str(folder), 1)[1] == f'{counts}: it is no regular file'
   command = [sys.executable, '-m', 'dynllava_jax.data.verify', f'--path={folder}', '--processes=1']
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert done.returncode == 1 and f'{shard}: its content has changed' in done.stdout and 'prepare it again' in done.stdout
