@@ -28,6 +28,7 @@ def define_config() -> flags.FlagHolder:
 
 
 LONGEST = 600  # characters of a message about the command line
+LONGEST_LINE = 3000  # of any other, which may name some files
 LARGEST_CONFIG = 2**20  # bytes of a config file
 _SHIPPED_CONFIG = re.compile(r'^((?:--?config=)?)(configs/[^:]+)')  # the file's name, after `--config=` or `--config `
 _PATHS: list[str] = []  # names of the flags that are paths
@@ -128,7 +129,7 @@ def readable_errors() -> Iterator[None]:
         hosts.failed(f'{type(e).__name__}, see what it wrote')
         raise
       hosts.failed(printable(e))
-      sys.exit(1 if isinstance(e, BrokenPipeError) and _nobody_reads() else f'error: {printable(e, lines=True)}')
+      sys.exit(1 if isinstance(e, BrokenPipeError) and _nobody_reads() else f'error: {_in_short(e)}')
 
 
 @contextlib.contextmanager
@@ -278,8 +279,16 @@ def _one_line(error: Exception) -> str:
   message = str(error)
   if 'Traceback (most recent call last)' in message:
     message = message.strip().splitlines()[-1].partition(': ')[2]
-  message = printable(' '.join(message.split()))
-  return message if len(message) <= LONGEST else f'{message[: LONGEST - 100]} ... {message[-90:]}'  # it may repeat a value
+  return _cut(printable(' '.join(message.split())), LONGEST)
+
+
+def _in_short(error: Exception) -> str:
+  """The message, in lines none of which fills a screen: it may repeat what was given."""
+  return '\n'.join(_cut(line, LONGEST_LINE) for line in printable(error, lines=True).split('\n'))
+
+
+def _cut(text: str, longest: int) -> str:
+  return text if len(text) <= longest else f'{text[: longest - 100]} ... {text[-90:]}'
 
 
 def _unknown_key(argv: list[str], error: AttributeError) -> str:

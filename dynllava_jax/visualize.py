@@ -82,7 +82,7 @@ def _asked() -> list:
     from dynllava_jax.config import EvalConfig, EvalRun
 
     cfg = EvalConfig(runs={'own': EvalRun()}, benchmark=BENCHMARK.value, questions=QUESTIONS.value)
-    benchmark = suite.get(BENCHMARK.value).configured(cfg)
+    benchmark = suite.get(BENCHMARK.value, '--benchmark').configured(cfg)
     if benchmark.needed and DATA.value is None:
       raise ConfigError(f'--data is missing; {benchmark.name} needs files')
     folder = Folder(command_line.open_folder(DATA), benchmark.folders, '--data') if DATA.value else None

@@ -133,6 +133,18 @@ def test_a_pipe_in_the_place_of_a_config_is_not_waited_for(tmp_path, capsys):
   assert 'it is no regular file' in refusal(f'--config={tmp_path / "pipe"}', capsys)
 
 
+def test_a_message_of_any_length_is_told_in_short(capsys):
+  with pytest.raises(SystemExit) as ended, command_line.readable_errors():
+    raise command_line.ConfigError(f'--rules: {"[" * 10**5}, expected NAME=NUMBER\nsecond line')
+  first, second = ended.value.code.split('\n')
+  assert (
+    len(first) < 3100
+    and first.startswith('error: --rules: [[')
+    and first.endswith('expected NAME=NUMBER')
+    and second == 'second line'
+  )
+
+
 def test_a_value_of_any_length_is_told_in_short():
   values = flags.FlagValues()
   flags.DEFINE_integer('steps', 1, '', flag_values=values)

@@ -15,6 +15,7 @@ from dynllava_jax.controller.quality import Quality, read_quality
 from dynllava_jax.controller.rules import Rules
 from dynllava_jax.controller.search import Found, described, missed, search, work_of
 from dynllava_jax.controller.target import Target
+from dynllava_jax.evals.benchmarks import suite
 
 PRESETS = {'7b': presets.DYNAMIC_LLAVA_7B, '13b': presets.DYNAMIC_LLAVA_13B}
 PUBLISHED = (Stage(), Stage(start=2, selector='dynamic', image_keep_rate=0.2, text_keep_budget=0.5))
@@ -45,6 +46,7 @@ def run(asked: Asked, tell: Callable[[str], None]) -> bool:
     ConfigError, CheckpointError: what cannot be searched, and why.
   """
   target, out = asked.target, asked.out
+  suite.get(asked.benchmark, '--benchmark')  # else eval.py would refuse what is written here
   if asked.path is None:
     model, own, reducer, where = PRESETS[asked.preset], PUBLISHED, None, 'CHECKPOINT'
   else:

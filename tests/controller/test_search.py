@@ -1,5 +1,6 @@
 """The offline search: targets read strictly, costs that agree with the compiler's bytes, choices that can be explained."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -148,6 +149,8 @@ def test_the_program_writes_a_config_that_eval_takes(tmp_path):
   said: list[str] = []
   target = read_target('device=v5e-8,memory=16GiB,batch=64,context=4096')
   asked = program.Asked(None, '7b', target, Rules(), None, 0, None, 'pope', tmp_path)
+  with pytest.raises(ConfigError, match='--benchmark: .popes. is unknown; expected one of'):
+    program.run(dataclasses.replace(asked, benchmark='popes'), said.append)
   assert program.run(asked, said.append)
   assert any(line.startswith('\nChosen: image') for line in said) and (tmp_path / 'front.png').stat().st_size > 10_000
   scope: dict = {}

@@ -41,10 +41,10 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-def get(name: str) -> Benchmark:
+def get(name: str, where: str = 'config.benchmark') -> Benchmark:
   """The benchmark called `name`, hyphens, underscores and case aside; ConfigError with the known names otherwise."""
   plain = lambda text: text.lower().replace('-', '').replace('_', '')
   found = next((b for n, b in BENCHMARKS.items() if plain(n) == plain(name)), None)
   if found is None:
-    raise ConfigError(f'config.benchmark: {name!r} is unknown; expected one of {", ".join(BENCHMARKS)}')
+    raise ConfigError(f'{where}: {name!r} is unknown; expected one of {", ".join(BENCHMARKS)}')
   return found
