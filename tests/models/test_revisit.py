@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_invariants import CFG, NEW, ROWS, TEXT, batch
 
+from dynllava_jax import looked as looked_at
 from dynllava_jax import sharding
 from dynllava_jax.config import Piece, RelevanceConfig, Stage
 from dynllava_jax.generate import Generator
@@ -51,3 +52,35 @@ def test_rows_do_not_depend_on_each_other_or_on_padding(run):
   shuffled = jax.device_get(generator(*batch([ROWS[i] for i in order], numbers=order)))
   np.testing.assert_array_equal(shuffled.tokens, together.tokens[order])
   np.testing.assert_array_equal(jax.device_get(generator(*batch(text=TEXT + 7))).tokens, together.tokens)
+
+
+@pytest.mark.slow
+def test_prompts_see_all_of_the_image_and_generated_tokens_do_not(gating_params):
+  """The first token of an answer comes out of the prompt; only behind it anything changes."""
+  prompt, pixels = batch(ROWS[:1], numbers=[0])
+  stages = RUNS['attention']
+  free = tuple(dataclasses.replace(s, revisit=None) for s in stages)
+  first, second = [], []
+  for run in (stages, free):
+    generator = Generator(CFG, run, gating_params, max_new_tokens=NEW, eos_id=None)
+    turn, _ = generator.start(prompt, pixels)
+    first.append(np.asarray(turn.logits))
+    fed = first[0].argmax(-1).astype(np.int32)
+    second.append(np.asarray(generator.step(turn, fed, np.ones(1, bool))[0].logits))
+  np.testing.assert_allclose(*first, rtol=1e-5, atol=1e-5)
+  assert np.abs(second[0] - second[1]).max() > 1e-4
+
+
+@pytest.mark.slow
+def test_what_a_word_looked_at_is_what_its_answer_was_made_with(gating_params):
+  """`looked.follow` decodes as the generator does; it names patches that the stage still had, each once."""
+  generator = Generator(CFG, RUNS['attention'], gating_params, max_new_tokens=NEW, eos_id=None)
+  prompt, pixels = batch(ROWS[:1], numbers=[0])
+  answer = jax.device_get(generator(prompt, pixels))
+  tokens, looked = looked_at.follow(generator, prompt, pixels, None)
+  np.testing.assert_array_equal(tokens, answer.tokens[0])
+  _, kept = generator.start(prompt, pixels)
+  assert len(looked) == NEW - 1
+  for patches in looked:
+    assert len(set(patches.tolist())) == K
+    assert set(patches.tolist()) <= set(np.asarray(kept[2])[0].tolist())
