@@ -18,6 +18,7 @@ from dynllava_jax.convert.records.described import NUMBER, TEXT
 from dynllava_jax.convert.records.runs import Answer, Runner, compare_run, per_layer
 
 SCORE = KEY = 1e-5
+NEEDED = ('scores', 'keep', 'pivot', 'k', 'v', 'cache_len')
 # Merge, per cent that stays for its score, per cent that stays as the prompt's end.
 LOOK_M = re.compile(r'(\w+)_h(\d+(?:\.\d+)?)_r(\d+(?:\.\d+)?)$')
 
@@ -26,7 +27,7 @@ def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iter
   """Every quantity of the record; `only` some of its configs, `BASE/CONFIG`."""
   for base, groups in with_bases(record, decoded_groups(record).values(), only):
     runner = Runner(base.info.model, base.params, (Stage(compressor=piece(record, groups[0])),))
-    yield from compare_run(record, groups, runner, base, own, alone)
+    yield from compare_run(record, groups, runner, base, own, alone, NEEDED)
 
 
 def piece(record: Record, group: Group) -> Piece:

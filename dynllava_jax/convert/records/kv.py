@@ -23,6 +23,7 @@ from dynllava_jax.methods.kv_scores import FORCED, IMAGE, PROMPT
 from dynllava_jax.methods.kv_scores import Options as Shared
 
 SCORE = KEY = 1e-5
+NEEDED = ('scores', 'kept', 'k', 'v', 'position')
 SCORES = sorted(name for name, piece in COMPRESSORS.items() if issubclass(piece.options, Shared))
 REROTATION = 'kv_rerotation'
 RECORDED = (*(f'kv_{name}{over}' for name in SCORES for over in ('', '_image')), REROTATION)
@@ -56,10 +57,11 @@ def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iter
     if not only or case.config in only:
       runs.setdefault((case.base, piece(record, case)), []).append(case)
   bases: dict[str, Base] = {}
+  needed = NEEDED if record.method.endswith('_image') else (*NEEDED, 'kept_count', 'cache_len')
   for (name, compressor), together in runs.items():
     base = bases[name] = bases.get(name) or base_of(record, name)
     runner = Runner(base.info.model, base.params, (Stage(compressor=compressor),))
-    yield from compare_run(record, together, runner, base, own(compressor), alone)
+    yield from compare_run(record, together, runner, base, own(compressor), alone, needed)
 
 
 def cases(record: Record) -> list[Case]:

@@ -13,6 +13,7 @@ import numpy as np
 from dynllava_jax.config import IMAGE_ID
 from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, in_range
 from dynllava_jax.convert.records.bases import QUESTION, Base, Record, Sample, groups, samples
+from dynllava_jax.convert.records.described import GROUP
 from dynllava_jax.convert.records.reducer_arrays import RECORDED, TOLERANCES, Asking, Run
 from dynllava_jax.convert.records.reduction import Reduction, Row
 from dynllava_jax.convert.records.runs import cut, tail
@@ -25,6 +26,7 @@ def verify(record: Record) -> Iterator[Quantity]:
   for name, sample in prompts.items():
     prompts[name] = dataclasses.replace(sample, question=question(record, base, name))
   members: dict[Run, list[str]] = {}
+  check_complete(record, groups(record, prompts), prompts)
   for group, name in groups(record, prompts).items():
     for run in RECORDED[record.method].runs(Asking(record, base, group, prompts[name])):
       members.setdefault(run, []).append(group)
@@ -40,6 +42,19 @@ def verify(record: Record) -> Iterator[Quantity]:
         if quantity.name not in done:
           done.add(quantity.name)
           yield quantity
+
+
+def check_complete(record: Record, found: dict[str, str], prompts: dict[str, Sample]) -> None:
+  """ConversionError if a prompt lacks an array that `shapes` of `meta.json` lists for another prompt of its variant."""
+  listed: dict[str, set[str]] = {}
+  for key in record.setting('shapes', kind=GROUP, default={}):
+    for group in found:
+      if key.startswith(f'{group}/'):
+        listed.setdefault(group.rpartition('/')[0], set()).add(key.removeprefix(f'{group}/'))
+  for group, prompt in found.items():
+    if prompts[prompt].pixels is not None:
+      for name in sorted(listed.get(group.rpartition('/')[0], ())):
+        record.array(f'{group}/{name}')
 
 
 def question(record: Record, base: Base, name: str) -> np.ndarray | None:

@@ -234,13 +234,23 @@ def tail(ours: np.ndarray, recorded: np.ndarray) -> np.ndarray:
 
 
 def compare_run(
-  record: Record, groups: Sequence[Group], runner: 'Runner', base: Base, own: Own, alone: bool = True
+  record: Record,
+  groups: Sequence[Group],
+  runner: 'Runner',
+  base: Base,
+  own: Own,
+  alone: bool = True,
+  needed: Sequence[str] = (),
 ) -> Iterator[Quantity]:
   """The groups of one config: each prompt alone, and all in one batch with a text-only row and a longer one.
 
   With `alone` the two other rows must also equal what they give alone. Right padding is as wide alone as in the batch.
+  ConversionError if a prompt with an image lacks one of the `needed` arrays.
   """
   prompts = [asked(record, base, group) for group in groups]
+  for group, prompt in zip(groups, prompts):
+    for name in needed if prompt.image is not None else ():
+      record.array(group.at + name)
   everyone = [*prompts, *neighbours(prompts)]
   text = max(a.text_tokens for a in everyone)
   steps = max(record.steps(f'{group.at}tokens') for group in groups)

@@ -23,6 +23,12 @@ from dynllava_jax.convert.records.runs import Answer, Own, Runner, compare_run, 
 from dynllava_jax.methods import sparsevlm
 
 SCORE = 1e-6
+BEFORE = {'fastv': 0, 'pyramiddrop': 0, 'sparsevlm': 1}  # how far in front of a cut is the layer by which a record calls it
+NEEDED = {  # of every cut config: arrays, and arrays of each cut, NAME_LAYER
+  'fastv': (('head_attention', 'scores', 'kept_image_index', 'position_ids', 'hidden_at_prune', 'position', 'cache_len'), ()),
+  'pyramiddrop': (('position', 'cache_len'), ('scores', 'kept_image_index', 'hidden', 'position_ids')),
+  'sparsevlm': (('rater_scores', 'raters', 'cache_len'), ('scores', 'kept', 'hidden')),
+}
 FASTV = re.compile(r'k(\d+)_r(\d+(?:\.\d+)?)$')  # layers that see everything, per cent of the image tokens that are dropped
 
 
@@ -34,7 +40,7 @@ def verify(record: Record, alone: bool = True, only: Sequence[str] = ()) -> Iter
   for base, groups in with_bases(record, decoded_groups(record, needed=not trained).values(), only):
     stages = stages_of(record, groups[0], base)
     runner = Runner(base.info.model, base.params, stages)
-    yield from compare_run(record, groups, runner, base, arrays_of(record, stages), alone)
+    yield from compare_run(record, groups, runner, base, arrays_of(record, stages), alone, needed(record, stages))
     if alone and stages != DENSE:
       yield from compare_uncached(record, groups, runner, base)
     for group in groups if alone else ():
@@ -77,13 +83,19 @@ def recycling_stages(record: Record, group: Group, image_tokens: int) -> tuple[S
   return tuple(stages)
 
 
+def needed(record: Record, stages: Sequence[Stage]) -> list[str]:
+  """The arrays that a config of these stages has whatever its settings are."""
+  once, of_cut = NEEDED[record.method]
+  cuts = [stage.start - BEFORE[record.method] for stage in stages if stage.selector != 'all']
+  return [*(once if cuts else ()), *(f'{name}_{layer}' for layer in cuts for name in of_cut)]
+
+
 def arrays_of(record: Record, stages: Sequence[Stage]) -> Own:
   """The arrays of a cut by name; `NAME_LAYER` is about the stage that starts there, `NAME` about the last one.
 
   SparseVLM's layers are those before the cut.
   """
-  before = 1 if record.method == 'sparsevlm' else 0
-  by_layer = {str(s.start - before): i for i, s in enumerate(stages)}
+  by_layer = {str(s.start - BEFORE[record.method]): i for i, s in enumerate(stages)}
 
   def own(name: str, recorded: np.ndarray, answer: Answer) -> tuple[Any, float] | None:
     if name == 'position':
