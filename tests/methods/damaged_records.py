@@ -33,34 +33,9 @@ ODD = (None, True, 7, -1, 2.5, float('inf'), 10**12, '', 'x', [], [None], ['x', 
 # What is said of a record and decides nothing: of the right kind it may be anything.
 SAID = {
   *('paper', 'source', 'checked_by', 'checked_note', 'patches', 'patched', 'margins', 'margin_note', 'smallest_margin', 'checks'),
-  *(
-    'checked',
-    'arrays',
-    'shapes',
-    'definition',
-    'seed',
-    'new_tokens',
-    'image_start',
-    'layer_indexing',
-    'R',
-    'decoder',
-    'duplicates',
-  ),
-  *(
-    'shapes',
-    'weights',
-    'r_total',
-    'image_tokens',
-    'kept',
-    'user_marker',
-    'note',
-    'layer',
-    'bos',
-    'eos',
-    'text_positions',
-    'input',
-    'ratio',
-  ),
+  *('checked', 'arrays', 'shapes', 'definition', 'seed', 'new_tokens', 'image_start', 'layer_indexing', 'R', 'decoder'),
+  *('duplicates', 'weights', 'r_total', 'image_tokens', 'kept', 'user_marker', 'note', 'layer', 'bos', 'eos', 'text_positions'),
+  *('input', 'ratio'),
 }
 
 

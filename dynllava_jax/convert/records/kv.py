@@ -23,7 +23,7 @@ from dynllava_jax.methods.kv_scores import FORCED, IMAGE, PROMPT
 from dynllava_jax.methods.kv_scores import Options as Shared
 
 SCORE = KEY = 1e-5
-NEEDED = ('scores', 'kept', 'k', 'v', 'position')
+NEEDED = ('scores', 'kept', 'position')
 SCORES = sorted(name for name, piece in COMPRESSORS.items() if issubclass(piece.options, Shared))
 REROTATION = 'kv_rerotation'
 RECORDED = (*(f'kv_{name}{over}' for name in SCORES for over in ('', '_image')), REROTATION)
