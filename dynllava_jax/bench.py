@@ -12,6 +12,7 @@ of Tables 4 and 14 of arXiv 2412.00876.
 import json
 
 from dynllava_jax import command_line
+from dynllava_jax.workspace import workspace
 
 CONFIG = command_line.define_config()
 OUT = command_line.define_path('out', 'runs/bench', 'Where bench.json, bench.md and bench.png go.')
@@ -28,13 +29,15 @@ def main(_) -> None:
     from dynllava_jax.files import write_atomically
     from dynllava_jax.serving import comparison  # jax starts only after the flags are known to be right
 
-    def keep(result):
-      out.mkdir(parents=True, exist_ok=True)
-      write_atomically(out / 'bench.json', (json.dumps(result, indent=1) + '\n').encode())
-      write_atomically(out / 'bench.md', comparison.as_markdown(cfg, result).encode())
-      comparison.picture(cfg, result, out / 'bench.png')
+    with workspace(out, '--out', wanted=lambda name: False) as folder:
 
-    print(comparison.as_markdown(cfg, comparison.measure(cfg, Terminal().print, keep)))
+      def keep(result):
+        write_atomically(folder / 'bench.json', (json.dumps(result, indent=1) + '\n').encode())
+        write_atomically(folder / 'bench.md', comparison.as_markdown(cfg, result).encode())
+        comparison.picture(cfg, result, folder / 'bench.png')
+
+      measured = comparison.measure(cfg, Terminal().print, keep)
+    print(comparison.as_markdown(cfg, measured))
 
 
 if __name__ == '__main__':

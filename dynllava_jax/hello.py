@@ -5,7 +5,6 @@
 Prints both runs' answers and what they cost, and leaves the scene and a picture of the kept tokens in runs/hello.
 """
 
-import pathlib
 import time
 
 import numpy as np
@@ -13,6 +12,7 @@ from absl import flags
 from PIL import Image
 
 from dynllava_jax import command_line, paths
+from dynllava_jax.workspace import workspace
 
 CHECKPOINT = command_line.define_path('checkpoint', paths.shipped('examples/digits'), 'Checkpoint of the digits model.')
 OUT = command_line.define_path('out', 'runs/hello', 'Where the pictures go.')
@@ -58,11 +58,12 @@ def main(_) -> None:
     table.add_row('generated tokens whose K/V stay', '', *held.values())
     table.add_row('KV cache of a question', '', *(f'{n / 1024:.0f} KiB' for n in size.values()))
     Terminal(width=110).print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(scene.image).resize([digits.CANVAS * 4] * 2, Image.Resampling.NEAREST).save(out / 'scene.png')
     shown = [Pictured(Question(i, (q,), q, scene.image), {'metadata': as_metadata(r)})
              for i, ((q, _), r) in enumerate(zip(asked, replies['dynamic']))]  # fmt: skip
-    save_figure(tokens_figure(shown, models['dynamic'].loaded, 'dynamic: what is kept'), pathlib.Path(out) / 'tokens.png')
+    with workspace(out, '--out', wanted=lambda name: False) as folder:
+      folder.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(scene.image).resize([digits.CANVAS * 4] * 2, Image.Resampling.NEAREST).save(folder / 'scene.png')
+      save_figure(tokens_figure(shown, models['dynamic'].loaded, 'dynamic: what is kept'), folder / 'tokens.png')
     print(f'{time.perf_counter() - start:.0f} s; the scene and what was kept of it: {out}/scene.png, {out}/tokens.png')
 
 

@@ -5,12 +5,11 @@
 Without --image a digit scene is drawn, and the model is asked to read it.
 """
 
-import pathlib
-
 import numpy as np
 from absl import flags
 
 from dynllava_jax import command_line, paths
+from dynllava_jax.workspace import workspace
 
 CHECKPOINT = command_line.define_path('checkpoint', paths.shipped('examples/digits'), 'Checkpoint of a model.')
 IMAGE = command_line.define_path('image', None, 'Picture; a digit scene if none is given.')
@@ -47,8 +46,8 @@ def main(_) -> None:
     words = [printable(model.loaded.tokenizer.piece(t)) for t in tokens]
     print(printable(model.loaded.tokenizer.decode(tokens)))
     picture = preprocess(load_image(asked), model.loaded.model.vision, model.loaded.info.image_aspect)
-    out.mkdir(parents=True, exist_ok=True)
-    save_figure(figure(picture, words, looked, model.loaded.model.vision.patch_size), pathlib.Path(out) / 'looked.png')
+    with workspace(out, '--out', wanted=lambda name: False) as folder:
+      save_figure(figure(picture, words, looked, model.loaded.model.vision.patch_size), folder / 'looked.png')
     print(f'{out}/looked.png')
 
 

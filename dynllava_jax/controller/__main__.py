@@ -9,12 +9,11 @@ is made of memory, latency, tokens/s, energy, flops (share of dense's), quality,
 questions, as agreement with dense (--measure=N of them). Exits with 1 if nothing reaches the target, and says what would.
 """
 
-import pathlib
-
 from absl import flags
 
-from dynllava_jax import command_line
+from dynllava_jax import command_line, paths
 from dynllava_jax.config import ConfigError
+from dynllava_jax.workspace import workspace
 
 CHECKPOINT = command_line.define_path('checkpoint', None, 'Checkpoint directory, or one step in it.')
 PRESET = flags.DEFINE_enum('preset', None, ['7b', '13b'], 'A published Dynamic-LLaVA size instead of a checkpoint.')
@@ -40,8 +39,10 @@ def main(_) -> None:
     from dynllava_jax.controller import program  # jax starts only after the flags are known to be right
 
     path = None if CHECKPOINT.value is None else str(command_line.path(CHECKPOINT))
-    asked = program.Asked(path, PRESET.value, target, rules, results, MEASURE.value, bench, BENCHMARK.value, pathlib.Path(out))
-    if not program.run(asked, print):
+    with workspace(out, '--out', wanted=lambda name: False) as folder:
+      asked = program.Asked(path, PRESET.value, target, rules, results, MEASURE.value, bench, BENCHMARK.value, folder)
+      reached = program.run(asked, lambda text: print(paths.named(text)))
+    if not reached:
       raise SystemExit(1)
 
 

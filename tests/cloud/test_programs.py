@@ -165,3 +165,11 @@ def test_convert_and_export(cloud_folder, tmp_path):
 
 def shapes(tree):
   return {k: shapes(v) if isinstance(v, dict) else [v.shape, float(v.astype('float32').sum())] for k, v in sorted(tree.items())}
+
+
+@pytest.mark.slow
+def test_a_search_writes_into_a_store(cloud_folder):
+  said = run(
+    '-m', 'dynllava_jax.controller', '--preset=7b', '--target=device=v5e-8,memory=16GiB,batch=64', f'--out={cloud_folder}/c'
+  )
+  assert f'{cloud_folder}/c/choice.py: a config' in said and names(f'{cloud_folder}/c') == {'choice.py', 'front.png'}
