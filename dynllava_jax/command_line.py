@@ -85,7 +85,7 @@ def stages(flag: flags.FlagHolder) -> Any:
     return flag.value
   try:
     return json.loads(flag.value)
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     example = '[{"start": 0}, {"start": 2, "selector": "dynamic"}]'
     raise ConfigError(f'--{flag.name}: not JSON ({e}); for example {example}') from None
 
