@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import tensorstore
@@ -133,7 +134,14 @@ def test_a_pipe_in_the_place_of_a_config_is_not_waited_for(tmp_path, capsys):
   assert 'it is no regular file' in refusal(f'--config={tmp_path / "pipe"}', capsys)
 
 
-def test_a_message_of_any_length_is_told_in_short(capsys):
+@pytest.mark.parametrize('text', ['[', '[' * 10**5, '[{"start": 1e}]'])
+def test_stages_that_are_no_json(text):
+  flag = types.SimpleNamespace(name='stages', value=text)
+  with pytest.raises(command_line.ConfigError, match='^--stages: not JSON .*; for example'):
+    command_line.stages(flag)
+
+
+def test_a_message_of_any_length_is_told_in_short():
   with pytest.raises(SystemExit) as ended, command_line.readable_errors():
     raise command_line.ConfigError(f'--rules: {"[" * 10**5}, expected NAME=NUMBER\nsecond line')
   first, second = ended.value.code.split('\n')
