@@ -87,16 +87,17 @@ def dense_bytes(chip: str, quantization: str) -> float:
 
 
 def largest_batch(run: Run) -> tuple[int, ahead.Compiled]:
-  """(the largest batch that fits, what the compiler says of it): from what a row takes, then row by row."""
-  memory = run.machine.chip.memory
-  few, more = (run.decode(rows).held for rows in (1, 3))
-  rows = max(1, int((memory - few) / ((more - few) / 2)) + 1)
-  best = None
+  """(the largest batch that fits, what the compiler says of it): from what weights and caches take, then row by row."""
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  weights, row = size(run.params), size(run._turn(1)[1])
+  rows, best = max(1, int((run.machine.chip.memory - weights) / row)), None
   while best is None:
     try:
       best = run.decode(rows)
     except ahead.TooLargeError as e:
-      rows -= max(1, int((e.need - e.have) / ((more - few) / 2)))
+      rows -= max(1, int((e.need - e.have) / row))
+      if rows < 1:
+        raise
   while True:
     try:
       best = run.decode(rows + 1)

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from dynllava_jax.config import MODEL_FILES, TOKENIZER_FILES
+from dynllava_jax.files import write_atomically
 
 PREFIX = 'hf:'
 NAME = re.compile(r'[\w.-]+/[\w.-]+')
@@ -75,6 +76,10 @@ def fetched(text: str, where: str) -> pathlib.Path:
       some = ', '.join(sorted(files)[:5])
       raise HubError(f'{where}: {text}: holds no weights that are read ({some}); expected safetensors or .bin')
     paths = [_one(name, info.sha, files[n], where, text) for n in names]
+    if revision != info.sha:  # all are there: which commit a name meant is kept where huggingface_hub looks without network
+      ref = paths[0].parents[2] / 'refs' / (revision or constants.DEFAULT_REVISION)
+      ref.parent.mkdir(parents=True, exist_ok=True)
+      write_atomically(ref, info.sha.encode())
     return paths[0].parent
   except HubError:
     raise

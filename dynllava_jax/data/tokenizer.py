@@ -64,10 +64,10 @@ class Tokenizer(Protocol):
     """(token id, character offset) pairs of a text, special tokens in it recognised, nothing added around it."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Text of the ids without special tokens, stripped."""
+    """Text of the ids without special tokens and without rows that a model has beyond the vocabulary, stripped."""
 
   def piece(self, token: int) -> str:
-    """One token as it stands in the vocabulary, the word mark as a space."""
+    """One token as it stands in the vocabulary, the word mark as a space; '' for one beyond it."""
 
 
 def read_files(folder: str | pathlib.Path) -> dict[str, bytes]:
@@ -232,11 +232,13 @@ class SentencePieceTokenizer:
 
   def decode(self, ids: Iterable[int]) -> str:
     """See `Tokenizer`."""
-    return self._pieces.decode([int(i) for i in ids if int(i) not in self._added]).strip()
+    return self._pieces.decode([int(i) for i in ids if int(i) not in self._added and int(i) < len(self._pieces)]).strip()
 
   def piece(self, token: int) -> str:
     """See `Tokenizer`."""
     token = int(token)
+    if token not in self._added and token >= len(self._pieces):
+      return ''
     return self._added[token] if token in self._added else self._pieces.id_to_piece(token).replace('▁', ' ')
 
 
@@ -279,7 +281,7 @@ class FastTokenizer:
 
   def piece(self, token: int) -> str:
     """See `Tokenizer`."""
-    return self._tokenizer.convert_ids_to_tokens(int(token)).replace('▁', ' ').replace('Ġ', ' ')
+    return (self._tokenizer.convert_ids_to_tokens(int(token)) or '').replace('▁', ' ').replace('Ġ', ' ')
 
 
 @contextlib.contextmanager

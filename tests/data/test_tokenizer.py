@@ -49,6 +49,14 @@ def test_later_rounds_of_evaluation_scripts_are_the_recorded_ones(mode, tokenize
       assert ids(tokenizer, case['answer'] + '</s>')[1:] == case['answer_ids_single_round_script']
 
 
+def test_rows_of_a_model_beyond_the_vocabulary_stand_for_nothing(tokenizer):
+  """Published models have some (padding to a multiple of 64), and a model may answer with them."""
+  beyond = [len(tokenizer) + 3, 10**6]
+  written = ids(tokenizer, 'a dog')
+  assert tokenizer.decode([*written, *beyond]) == tokenizer.decode(written) == 'a dog'
+  assert [tokenizer.piece(i) for i in beyond] == ['', '']
+
+
 def test_offsets_count_characters(tokenizer):
   """SentencePiece counts bytes; a question in Chinese must not move the mask of its answer."""
   text = '日本語 🦒</s>naïve answer'
