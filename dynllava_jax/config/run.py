@@ -138,6 +138,12 @@ def check_stages(stages: tuple[Stage, ...], model: ModelConfig, image_tokens: in
       f"stage at layer {stage.start}: selector 'dynamic' needs predictors, and this model has none; "
       'train them with configs/digits.py:dynamic or convert a Dynamic-LLaVA checkpoint',
     )
+    held = 'none' if model.dpn is None else f'them in front of layers {list(model.dpn.layers)}'
+    require(
+      stage.selector not in ('dpn', 'dpn_routed') or (model.dpn is not None and stage.start in model.dpn.layers),
+      f'stage at layer {stage.start}: selector {stage.selector!r} needs a pooling router in front of this layer, and this '
+      f'model has {held}; train one with configs/methods.py:dpn',
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -316,8 +316,6 @@ class DynLlava(nn.Module):
   def routes(self, layer: int, state: reduction.State, prompt: Prompt) -> tuple[tuple[int, ...], jax.Array]:
     """(kernels, float32[B, E] how likely each is) of the pooling router in front of a layer."""
     cfg = self.cfg.dpn
-    if layer not in cfg.layers:
-      raise ConfigError(f'stage at layer {layer}: dpn has routers in front of layers {list(cfg.layers)} alone')
     places = jnp.where(jnp.arange(state.x.shape[1]) < state.length[:, None], state.positions, -1)
     hidden = first_router(state.x, places, prompt, cfg.router_id, self.num_image)
     return cfg.kernels[cfg.layers.index(layer)], self.dpn(hidden)[layer]

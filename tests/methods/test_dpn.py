@@ -1,11 +1,14 @@
 """Dynamic Pyramid Network: pooling by hand, routes decided on the host, the record, and what is refused."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from dynllava_jax.config import ConfigError, PyramidConfig
+from dynllava_jax import methods, presets
+from dynllava_jax.config import ConfigError, PyramidConfig, Stage
 from dynllava_jax.convert.records import pyramid
 from dynllava_jax.convert.records.bases import open_record
 from dynllava_jax.methods import SelectorInputs, dpn
@@ -52,6 +55,18 @@ def test_what_is_pooled_is_multiplied_by_the_likelihood_of_its_kernel_unpooled_t
     dpn.select(inputs, 1, dpn.Options(kernel=3))
   with pytest.raises(ConfigError, match='15 image tokens are no square grid'):
     dpn.pool(image[:, :15], dpn.Options(kernel=1))
+
+
+def test_runs_without_a_router_in_front_of_the_layer_are_refused():
+  stages = (Stage(), Stage(start=2, selector='dpn', image_tokens=4, options={'kernel': 2}))
+  for model, held in (
+    (presets.TINY, 'none'),
+    (dataclasses.replace(presets.TINY, dpn=PyramidConfig(layers=(1,), kernels=((2,),))), '.1'),
+  ):
+    with pytest.raises(ConfigError, match=f"stage at layer 2: selector 'dpn' needs a pooling router .* has .*{held}"):
+      methods.check_run(model, stages)
+  with pytest.raises(ConfigError, match='is for training'):
+    dpn.refuse(None, 4, dpn.RoutedOptions())
 
 
 def test_routes_are_stage_lists():
