@@ -1,6 +1,7 @@
 # make setup   creates .venv and installs what requirements.txt pins
 # make demo    trains and evaluates on the embedded data set; results in runs/digits/
 # make methods evaluates methods that need no training on the demo's checkpoint; results in runs/digits/methods/
+# make trained trains methods of configs/methods.py from the demo's dense checkpoint and evaluates each; goes on where it was stopped
 # make hello   asks the model that ships here three questions about a picture, dense and dynamic side by side; results in runs/hello/
 # make test    runs the tests; make test-slow the long ones that it leaves out, make test-faults kills and damages the programs
 # make lint    checks style and formatting; make format mends them
@@ -10,7 +11,7 @@ VENV := .venv$(patsubst %,-%,$(filter-out python3,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 RUN := runs/digits
 
-.PHONY: setup hello demo methods test test-slow test-faults lint format clean
+.PHONY: setup hello demo methods trained test test-slow test-faults lint format clean
 
 setup: $(VENV)/installed
 
@@ -35,6 +36,15 @@ demo: setup
 methods: setup
 	@test -d $(RUN)/dynamic/checkpoints || { echo "error: no checkpoint in $(RUN)/dynamic/checkpoints; run 'make demo' first"; exit 1; }
 	$(BIN)/python eval.py --config=configs/digits.py:methods --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)/methods
+
+TRAINED ?= videollm_mod pmod dpn
+
+trained: setup
+	@test -d $(RUN)/base/checkpoints || { echo "error: no checkpoint in $(RUN)/base/checkpoints; run 'make demo' first"; exit 1; }
+	@set -e; for name in $(TRAINED); do \
+	  $(BIN)/python train.py --config=configs/methods.py:$$name --workdir=$(RUN)/$$name --config.init_from=$(RUN)/base/checkpoints; \
+	  $(BIN)/python eval.py --config=configs/methods.py:$${name}_eval --checkpoint=$(RUN)/$$name/checkpoints --out=$(RUN)/$$name/eval; \
+	done
 
 PYTEST := $(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
