@@ -38,7 +38,9 @@ def records():
   return {name: open_record(GOLDEN / 'methods' / name, GOLDEN) for name in ('videollm_mod', 'pmod')}
 
 
-@pytest.mark.parametrize('name, config', [('videollm_mod', 'public_b/four_frames'), ('pmod', '')])
+@pytest.mark.parametrize(
+  'name, config', [('videollm_mod', 'public_b/four_frames'), pytest.param('pmod', '', marks=pytest.mark.slow)]
+)
 def test_recorded_rows_in_a_batch(records, name, config, monkeypatch):
   """With layers stacked and scanned; apart and alone are the slow test's."""
   monkeypatch.setattr(runs, 'best_for', lambda params: STACKED)
