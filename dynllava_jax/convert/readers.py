@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import json
 import pathlib
+import pickle
 import struct
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -240,11 +242,13 @@ class _Pickle:
 
   def _open(self) -> dict[str, Any]:
     try:
-      content = self.torch.load(self.path, map_location='cpu', weights_only=True, mmap=self.mapped)
+      with warnings.catch_warnings(action='ignore'):  # of pickles that are not its own
+        content = self.torch.load(self.path, map_location='cpu', weights_only=True, mmap=self.mapped)
+    except pickle.UnpicklingError:  # its message tells how to let a file run code
+      raise ConversionError(f'{self.path}: unreadable, truncated or not a plain tensor file (it holds other objects)') from None
     except Exception as e:  # torch raises many types for damaged or hostile files
-      raise ConversionError(
-        f'{self.path}: unreadable, truncated or not a plain tensor file ({type(e).__name__}: {str(e).splitlines()[0]})'
-      ) from None
+      why = next(iter(str(e).splitlines()), type(e).__name__)
+      raise ConversionError(f'{self.path}: unreadable, truncated or not a plain tensor file ({why})') from None
     if not isinstance(content, dict):
       raise ConversionError(f'{self.path}: holds a {type(content).__name__}, expected tensors by name')
     for key, value in content.items():

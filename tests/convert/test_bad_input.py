@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 import struct
 import zipfile
@@ -224,6 +225,15 @@ def test_truncated_bin(tmp_path):
   (tmp_path / 'x.bin').write_bytes((tmp_path / 'x.bin').read_bytes()[:2000])
   with pytest.raises(ConversionError, match='x.bin: unreadable, truncated or not a plain tensor file'):
     file_tensors(tmp_path / 'x.bin')
+
+
+@pytest.mark.parametrize('protocol', [2, 4])
+def test_a_pickle_of_other_things_where_torch_is_read(protocol, tmp_path, recwarn):
+  pytest.importorskip('torch', reason='reading a .bin file needs torch')
+  (tmp_path / 'mm_projector.bin').write_bytes(pickle.dumps({'a': [1], 'b': Request}, protocol))
+  with pytest.raises(ConversionError, match='mm_projector.bin: unreadable, truncated or not a plain') as caught:
+    file_tensors(tmp_path / 'mm_projector.bin')
+  assert 'weights_only' not in str(caught.value) and not recwarn.list
 
 
 @pytest.mark.parametrize(
