@@ -6,6 +6,7 @@
     python convert_weights.py --src=vicuna-7b-v1.5 --vision=CLIP --projector=mm_projector.bin --dst=DIR
     python convert_weights.py --src=llava-lora --base=vicuna-7b-v1.5 --vision=CLIP --dst=DIR
     python convert_weights.py --src=checkpoints/llava-7b --export=llava-hf --dst=DIR
+    python convert_weights.py --src=checkpoints/llava-7b --dst=checkpoints/moe-7b --upcycle=4
     python convert_weights.py --inspect=DIR
     python convert_weights.py --src=DIR --dst=DIR --verify=case.npz
 
@@ -27,9 +28,14 @@ VISION = command_line.define_path('vision', None, "CLIP directory or hf:ORG/NAME
 BASE = command_line.define_path('base', None, 'Model that the LoRA adapter or lone projector in --src belongs to.')
 PROJECTOR = command_line.define_path('projector', None, "mm_projector.bin, or 'new' for a random projector.")
 ADD_PREDICTORS = flags.DEFINE_bool('add_predictors', False, 'Make a dense model dynamic with untrained predictors.')
-SEED = flags.DEFINE_integer('seed', 0, 'Seed of untrained projectors and predictors.', lower_bound=0, upper_bound=2**32 - 1)
-EXPORT = flags.DEFINE_enum('export', None, ['llava-hf', 'llava', 'dynamic-llava', 'peft'], 'Write --src, one of ours, for PyTorch.')
+SEED = flags.DEFINE_integer(
+  'seed', 0, 'Seed of untrained projectors, predictors and routers.', lower_bound=0, upper_bound=2**32 - 1
+)
+EXPORT = flags.DEFINE_enum(
+  'export', None, ['llava-hf', 'llava', 'dynamic-llava', 'moe-llava', 'peft'], 'Write --src, one of ours, for PyTorch.'
+)
 DROP_PREDICTORS = flags.DEFINE_bool('drop_predictors', False, 'Export the dense part of a model with predictors.')
+UPCYCLE = flags.DEFINE_integer('upcycle', None, 'Make --src, one of ours, a model with so many experts.', lower_bound=1)
 INSPECT = command_line.define_path('inspect', None, 'Only describe the checkpoint in this directory, PyTorch or ours.')
 DTYPE = flags.DEFINE_enum(
   'dtype',
@@ -41,8 +47,9 @@ OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace what is at --dst, onc
 NO_READBACK = flags.DEFINE_bool('no_readback', False, 'Do not read again and compare what was written.')
 VERIFY = command_line.define_path('verify', None, 'Recorded case (.npz) to recompute with the converted weights.')
 
-ONLY_CONVERSION = (BASE, PROJECTOR, ADD_PREDICTORS, SEED, VERIFY)
-NOT_INSPECTION = (SRC, DST, VISION, *ONLY_CONVERSION, EXPORT, DROP_PREDICTORS, DTYPE, OVERWRITE, NO_READBACK)
+NOT_UPCYCLING = (BASE, PROJECTOR, ADD_PREDICTORS, VERIFY)
+ONLY_CONVERSION = (*NOT_UPCYCLING, SEED)
+NOT_INSPECTION = (SRC, DST, VISION, *ONLY_CONVERSION, EXPORT, DROP_PREDICTORS, DTYPE, OVERWRITE, NO_READBACK, UPCYCLE)
 
 
 def refuse(reason: str, *unused: flags.FlagHolder) -> None:
@@ -60,6 +67,8 @@ def main(_) -> None:
   with command_line.readable_errors():
     if INSPECT.value:
       refuse('with --inspect', *NOT_INSPECTION)
+    elif UPCYCLE.value:
+      refuse('with --upcycle', *NOT_UPCYCLING, VISION, EXPORT, DROP_PREDICTORS, DTYPE, NO_READBACK)
     elif EXPORT.value:
       refuse('with --export', *ONLY_CONVERSION)
     else:
@@ -90,6 +99,9 @@ def main(_) -> None:
     )
     case, readback = command_line.read(VERIFY), not NO_READBACK.value
     with workspace(dst, '--dst', stub=lambda name: True, at_once=True) as folder:
+      if UPCYCLE.value:
+        report.run_upcycle(request.src, folder, UPCYCLE.value, seed=SEED.value, overwrite=OVERWRITE.value)
+        return
       if EXPORT.value:
         options = dict(dtype=DTYPE.value, overwrite=OVERWRITE.value, drop_predictors=DROP_PREDICTORS.value)
         report.run_export(request.src, folder, EXPORT.value, vision=request.vision, readback=readback, **options)

@@ -62,7 +62,7 @@ def check_generator(
   if not known:
     raise ValueError(f'dtype: {dtype!r}, expected one of {", ".join(DTYPES)}')
   llama = params.get('llama') if isinstance(params, Mapping) else None
-  if not isinstance(llama, Mapping) or not llama.keys() & {'layers', 'stage_0', 'stage_0_0'}:
+  if not isinstance(llama, Mapping) or not llama.keys() & {'layers', 'layers_0', 'stage_0', 'stage_0_0'}:
     raise ValueError('params: no parameters in checkpoint form, expected what checkpoint.load_params gives ("llama" with "layers")')
   if 'layers' in llama:
     found = {x.shape[0] for x in jax.tree.leaves(llama['layers'])} - {cfg.llama.num_layers}
@@ -88,7 +88,8 @@ def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[st
   if strange := next((group for group in params if group not in groups and group not in more), None):
     raise ValueError(f'params: {strange} is no group of this model, expected {", ".join(groups)}; take it out, or give its cfg')
   asked = set(groups) - {name for name, group in GROUPS.items() if not group.asked(stages)}
-  found = {_as_stored(jax.tree_util.keystr(path, simple=True, separator='/')): leaf for path, leaf in _leaves(params)}
+  as_stored = _as_stored if len(cfg.llama.runs) == 1 else lambda name: name  # else they are compared by `check_cut` alone
+  found = {as_stored(jax.tree_util.keystr(path, simple=True, separator='/')): leaf for path, leaf in _leaves(params)}
   for name, leaf in found.items():
     group = name.partition('/')[0]
     if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
@@ -106,7 +107,7 @@ def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[st
   check_scales(params['llama'], params.get(SCALES, {}))
   apart = any(name.startswith('llama/stage_') for name in found)
   for name, shape in expected.items():
-    if name not in found and name.partition('/')[0] in asked and not (apart and name.startswith('llama/layers/')):
+    if name not in found and name.partition('/')[0] in asked and not (apart and name.startswith('llama/layers')):
       raise ValueError(f'params: {name} is missing, expected floating-point numbers of shape {_sizes(shape)}')
 
 
@@ -137,9 +138,10 @@ def check_cut(llama: Mapping[str, Any], stages: tuple[Stage, ...], num_layers: i
   layers_of = lambda stage: next((x.shape[0] for x in jax.tree.leaves(stage)), 0)
   found: dict[int, int] = {}
   for name, weights in llama.items():
-    if name.startswith('stage_'):  # stage_I, a stack of layers, or stage_I_J, a layer
+    if name.startswith('stage_'):  # stage_I or stage_I_at_N, stacks of layers, or stage_I_J, a layer
       index, _, layer = name.removeprefix('stage_').partition('_')
-      found[int(index)] = found.get(int(index), 0) + (1 if layer else layers_of(weights))
+      single = layer and not layer.startswith('at_')
+      found[int(index)] = found.get(int(index), 0) + (1 if single else layers_of(weights))
   counts = [found[i] for i in sorted(found)]
   if counts != expected:
     raise ValueError(

@@ -10,6 +10,7 @@ Checkpoints and training know `STACKED` alone; `models.params.cut_params` makes 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -90,6 +91,35 @@ def layer_names(starts: Sequence[int], num_layers: int) -> list[str]:
   """Where the parameters of each layer lie in `llama` if they lie apart: layer j of stage i in `stage_{i}_{j}`."""
   bounds = zip(starts, [*starts[1:], num_layers])
   return [f'stage_{i}_{j}' for i, (start, end) in enumerate(bounds) for j in range(end - start)]
+
+
+def stack_start(name: str) -> int | None:
+  """The first decoder layer of a stack that checkpoints hold, by its name in `llama`; None for what is no stack of layers.
+
+  `layers` are all of them. Where layers are unlike, those next to each other that are alike are a stack: `layers_N`, from layer N.
+  """
+  found = re.fullmatch(r'layers(?:_(\d+))?', name)
+  return found and int(found[1] or 0)
+
+
+def cut_stack(first: int, count: int, starts: Sequence[int]) -> list[tuple[str, int, int]]:
+  """What becomes of a stack of `count` layers from decoder layer `first` on where stages start at `starts`.
+
+  Returns:
+    (name, first row, row after the last) of each part: `stage_I`, or `stage_I_at_N` of one that begins inside its stage, at
+    layer N.
+  """
+  parts = []
+  for i, (start, end) in enumerate(zip(starts, [*starts[1:], first + count])):
+    a, b = max(start, first), min(end, first + count)
+    if a < b:
+      parts.append((part_name(i, start, a), a - first, b - first))
+  return parts
+
+
+def part_name(stage: int, start: int, layer: int) -> str:
+  """Of the part of a stage that begins at a layer; `start` is where the stage does."""
+  return f'stage_{stage}' if layer == start else f'stage_{stage}_at_{layer}'
 
 
 def joined_projections(layer: dict[str, Any]) -> dict[str, Any]:

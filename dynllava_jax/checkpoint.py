@@ -28,7 +28,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from dynllava_jax import paths, remote
-from dynllava_jax.arrangement import Arrangement, best, lay_apart, layer_names
+from dynllava_jax.arrangement import Arrangement, best, cut_stack, lay_apart, layer_names, stack_start
 from dynllava_jax.config import (
   DENSE,
   TOKENIZER_FILES,
@@ -243,10 +243,13 @@ def load_params(
       stored so comes so.
 
   Raises:
-    CheckpointError: missing, damaged, its arrays are not those that its `model.json` describes, or int8 in checkpoint form.
+    CheckpointError: missing, damaged, its arrays are not those that its `model.json` describes, int8 in checkpoint form,
+      or to be int8 with layers of experts.
   """
   if stages is None and read_info(path).int8:
     raise CheckpointError(f'{path}: its weights are rounded to int8, for generation alone; take the checkpoint that it was made of')
+  if int8 and read_info(path).model.llama.experts:
+    raise CheckpointError(f'{path}: has layers of experts, which are not rounded to int8; load it without int8')
   params = _load_merged(path, mesh, stages, checked, int8)
   if stages is not None and tail:
     params |= _load_tail(path, mesh)
@@ -386,11 +389,12 @@ def _cut(
     return [(name, 0, None)]
   if group in TAIL:
     return []  # never run
-  if group not in ('llama', ADAPTERS, SCALES, *layered()) or not rest.startswith('layers/'):
+  stack, _, leaf = rest.partition('/')
+  first = stack_start(stack)
+  if group not in ('llama', ADAPTERS, SCALES, *layered()) or first is None:
     return [(name, 0, None)]
   starts = [s.start for s in stages]
   if arrangement.apart and group not in layered():
-    layers = enumerate(layer_names(starts, shape[0]))
-    return [(name.replace('/layers/', f'/{layer}/'), n, n + 1) for n, layer in layers]
-  ends = [*starts[1:], None]
-  return [(name.replace('/layers/', f'/stage_{i}/'), a, b) for i, (a, b) in enumerate(zip(starts, ends))]
+    names = layer_names(starts, first + shape[0])[first:]
+    return [(f'{group}/{layer}/{leaf}', n, n + 1) for n, layer in zip(range(shape[0]), names)]
+  return [(f'{group}/{part}/{leaf}', a, b) for part, a, b in cut_stack(first, shape[0], starts)]

@@ -6,6 +6,7 @@ Two conventions of FLOPs, both stated wherever they are printed:
 * `paper_flops`: the paper's count, 32 C^2 per token and layer + 4 N^2 C, image tokens only (section 4.1).
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -16,16 +17,17 @@ from dynllava_jax.methods.base import row_flops
 from dynllava_jax.models.stacks import stacks_of
 
 
-def layer_flops(model: ModelConfig, tokens: float, keys: float, no_mlp: float = 0) -> float:
+def layer_flops(model: ModelConfig, tokens: float, keys: float, no_mlp: float = 0, experts: bool = False) -> float:
   """One decoder layer over `tokens` queries.
 
   Args:
     model: what is run; tokens: queries; keys: number of visible keys, summed over them.
-    no_mlp: queries that do not pass the MLP.
+    no_mlp: queries that do not pass the MLP; experts: whether that is a choice among experts.
   """
   llama = model.llama
   attention = llama.head_dim * (2 * llama.num_heads + 2 * llama.num_kv_heads)
-  linear = 2 * llama.hidden_size * (attention * tokens + 3 * llama.mlp_dim * (tokens - no_mlp))
+  mlp = 3 * llama.mlp_dim * llama.experts.top_k + llama.experts.count if experts else 3 * llama.mlp_dim
+  linear = 2 * llama.hidden_size * (attention * tokens + mlp * (tokens - no_mlp))
   return linear + 4 * llama.num_heads * llama.head_dim * keys
 
 
@@ -119,7 +121,7 @@ def sample_flops(
   gated, budget_share, reached = False, 1.0, num_image
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, num_image)):
-    layers = end - stage.start
+    layers, kinds = end - stage.start, collections.Counter(map(model.llama.has_experts, range(stage.start, end)))
     kind, options = methods.bound(stage.layers, 'layers', methods.LayerKind())
     compressor, settings = methods.bound(stage.compressor, 'compressor')
     total += ranking_flops(model, stage, text_tokens + reached, reached, stage.kept_image_tokens(num_image)) if image else 0.0
@@ -134,7 +136,7 @@ def sample_flops(
       keys, rows = kind.saves(model.llama, layer, image_tokens, options)
       waiting = image_tokens - methods.passing_image_tokens(stage, layer, model.llama.num_layers, image_tokens)
       seen = places - waiting
-      total += layer_flops(model, prompt - waiting, seen * (seen + 1) / 2 - keys, rows)
+      total += layer_flops(model, prompt - waiting, seen * (seen + 1) / 2 - keys, rows, model.llama.has_experts(layer))
       total += 2 * image_tokens * model.llama.hidden_size if waiting else 0.0  # its router
       total += compressor.flops(model.llama, text_tokens, image_tokens, settings) if compressor else 0.0
     reached = image_tokens
@@ -144,7 +146,7 @@ def sample_flops(
       total += len(kept) * revisit_flops(model, stage, image_tokens)
     held = 0
     for keep in kept:
-      total += layers * layer_flops(model, 1, cached + held + 1)
+      total += sum(layer_flops(model, 1, cached + held + 1, experts=of) * number for of, number in kinds.items())
       held = min(held + (1 if keep or not gated else 0), budget)
   head = 2 * model.llama.hidden_size * model.llama.vocab_size
   return total + head * (1 + len(kept))

@@ -84,7 +84,7 @@ class Generator:
     arguments.check_params(cfg, stages, params, lora is not None)
     methods.check_tail(cfg, reducer, 'vision_tail' in params)
     self._num_image = methods.num_image_tokens(cfg, reducer)
-    if 'layers' in params['llama']:
+    if params['llama'].keys() & {'layers', 'layers_0'}:
       arrangement = arrangement or (STACKED if lora else best_for(params))
       params = cut_params(params, stages, arrangement)
     else:

@@ -1,14 +1,14 @@
 """Device mesh and the rules that map logical axis names to mesh axes.
 
 Models name their axes ('embed', 'heads', ...); only this file knows what they mean on a mesh:
-`data` and `fsdp` split the batch, `fsdp` splits the width of every weight, `tensor` splits heads, mlp and
-vocabulary.
+`data`, `fsdp` and `expert` split the batch, `fsdp` splits the width of every weight, `tensor` splits heads, mlp and
+vocabulary, `expert` the experts of a layer.
 """
 
 import collections
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dynllava_jax.config import ConfigError, MeshConfig
 
+BATCH = ('data', 'fsdp', 'expert')
 RULES = (
-  ('batch', ('data', 'fsdp')),
   ('embed', 'fsdp'),
   ('heads', 'tensor'),
   ('kv_heads', 'tensor'),
@@ -30,13 +30,28 @@ RULES = (
 )
 
 
+def rules(mesh: Mesh) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
+  """Logical axis names and what they mean on this mesh; only meshes that split experts have the axis `expert`."""
+  return (('batch', batch_axes(mesh)), ('expert', 'expert' if 'expert' in mesh.shape else None), *RULES)
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+  """The axes of the mesh that split the rows of a batch."""
+  return tuple(axis for axis in BATCH if axis in mesh.shape)
+
+
+def batch_ways(sizes: Mapping[str, int]) -> int:
+  """Parts that the rows of a batch are split into, on a mesh with axes of these sizes."""
+  return math.prod(sizes.get(axis, 1) for axis in BATCH)
+
+
 def mesh_sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
   """Devices along each axis.
 
   Raises:
     ConfigError: the sizes do not multiply to the number of devices, or `data` not over the slices.
   """
-  sizes = {'data': cfg.data, 'fsdp': cfg.fsdp, 'tensor': cfg.tensor}
+  sizes = {'data': cfg.data, 'fsdp': cfg.fsdp, 'tensor': cfg.tensor} | ({'expert': cfg.expert} if cfg.expert != 1 else {})
   free = [k for k, v in sizes.items() if v == -1]
   fixed = math.prod(v for v in sizes.values() if v != -1)
   if len(free) > 1 or any(v < 1 for v in sizes.values() if v != -1) or devices % fixed or (not free and fixed != devices):
@@ -64,10 +79,10 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     except NotImplementedError:  # no axis, or product of axes, of the torus is as long as an axis of the mesh
       array = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
       return Mesh(array, tuple(sizes), axis_types=types)
-  inner = (sizes['data'] // cfg.slices, sizes['fsdp'], sizes['tensor'])
+  inner = (sizes['data'] // cfg.slices, *(n for axis, n in sizes.items() if axis != 'data'))
   try:  # without TPU slices, those are the processes
     array = mesh_utils.create_hybrid_device_mesh(
-      inner, (cfg.slices, 1, 1), devices, process_is_granule=not of_tpus, allow_split_physical_axes=True
+      inner, (cfg.slices, *[1] * (len(inner) - 1)), devices, process_is_granule=not of_tpus, allow_split_physical_axes=True
     )
   except ValueError as e:
     raise ConfigError(f'config.mesh.slices: {cfg.slices} is not how these devices are joined ({e})') from None
@@ -76,16 +91,15 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
   """Raises ConfigError unless the global batch divides over the mesh, and each device's rows into `accumulate` parts."""
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  ways = batch_ways(mesh.shape)
   if batch_size % ways == 0 and batch_size % (ways * accumulate):
     raise ConfigError(
       f'config.accumulate: {accumulate} does not divide the {batch_size // ways} rows that each of {ways} devices has of '
       f'a batch of {batch_size}; choose a divisor of {batch_size // ways}'
     )
   if batch_size % ways:
-    raise ConfigError(
-      f'config.batch_size: {batch_size} does not divide over data x fsdp = {ways} devices; use a multiple of {ways}'
-    )
+    axes = ' x '.join(batch_axes(mesh))
+    raise ConfigError(f'config.batch_size: {batch_size} does not divide over {axes} = {ways} devices; use a multiple of {ways}')
 
 
 def batch_hosts(mesh: Mesh) -> tuple[int, int]:
@@ -96,7 +110,7 @@ def batch_hosts(mesh: Mesh) -> tuple[int, int]:
   Raises:
     ConfigError: processes share some of their rows but not all.
   """
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  ways = batch_ways(mesh.shape)
   held = collections.defaultdict(set)
   for device, (rows,) in batch_sharding(mesh).devices_indices_map((ways,)).items():
     held[device.process_index].add(rows.start or 0)
@@ -111,13 +125,13 @@ def batch_hosts(mesh: Mesh) -> tuple[int, int]:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Splits the first axis of every array of a batch."""
-  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
 def split_rows(tree: Any, parts: int, mesh: Mesh) -> Any:
   """Arrays [B, ...] as [parts, B / parts, ...]: every device splits the rows that it has, none go elsewhere."""
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
-  place = NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp')))
+  ways = batch_ways(mesh.shape)
+  place = NamedSharding(mesh, PartitionSpec(None, batch_axes(mesh)))
 
   def split(x):
     x = x.reshape(ways, parts, -1, *x.shape[1:]).swapaxes(0, 1)
@@ -136,7 +150,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
   An axis that its mesh axis does not divide stays whole: tiny models run on any mesh.
   """
-  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), rules(mesh))
 
   def fit(spec, leaf):
     def whole(size, axis):
@@ -160,5 +174,5 @@ def unboxed(params: Any) -> Any:
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
   """Inside, logical axis names in models mean this mesh's axes."""
-  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh)):
     yield

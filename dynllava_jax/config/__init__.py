@@ -15,6 +15,7 @@ from dynllava_jax.config.model import (
   MODEL_FILES,
   TOKENIZER_FILES,
   ClipTextConfig,
+  ExpertsConfig,
   LlamaConfig,
   ModelConfig,
   PredictorConfig,
@@ -25,7 +26,7 @@ from dynllava_jax.config.model import (
   TokenPackerConfig,
   VisionConfig,
 )
-from dynllava_jax.config.objective import Objective, PyramidTraining, RelevanceTraining, SparsityConfig
+from dynllava_jax.config.objective import ExpertsTraining, Objective, PyramidTraining, RelevanceTraining, SparsityConfig
 from dynllava_jax.config.parsing import ConfigError, Options, differences, first_difference, from_config_dict, to_dict
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, judges_instructions
 from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, TrainConfig
@@ -47,6 +48,8 @@ __all__ = [
   'DataConfig',
   'EvalConfig',
   'EvalRun',
+  'ExpertsConfig',
+  'ExpertsTraining',
   'LlamaConfig',
   'LoraConfig',
   'MeshConfig',

@@ -1,6 +1,7 @@
 """What the weights' shapes follow from: vision tower, projector, decoder, predictors."""
 
 import dataclasses
+import itertools
 
 from dynllava_jax.config.parsing import require, require_positive
 
@@ -128,8 +129,31 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+  """Layers whose MLP is a choice among several (MoE-LLaVA, arXiv 2401.15947), each as wide as the MLP that it replaces.
+
+  Attributes:
+    layers: decoder layers that have experts, ascending.
+    count: experts of such a layer; top_k: how many of them each token passes, 1 or 2.
+  """
+
+  layers: tuple[int, ...]
+  count: int = 4
+  top_k: int = 2
+
+  def __post_init__(self):
+    require_positive(self, 'experts: ', 'count', 'top_k')
+    require(self.top_k in (1, 2), f'experts: top_k is {self.top_k}, expected 1 or 2')
+    require(self.count > self.top_k, f'experts: count is {self.count}, expected more than top_k, {self.top_k}')
+    require(
+      len(self.layers) > 0 and list(self.layers) == sorted(set(self.layers)) and self.layers[0] >= 0,
+      f'experts: layers are {list(self.layers)}, expected some decoder layers, ascending, each once',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-  """LLaMA decoder; defaults are Vicuna-7B v1.5."""
+  """LLaMA decoder; defaults are Vicuna-7B v1.5. `experts`: which layers have them, None for none."""
 
   vocab_size: int = 32000
   hidden_size: int = 4096
@@ -141,6 +165,7 @@ class LlamaConfig:
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
   tie_embeddings: bool = False  # the output head is the embedding
+  experts: ExpertsConfig | None = None
 
   def __post_init__(self):
     sizes = ('vocab_size', 'hidden_size', 'mlp_dim', 'num_layers', 'num_heads', 'num_kv_heads')
@@ -154,10 +179,24 @@ class LlamaConfig:
       f'llama: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}',
     )
     require(self.head_dim % 2 == 0, f'llama: head_dim {self.head_dim} is odd, rotary embedding needs pairs')
+    require(
+      self.experts is None or self.experts.layers[-1] < self.num_layers,
+      f'llama: experts in layer {self.experts and self.experts.layers[-1]}, but there are {self.num_layers} layers',
+    )
 
   @property
   def head_dim(self) -> int:
     return self.hidden_size // self.num_heads
+
+  def has_experts(self, layer: int) -> bool:
+    """Whether the MLP of a decoder layer is a choice among experts."""
+    return self.experts is not None and layer in self.experts.layers
+
+  @property
+  def runs(self) -> tuple[range, ...]:
+    """Layers next to each other that have the same parameters, as many together as there are."""
+    bounds = [0, *(i for i in range(1, self.num_layers) if self.has_experts(i) != self.has_experts(i - 1)), self.num_layers]
+    return tuple(range(a, b) for a, b in itertools.pairwise(bounds))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dynllava_jax.config.parsing import require
+from dynllava_jax.config.parsing import require, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,27 @@ class PyramidTraining:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsTraining:
+  """How layers with experts are trained (numbers of MoE-LLaVA's scripts).
+
+  Attributes:
+    capacity_factor: an expert takes so many times the tokens that it had if all had equally many; the rest it loses.
+    balance_weight: of the loss that balances the load.
+  """
+
+  capacity_factor: float = 1.5
+  balance_weight: float = 0.01
+
+  def __post_init__(self):
+    require_positive(self, 'experts: ', 'capacity_factor')
+    require(self.balance_weight >= 0, f'experts.balance_weight is {self.balance_weight}, expected 0 or more')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
   """The settings of every method's part; of a run, the fields of `TrainConfig` that are called so."""
 
   sparsity: SparsityConfig = SparsityConfig()
   relevance: RelevanceTraining = RelevanceTraining()
   dpn: PyramidTraining = PyramidTraining()
+  experts: ExpertsTraining = ExpertsTraining()

@@ -152,12 +152,14 @@ class MeshConfig:
 
   Attributes:
     data: copies of the weights, each with rows of its own; fsdp: parts of weights and of a copy's rows; tensor: parts of a layer.
+    expert: parts of the experts of a layer, and of the batch; for models with experts.
     slices: TPU slices, or other groups of devices, that only a slow network joins: `data` goes over them, nothing else does.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  expert: int = 1
   slices: int = 1
 
   def __post_init__(self):

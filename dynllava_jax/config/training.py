@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dynllava_jax.config.evaluation import PERPLEXITY, RUN_NAME, TrainEval
 from dynllava_jax.config.groups import GROUPS, LLAVA, STORED_ALONG, groups_of, idle
 from dynllava_jax.config.model import ModelConfig
-from dynllava_jax.config.objective import Objective, PyramidTraining, RelevanceTraining, SparsityConfig
+from dynllava_jax.config.objective import ExpertsTraining, Objective, PyramidTraining, RelevanceTraining, SparsityConfig
 from dynllava_jax.config.parsing import Path, require, require_positive, require_seed
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, judges_instructions
 
@@ -178,6 +178,7 @@ class TrainConfig:
   sparsity: SparsityConfig = SparsityConfig()
   relevance: RelevanceTraining = RelevanceTraining()
   dpn: PyramidTraining = PyramidTraining()
+  experts: ExpertsTraining = ExpertsTraining()
   mesh: MeshConfig = MeshConfig()
   init_from: Path = ''
   frozen: tuple[str, ...] = ()
@@ -227,6 +228,7 @@ class TrainConfig:
       'stages: option instruct needs an instruction predictor; set model.predictor.instruct to True',
     )
     learning = {*LLAVA, *(name for name, group in groups_of(self.model).items() if group.learns(self.stages))}
+    require(not (self.lora and self.model.llama.experts), 'lora: adapters know no layers with experts; train the whole decoder')
     if self.lora:
       require(bool(self.init_from), 'lora: adapters belong to trained weights; give their checkpoint with init_from')
       require('llama' not in self.frozen, "frozen: with lora the decoder's own weights are; leave 'llama' out")

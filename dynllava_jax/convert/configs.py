@@ -26,6 +26,7 @@ from dynllava_jax.convert.export_configs import LEGACY_END, PACKER_HEADS, PACKER
 from dynllava_jax.convert.inputs import ConversionError, nested
 from dynllava_jax.convert.layouts import Layout
 from dynllava_jax.convert.mixture_of_depths import MOD_LAYERS, routers_and_stages
+from dynllava_jax.convert.moe_llava import experts_of
 
 # Hugging Face leaves out of `text_config` and `vision_config` what equals the defaults of transformers' LlamaConfig and
 # CLIPVisionConfig. These are they.
@@ -105,6 +106,7 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
       rms_norm_eps=text['rms_norm_eps'],
       **_rope(file, text),
       tie_embeddings=tied(file, config),
+      experts=experts_of(file, config) if layout is Layout.MOE_LLAVA else None,
     )
     projector = 'mlp2x_gelu' if hf else config.get('mm_projector_type', 'linear')
     model = dict(vision=to_dict(vision), llama=llama, projector=projector)

@@ -67,6 +67,8 @@ def convert(
   dst = pathlib.Path(os.path.realpath(dst))
   check_destination(dst, overwrite, request.src, request.vision, request.base)
   source = open_source(request)
+  if dtype == INT8 and source.info.model.llama.experts:
+    raise ConversionError(f'{request.src}: has layers of experts, which are not rounded to int8; choose another --dtype')
   on_open(source)
   read = {pathlib.Path(t.origin) for _, t in source.tensors} | ({pathlib.Path(request.projector)} if request.projector else set())
   check_destination(dst, overwrite, *(file for file in read if file.is_file()))  # also what a config names, such as the tower

@@ -18,13 +18,14 @@ from dynllava_jax.convert.destination import TOWER_FOLDER, check_destination, ne
 from dynllava_jax.convert.export_adapter import MergingReader, adapter_files, adapter_plan, reader_of
 from dynllava_jax.convert.export_configs import Vocabulary
 from dynllava_jax.convert.layouts import CLIP_TEXT, Layout, canonical, to_llava_hf
+from dynllava_jax.convert.moe_llava import from_llava
 from dynllava_jax.convert.plan import slots_by_key
 from dynllava_jax.convert.readers import ConversionError, Tensor, directory_tensors, file_tensors
 from dynllava_jax.convert.shards import ShardWriter
 from dynllava_jax.convert.source import TOWER, VOCAB_KEYS
 from dynllava_jax.convert.step_reader import Out, StepReader
 
-PEFT = 'peft'
+PEFT, MOE = 'peft', 'moe-llava'
 PREDICTORS = ('image_predictor', 'text_predictor')
 
 
@@ -43,8 +44,8 @@ def export(
 
   Args:
     src: checkpoint directory or step of ours; dst: directory to write.
-    layout: 'llava-hf' for transformers, 'llava' or 'dynamic-llava' for the authors' code; adapters are merged. 'peft' for adapters
-      as they are, and what was trained with them.
+    layout: 'llava-hf' for transformers, 'llava', 'dynamic-llava' or 'moe-llava' for the authors' code; adapters are merged. 'peft'
+      for adapters as they are, and what was trained with them.
     vision: CLIP directory that the tower's never-run top is taken from, if the checkpoint does not hold it.
     dtype, overwrite, readback: as in `convert.convert`.
     drop_predictors: export the dense part of a Dynamic-LLaVA model.
@@ -104,6 +105,9 @@ def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) ->
     raise ConversionError(
       '--export=dynamic-llava: the model has no predictors; export it as llava, or convert with --add_predictors'
     )
+  if (layout == MOE) != (model.llama.experts is not None):
+    has = 'no experts' if layout == MOE else 'experts, which only moe-llava has a place for'
+    raise ConversionError(f'--export={layout}: the model has {has}; choose another layout')
   if layout == PEFT:
     if drop_predictors:
       raise ConversionError('--export=peft: holds what was trained, predictors too; leave out --drop_predictors')
@@ -131,7 +135,7 @@ def _plan(
 ) -> list[Out]:
   """Every tensor of the export; `vocab` is that of llava-hf, None for the authors' layouts."""
   tail = _tail_tensors(info, vision)
-  extra = vocab.rows - vocab.own if vocab else 0
+  extra, experts = vocab.rows - vocab.own if vocab else 0, info.model.llama.experts is not None
   plan = []
   for key, (rule, index, leaf) in slots_by_key(dataclasses.replace(info, unused_vision_layers=True)).items():
     shape = rule.transform.torch_shape(leaf.slot_shape)
@@ -146,7 +150,7 @@ def _plan(
     if extra and key in VOCAB_KEYS:
       shape, read = (shape[0] + extra, shape[1]), lambda read=read: _with_mean_rows(read(), extra)
     folder = TOWER_FOLDER if key.startswith((TOWER, *CLIP_TEXT)) and not vocab else ''
-    plan.append(Out(folder, to_llava_hf(key) if vocab else key, shape, dtype or stored, read))
+    plan.append(Out(folder, to_llava_hf(key) if vocab else from_llava(key) if experts else key, shape, dtype or stored, read))
   return plan
 
 

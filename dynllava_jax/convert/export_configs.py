@@ -6,7 +6,8 @@ from typing import Any
 
 from dynllava_jax import methods
 from dynllava_jax.checkpoint import CheckpointInfo
-from dynllava_jax.config import ClipTextConfig, LlamaConfig, ModelConfig, TokenPackerConfig, VisionConfig
+from dynllava_jax.config import ClipTextConfig, ExpertsTraining, LlamaConfig, ModelConfig, TokenPackerConfig, VisionConfig
+from dynllava_jax.convert import moe_llava
 from dynllava_jax.data.tokenizer import load_tokenizer
 
 IMAGE_TOKEN, PAD_TOKEN = '<image>', '<pad>'
@@ -240,6 +241,9 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
     }
   )
   config = _llama(model.llama, config | _packer(model), dtype)
+  if model.llama.experts is not None:
+    learned = ExpertsTraining()
+    return moe_llava.config_of(model, config, learned.balance_weight, learned.capacity_factor)
   if model.predictor is None:
     return config | {'architectures': ['LlavaLlamaForCausalLM']}
   sparse = base.get('sparse_config') or {}

@@ -9,6 +9,7 @@ import pathlib
 import re
 from typing import Any
 
+from dynllava_jax.convert import moe_llava
 from dynllava_jax.convert.inputs import ConversionError, nested, read_json
 
 
@@ -18,6 +19,7 @@ class Layout(enum.Enum):
   LLAVA = 'LLaVA (the authors)'
   DYNAMIC_LLAVA = 'Dynamic-LLaVA (the authors)'
   LLAVA_HF = 'LlavaForConditionalGeneration (Hugging Face)'
+  MOE_LLAVA = 'MoE-LLaVA (the authors)'
   LORA = 'LoRA adapter'
   LLAMA = 'LLaMA, text only'
   CLIP = 'CLIP'
@@ -58,6 +60,11 @@ _REFUSED = {
   'llava_mixtral': 'LLaVA on Mixtral',
   'llava_qwen': 'LLaVA on Qwen',
   'llava_gemma': 'LLaVA on Gemma',
+  'moe_llava_phi': 'MoE-LLaVA on Phi',
+  'moe_llava_qwen': 'MoE-LLaVA on Qwen',
+  'moe_llava_stablelm': 'MoE-LLaVA on StableLM',
+  'moe_llava_mistral': 'MoE-LLaVA on Mistral',
+  'moe_llava_minicpm': 'MoE-LLaVA on MiniCPM',
   'vipllava': 'ViP-LLaVA',
   'video_llava': 'Video-LLaVA',
 }
@@ -85,6 +92,8 @@ def canonical(layout: Layout, key: str) -> str | None:
       key = peft_name(key)
       key = key if key.startswith(TOWER_COPY) else _translate(key, _HF)
   key = key.replace(ROUTED, '.')
+  if layout is Layout.MOE_LLAVA:
+    key = moe_llava.as_llava(key)
   if key.startswith(TOWER_COPY):
     tower = key.removeprefix(TOWER_COPY)
     return f'vision_model.{tower}' if tower.startswith(TOWER_PARTS) else tower
@@ -141,6 +150,8 @@ def detect(directory: pathlib.Path) -> tuple[Layout, dict[str, Any]]:
     return Layout.LLAVA_HF, config
   if kind in ('llava', 'llava_llama', 'dynamic_llava_llama', P_MOD):
     return (Layout.DYNAMIC_LLAVA if config.get('sparse_config') else Layout.LLAVA), config
+  if kind == moe_llava.MODEL_TYPE:
+    return Layout.MOE_LLAVA, moe_llava.as_llava_config(file, config)
   if kind == 'llama':
     return Layout.LLAMA, config
   raise ConversionError(f'{file}: model_type {kind!r} is not supported; only LLaVA-1.5 on LLaMA, LLaMA and CLIP are')

@@ -13,6 +13,7 @@ from dynllava_jax.convert.export import export
 from dynllava_jax.convert.records.base import load_case
 from dynllava_jax.convert.records.dynamic_llava import check_case
 from dynllava_jax.convert.source import Request, Source
+from dynllava_jax.convert.upcycle import upcycle
 from dynllava_jax.convert.verify import verify
 from dynllava_jax.display import printable
 
@@ -63,6 +64,17 @@ def run_export(src: pathlib.Path, dst: pathlib.Path, layout: str, *, readback: b
     f'({", ".join(stored)}, {sum(o.nbytes for o in written) / 1e9:.2f} GB)'
   )
   print(_effort(time.monotonic() - start, readback))
+
+
+def run_upcycle(src: pathlib.Path, dst: pathlib.Path, count: int, *, seed: int, overwrite: bool) -> None:
+  """Puts experts into a dense checkpoint (see `upcycle.upcycle`) and prints what was written."""
+  start = time.monotonic()
+  llama = upcycle(src, dst, count, seed=seed, overwrite=overwrite).model.llama
+  layers = ', '.join(map(str, llama.experts.layers))
+  print(
+    f'{printable(dst)}: {count} experts in layers {layers}, {llama.experts.top_k} of them for each token; answers are as before'
+  )
+  print(_effort(time.monotonic() - start, True))
 
 
 def _effort(seconds: float, readback: bool) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from dynllava_jax.config import ModelConfig, PyramidConfig, RoutersConfig
+from dynllava_jax.config import LlamaConfig, ModelConfig, PyramidConfig, RoutersConfig
 
 Shape = tuple[int, ...]
 
@@ -185,18 +185,14 @@ def clip_text_rules(layers: int) -> list[Rule]:
 
 def llava_rules(cfg: ModelConfig) -> list[Rule]:
   """The authors' LLaVA layout: decoder, projector and, if the model has them, predictors."""
-  layer, target = 'model.layers.#', ('llama', 'layers')
   rules = [
     Rule('model.embed_tokens.weight', ('llama', 'embedding'), COPY),
     Rule('model.norm.weight', ('llama', 'norm', 'scale'), COPY),
-    Rule(f'{layer}.input_layernorm.weight', (*target, 'attention_norm', 'scale'), COPY),
-    Rule(f'{layer}.post_attention_layernorm.weight', (*target, 'mlp_norm', 'scale'), COPY),
-    Rule(f'{layer}.self_attn.o_proj.weight', (*target, 'o'), HEADS_OUT),
   ]
   if not cfg.llama.tie_embeddings:
     rules.append(Rule('lm_head.weight', ('llama', 'head'), LINEAR))
-  rules += [Rule(f'{layer}.self_attn.{n}_proj.weight', (*target, n), HEADS) for n in 'qkv']
-  rules += [Rule(f'{layer}.mlp.{n}_proj.weight', (*target, n), LINEAR) for n in ('gate', 'up', 'down')]
+  for run in cfg.llama.runs:
+    rules += _decoder_rules(cfg.llama, run)
   rules += projector_rules(cfg) + (predictor_rules(cfg.predictor.instruct) if cfg.predictor else [])
   rules += router_rules(cfg.routers) if cfg.routers else []
   return rules + (pyramid_rules(cfg.dpn) if cfg.dpn else [])
@@ -213,6 +209,25 @@ def pyramid_rules(pyramid: PyramidConfig) -> list[Rule]:
       Rule(f'{source}.predictor.weight', (*target, 'predictor'), LINEAR),
     ]
   return rules
+
+
+def _decoder_rules(llama: LlamaConfig, run: range) -> list[Rule]:
+  """Layers that are alike; experts by MoE-LLaVA's names, which are deepspeed's."""
+  layer, bounds = 'model.layers.#', dict(first_layer=run.start, layers=len(run)) if len(llama.runs) > 1 else {}
+  target = ('llama', f'layers_{run.start}' if bounds else 'layers')
+  rules = [
+    Rule(f'{layer}.input_layernorm.weight', (*target, 'attention_norm', 'scale'), COPY, **bounds),
+    Rule(f'{layer}.post_attention_layernorm.weight', (*target, 'mlp_norm', 'scale'), COPY, **bounds),
+    Rule(f'{layer}.self_attn.o_proj.weight', (*target, 'o'), HEADS_OUT, **bounds),
+  ]
+  rules += [Rule(f'{layer}.self_attn.{n}_proj.weight', (*target, n), HEADS, **bounds) for n in 'qkv']
+  names = ('gate', 'up', 'down')
+  if not llama.has_experts(run.start):
+    return rules + [Rule(f'{layer}.mlp.{n}_proj.weight', (*target, n), LINEAR, **bounds) for n in names]
+  source = f'{layer}.mlp.deepspeed_moe'
+  rules.append(Rule(f'{source}.gate.wg.weight', (*target, 'router'), LINEAR, **bounds))
+  each = [(f'{source}.experts.deepspeed_experts.{e}', e) for e in range(llama.experts.count)]
+  return rules + [Rule(f'{of}.{n}_proj.weight', (*target, 'experts', n), LINEAR, e, **bounds) for of, e in each for n in names]
 
 
 def router_rules(routers: RoutersConfig) -> list[Rule]:

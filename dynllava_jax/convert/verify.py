@@ -15,6 +15,7 @@ from dynllava_jax.convert.records import (
   instruct_predictor,
   kv,
   layers,
+  moe_llava,
   pyramid,
   reducers,
   selectors,
@@ -37,6 +38,7 @@ OF_METHODS = {
   depth.VIDEOLLM: depth.verify,
   depth.PMOD: depth.verify,
   pyramid.METHOD: pyramid.verify,
+  moe_llava.METHOD: moe_llava.verify,
   tokenpacker.METHOD: tokenpacker.verify,
   instruct_predictor.METHOD: instruct_predictor.verify,
 }
@@ -51,6 +53,7 @@ LEFT = {
   ),
   'prumerge': ((r'\w*plus\w*/.*', "the authors' code takes a patch twice here, as one by attention and as one of the strided"),),
   pyramid.METHOD: ((r'ids|labels|image_features|\w+/prompt_ids|train/(gumbel|draws)', 'what was given'),),
+  moe_llava.METHOD: ((r'unit_top\d/(logits|gumbel|uniform)|train/(ids|gumbel_\d+)|infer\d+/prompt', 'what was given'),),
   instruct_predictor.METHOD: (
     (r'nocache/.*', "the authors' code without a cache judges by another predictor; compared with cached decoding instead"),
   ),

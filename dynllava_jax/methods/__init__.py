@@ -259,9 +259,13 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
       if outside:
         raise ConfigError(f'{at}: {stage.layers.name} names {name} layers {outside}, the stage has {stage.start} to {end - 1}')
     bound(stage.compressor, 'compressor')
+    if kind.mlp is not None and any(map(model.llama.has_experts, range(stage.start, end))):
+      raise ConfigError(f'{at}: {stage.layers.name} goes by the channels of an MLP, and this model has experts in its place')
   _check_gate(model, stages)
   for i, reached in enumerate(stage_image_tokens(stages, num_image_tokens(model, reducer))):
     ranks_next = i + 1 < len(stages) and selector_of(stages[i + 1])[0].attention == 'previous'
+    if model.llama.experts and routing_of(stages[i])[0] is not None:
+      raise ConfigError(f'stage at layer {stages[i].start}: {stages[i].layers.name} does not go together with layers of experts')
     check_routing(model, stages[i], *routing_of(stages[i]), range(stages[i].start, ends[i]), reached, ranks_next)
   for stage, reached in zip(stages, stage_image_tokens(stages, num_image_tokens(model, reducer))):
     if stage.revisit is not None:

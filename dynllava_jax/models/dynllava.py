@@ -18,7 +18,7 @@ from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement
 from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Objective, Piece, Stage, judges_instructions
 from dynllava_jax.config.groups import groups_of
-from dynllava_jax.models import gating, reduction, revisiting, trained
+from dynllava_jax.models import experts, gating, reduction, revisiting, trained
 from dynllava_jax.models.batch import Prompt, StageTrace, TrainInputs, TrainOutput, instruct_start_of
 from dynllava_jax.models.clip import VisionTower, next_block
 from dynllava_jax.models.clip_text import with_question
@@ -53,9 +53,14 @@ class DynLlava(nn.Module):
     for name, module in modules_of(self.cfg, self.dtype, self.stages).items():
       setattr(self, name, module)
 
-  def run_layers(self, index: int, x: jax.Array, positions: jax.Array, **how: Any) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
-    """`Llama.run_stage`, with what methods keep per layer."""
+  def run_layers(
+    self, index: int, x: jax.Array, positions: jax.Array, drawn: jax.Array | None = None, **how: Any
+  ) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
+    """`Llama.run_stage`, with what methods keep per layer; `drawn` float32[B, layers, S, E] is the noise of experts in training."""
     weights = {}
+    if drawn is not None:
+      layers = self.llama.layers_of(index)
+      weights[experts.NOISE] = drawn[:, layers.start : layers.stop, : x.shape[1]].swapaxes(0, 1)
     for name, group in groups_of(self.cfg).items():
       if group.layered and group.asked(self.stages):
         weights |= {f'{name}/{leaf}': rows for leaf, rows in getattr(self, name)()[index].items()}

@@ -4,11 +4,14 @@ Axes: B batch, T query, N heads, K kv heads, H head dim, L layers, M candidates,
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from dynllava_jax import cache as kv
 from dynllava_jax.methods import Rows
+from dynllava_jax.models.experts import Learning
 from dynllava_jax.ops.visibility import Visible
 
 
@@ -39,6 +42,7 @@ class Context:
     target: float32[B, T, M], log-probabilities of image tokens whose distance from the attention to them is wanted; None if not.
     generated: bool[B, T], rows that are generated tokens, where each layer chooses what they see of the image; None otherwise.
     candidates: image tokens beside the cache, and chosen: int32[B, k], those that are seen; None for all.
+    learning: how experts are trained; None where they are only used.
     room: slots behind the keys and values that a layer gives, so that they are stacked as the cache needs them. Static.
   """
 
@@ -57,6 +61,7 @@ class Context:
   candidates: kv.Candidates | None = None
   chosen: jax.Array | None = None
   generated: jax.Array | None = None
+  learning: Learning | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -83,3 +88,25 @@ class LayerOutput:
   attention: jax.Array | None = None
   details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
   candidates: jax.Array | None = None
+
+
+def joined_outputs(parts: Sequence[LayerOutput]) -> LayerOutput:
+  """What the layers of a stage give, from what its parts do, [L, ...] each. Not all parts have the same details."""
+  if len(parts) == 1:
+    return parts[0]
+  plain = [dataclasses.replace(part, details={}) for part in parts]
+  return dataclasses.replace(jax.tree.map(lambda *a: jnp.concatenate(a), *plain), details=joined_details(parts))
+
+
+def joined_details(parts: Sequence[LayerOutput]) -> dict[str, jax.Array]:
+  """The details of layers that have them, one behind the other."""
+  names = dict.fromkeys(name for part in parts for name in part.details)
+  return {name: jnp.concatenate([part.details[name] for part in parts if name in part.details]) for name in names}
+
+
+def stacked_outputs(outputs: Sequence[LayerOutput]) -> LayerOutput:
+  """Of layers that lie apart: what they give stacked, but for keys and values."""
+  small = [dataclasses.replace(o, k=None, v=None, details=jax.tree.map(lambda x: x[None], o.details)) for o in outputs]
+  plain = [dataclasses.replace(o, details={}) for o in small]
+  stacked = dataclasses.replace(jax.tree.map(lambda *parts: jnp.stack(parts), *plain), details=joined_details(small))
+  return dataclasses.replace(stacked, k=tuple(o.k for o in outputs), v=tuple(o.v for o in outputs))

@@ -1,9 +1,10 @@
 """LLaMA decoder (arXiv 2302.13971), cut into stages.
 
 Axes: B batch, T query, S key, N heads, K kv heads, H head dim, D width, F mlp, V vocabulary, L layers, C slots.
-A stage is one `nn.scan` over its layers, or over groups of them where they take turns (`stacks`). Parameters of stage i live under
-`stage_{i}`, stacked [L_i, ...]; `cut_layers` and `join_layers` convert from and to the single stack that checkpoints hold. Where
-arrays lie apart (`arrangement`), its layers are unrolled, and those of layer j in it live under `stage_{i}_{j}`.
+A stage is one `nn.scan` over its layers, or over groups of them where they take turns (`stacks`), or one over each run of layers
+that have the same parameters. Those of stage i live under `stage_{i}`, stacked [L_i, ...], those of a later run in it, from layer
+n, under `stage_{i}_at_{n}`; `cut_layers` and `join_layers` convert from and to what checkpoints hold. Where arrays lie apart
+(`arrangement`), layers are unrolled, and those of layer j of the stage live under `stage_{i}_{j}`.
 """
 
 import dataclasses
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
-from dynllava_jax.arrangement import STACKED, Arrangement, parted_projections
+from dynllava_jax.arrangement import STACKED, Arrangement, part_name, parted_projections
 from dynllava_jax.config import LlamaConfig, Stage
 from dynllava_jax.methods import Depth, LayerKind, Observed, Rotation, Rows, revisit
-from dynllava_jax.models.layer_types import Context, LayerOutput, Queries
+from dynllava_jax.models.experts import NOISE, ExpertsMlp, Learning, router_init
+from dynllava_jax.models.layer_types import Context, LayerOutput, Queries, joined_outputs, stacked_outputs
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
 from dynllava_jax.models.lora import multiply
 from dynllava_jax.models.matrices import SCALES, plain
@@ -71,6 +73,7 @@ class Block(nn.Module):
   layers: range
   arrangement: Arrangement = STACKED
   num_image: int = 0  # image tokens of the run
+  experts: bool = False  # whether its MLP is a choice among several
 
   def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init=LINEAR_INIT) -> jax.Array:
     return self.param(name, partitioned(init, *axes), shape).astype(self.dtype)
@@ -134,19 +137,19 @@ class Block(nn.Module):
       x = x + y
     with jax.named_scope('mlp'):
       y = RMSNorm(cfg.rms_norm_eps, self.dtype, name='mlp_norm')(x)
-      gate = self._weight('gate', (width, cfg.mlp_dim), ('embed', 'mlp'))
-      up = self._weight('up', (width, cfg.mlp_dim), ('embed', 'mlp'))
-      down = self._weight('down', (cfg.mlp_dim, width), ('mlp', 'embed'))
-      if kind.mlp is not None:
-        own = {'gate': gate, 'up': up, 'down': down}
+      if self.experts:
+        y, seen = ExpertsMlp(cfg, self.dtype, name='experts')(y, self._router(), context.learning, (flags or {}).get(NOISE))
+        details |= seen
+      elif kind.mlp is not None:
+        own = dict(zip(('gate', 'up', 'down'), self._mlp_weights()))
         scales = {n: self.get_variable(SCALES, n) for n in own if self.has_variable(SCALES, n)}
         y, seen = kind.mlp(y, tuple(plain(own, scales, self.dtype).values()), rows, flags, kind_options)
         details |= seen | {'mlp_output': y}
-        x = x + y
       else:
+        gate, up, down = self._mlp_weights()
         gate, up = (multiply(self, n, 'btd,df->btf', y, w) for n, w in (('gate', gate), ('up', up)))
         y = multiply(self, 'down', 'btf,fd->btd', jax.nn.silu(gate) * up, down)
-        x = x + (y if passing is None else passing.weigh_mlp(y))
+      x = x + (y if passing is None else passing.weigh_mlp(y))
     attention = None
     if context.queries is not None:
       with jax.named_scope('ranking'):
@@ -174,6 +177,17 @@ class Block(nn.Module):
       held_k, held_v = kv.with_room(output.k, output.v, context.room, self.arrangement)
       output = dataclasses.replace(output, k=held_k, v=held_v)
     return batch_split(x), output
+
+  def _mlp_weights(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(gate [D, F], up [D, F], down [F, D])."""
+    width, mlp = self.cfg.hidden_size, self.cfg.mlp_dim
+    gate, up = (self._weight(name, (width, mlp), ('embed', 'mlp')) for name in ('gate', 'up'))
+    return gate, up, self._weight('down', (mlp, width), ('mlp', 'embed'))
+
+  def _router(self) -> jax.Array:
+    """float32[D, E]."""
+    shape = self.cfg.hidden_size, self.cfg.experts.count
+    return self.param('router', partitioned(router_init, 'embed', None), shape).astype(jnp.float32)
 
   def _image(self, q: jax.Array, context: Context, layer: jax.Array) -> jax.Array:
     """What is seen of the candidates in this layer of the stage: float[B, k, 2, K, H]; q float[B, T, N, H]."""
@@ -206,13 +220,6 @@ class Block(nn.Module):
     return tuple(multiply(self, n, 'btd,ndh->btnh', y, w) for n, w in (('q', q), ('k', k), ('v', v)))
 
 
-def _stacked(outputs: Sequence[LayerOutput]) -> LayerOutput:
-  """Of layers that lie apart: what they give stacked, but for keys and values."""
-  small = [dataclasses.replace(o, k=None, v=None) for o in outputs]
-  stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *small)
-  return dataclasses.replace(stacked, k=tuple(o.k for o in outputs), v=tuple(o.v for o in outputs))
-
-
 def image_attention(q: jax.Array, k: jax.Array, queries: Queries, rows: Rows) -> jax.Array:
   """What the image rows receive from some query rows: q float[B, R, N, H], k float[B, S, K, H] -> float32[B, N, P]."""
   received = attention_received(q, k, queries.weight, queries.place)
@@ -238,10 +245,12 @@ class Llama(nn.Module):
       layers = self.layers_of(i)
       if self.arrangement.apart:
         of_group = [self._settings(stack) for stack in self.stacks_in(i)]
-        setattr(self, f'stage_{i}', [Block(*of_group[n % len(of_group)]) for n in range(len(layers))])
-      else:
-        block = scan_layers(Block, len(layers), (nn.broadcast, 0, 0), self.remat)
-        setattr(self, f'stage_{i}', block(*self._settings(self.stacks_in(i)[0])))
+        blocks = [Block(*of_group[n % len(of_group)], cfg.has_experts(layer)) for n, layer in enumerate(layers)]
+        setattr(self, f'stage_{i}', blocks)
+      for part in self.parts_of(i) if not self.arrangement.apart else ():
+        block = scan_layers(Block, len(part), (nn.broadcast, 0, 0), self.remat)
+        module = block(*self._settings(self.stacks_in(i)[0]), cfg.has_experts(part[0]))
+        setattr(self, part_name(i, layers.start, part[0]), module)
     self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
     if not cfg.tie_embeddings:
       self.head = self.param('head', partitioned(LINEAR_INIT, 'embed', 'vocab'), (cfg.hidden_size, cfg.vocab_size))
@@ -258,6 +267,12 @@ class Llama(nn.Module):
     """Decoder layers of a stage."""
     ends = [s.start for s in self.stages[1:]] + [self.cfg.num_layers]
     return range(self.stages[index].start, ends[index])
+
+  def parts_of(self, index: int) -> list[range]:
+    """The layers of a stage, in parts with the same parameters, each of which is scanned."""
+    layers = self.layers_of(index)
+    parts = (range(max(run.start, layers.start), min(run.stop, layers.stop)) for run in self.cfg.runs)
+    return [part for part in parts if part]
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int32[B, T] -> float[B, T, D]."""
@@ -281,6 +296,7 @@ class Llama(nn.Module):
     target: jax.Array | None = None,
     generated: jax.Array | None = None,
     weights: dict[str, jax.Array] | None = None,
+    learning: Learning | None = None,
   ) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
     """Runs the layers of one stage.
 
@@ -289,7 +305,7 @@ class Llama(nn.Module):
       x: float[B, T, D]; positions: int32[B, T], rotary positions; int32[B, N] with `unmerged`.
       policy: float[B, T] keep weight per key, for training.
       cache: of each of its stacks, for decoding; chosen: int32[B, k], what is seen of its candidates; None for all.
-      unmerged, visible, target, generated: as in `Context`.
+      unmerged, visible, target, generated, learning: as in `Context`.
       rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
         they are plain.
       weights: by name, float[L, ...], what methods keep for each of these layers beside the blocks' own weights.
@@ -309,7 +325,7 @@ class Llama(nn.Module):
       flags[LAST] = jnp.arange(layers.start, layers.stop) == layers.stop - 1
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
     context = Context(cos, sin, policy, rows=rows, queries=queries, room=room, unmerged=unmerged)
-    context = dataclasses.replace(context, visible=visible, generated=generated, target=target)
+    context = dataclasses.replace(context, visible=visible, generated=generated, target=target, learning=learning)
     held = None
     if cache is not None:
       held = [(stack.k, stack.v, stack.first) for stack in cache]
@@ -326,8 +342,15 @@ class Llama(nn.Module):
     run, stacks = getattr(self, f'stage_{index}'), self.stacks_in(index)
     contexts = [context if lengths is None else dataclasses.replace(context, cache_length=lengths[j]) for j in range(len(stacks))]
     if not self.arrangement.apart and len(stacks) == 1:
-      x, output = run(x, contexts[0], held and held[0], flags or None)
-      return x, (output,)
+      outputs, start = [], stacks[0].layers.start
+      for part in self.parts_of(index):
+        rows = slice(part.start - start, part.stop - start)
+        mine = (held and held[0], flags or None)
+        if len(part) < len(stacks[0].layers):
+          mine = jax.tree.map(lambda a, rows=rows: a[rows], mine)
+        x, output = getattr(self, part_name(index, start, part.start))(x, contexts[0], *mine)
+        outputs.append(output)
+      return x, (joined_outputs(outputs),)
     if not self.arrangement.apart:
       blocks = [Block(*self._settings(stack), parent=None) for stack in stacks]
       return scan_groups(blocks, nn.unbox(run.variables), self.remat, x, contexts, held, flags)
@@ -337,7 +360,7 @@ class Llama(nn.Module):
       of_layer = None if held is None else tuple(None if a is None else a[turn] for a in held[j])
       x, output = block(x, contexts[j], of_layer, {name: marks[i] for name, marks in flags.items()} or None)
       outputs[j].append(output)
-    return x, tuple(map(_stacked, outputs))
+    return x, tuple(map(stacked_outputs, outputs))
 
   def entering_projections(self, index: int, x: jax.Array, positions: jax.Array, names: str) -> tuple[jax.Array, ...]:
     """What the first layer of stage `index` makes of rows that reach it, float[B, T, D] at rotary positions int32[B, T].

@@ -15,7 +15,7 @@ import numpy as np
 
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
-from dynllava_jax.arrangement import STACKED, Arrangement, joined_projections, layer_names
+from dynllava_jax.arrangement import STACKED, Arrangement, cut_stack, joined_projections, layer_names, stack_start
 from dynllava_jax.config import ModelConfig, Stage
 from dynllava_jax.config.groups import groups_of, layered
 from dynllava_jax.models.clip import VisionBlock
@@ -48,7 +48,14 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
   size = methods.num_image_tokens(cfg) + 1
   prompt = Prompt(jnp.zeros((1, size), jnp.int32), jnp.full(1, size), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.uint32))
   params = DynLlava(cfg).init(key, pixels, prompt, method=everything)['params']
-  return params | {name: {k.replace('stage_0', 'layers'): v for k, v in params[name].items()} for name in _layered(params)}
+  return params | {name: _stored(params[name]) for name in _layered(params)}
+
+
+def _stored(group: dict[str, Any]) -> dict[str, Any]:
+  """Parameters of a single stage under the names that checkpoints have for them."""
+  several = any('_at_' in name for name in group)
+  named = lambda name: name.replace('stage_0_at_', 'layers_').replace('stage_0', 'layers_0' if several else 'layers')
+  return {named(name): value for name, value in group.items()}
 
 
 def init_projector(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -100,10 +107,10 @@ def cut_params(params: dict[str, Any], stages: tuple[Stage, ...], arrangement: A
 
 
 def _apart(group: dict[str, Any], starts: list[int]) -> dict[str, Any]:
-  layers = group['layers']
-  taken = lambda number: joined_projections(jax.tree.map(lambda x: x[number], layers))
-  rest = {k: v for k, v in group.items() if k != 'layers'}
-  return rest | {name: taken(n) for n, name in enumerate(layer_names(starts, depth(layers)))}
+  stacks, rest = _stacks(group)
+  layers = (jax.tree.map(lambda x: x[n], stack) for stack in stacks.values() for n in range(depth(stack)))
+  names = layer_names(starts, sum(map(depth, stacks.values())))
+  return rest | {name: joined_projections(layer) for name, layer in zip(names, layers)}
 
 
 def depth(layers: dict[str, Any]) -> int:
@@ -116,21 +123,35 @@ def cut_layers(llama: dict[str, Any], stages: tuple[Stage, ...]) -> dict[str, An
 
   Call it outside jit: inside, the slices would be copies held next to the original.
   """
-  rest = {k: v for k, v in llama.items() if k != 'layers'}
-  starts = [s.start for s in stages] + [None]
-  cuts = itertools.pairwise(starts)
-  return rest | {f'stage_{i}': jax.tree.map(lambda x: x[a:b], llama['layers']) for i, (a, b) in enumerate(cuts)}
+  stacks, rest = _stacks(llama)
+  cut = {}
+  for first, stack in stacks.items():
+    for name, a, b in cut_stack(first, depth(stack), [s.start for s in stages]):
+      cut[name] = jax.tree.map(lambda x, a=a, b=b: x[a:b], stack)
+  return rest | cut
+
+
+def _stacks(llama: dict[str, Any]) -> tuple[dict[int, Any], dict[str, Any]]:
+  """(the stacks of decoder layers in checkpoint form by their first layer, ascending; what else there is)."""
+  starts = {name: stack_start(name) for name in llama}
+  stacks = {first: llama[name] for name, first in sorted(starts.items(), key=lambda item: item[1] or 0) if first is not None}
+  return stacks, {name: value for name, value in llama.items() if starts[name] is None}
 
 
 def join_layers(llama: dict[str, Any]) -> dict[str, Any]:
   """The inverse of `cut_layers`, for any stage list."""
-  names = sorted((k for k in llama if k.startswith('stage_')), key=lambda k: int(k.removeprefix('stage_')))
+  numbers = lambda name: [int(part) for part in name.removeprefix('stage_').split('_at_')]
+  names = sorted((k for k in llama if k.startswith('stage_')), key=numbers)
 
   def join(*parts):
     return parts[0] if len(parts) == 1 else np.concatenate(parts) if isinstance(parts[0], np.ndarray) else jnp.concatenate(parts)
 
+  alike = lambda name: jax.tree.structure(llama[name])
+  runs = [[llama[name] for name in run] for _, run in itertools.groupby(names, alike)]
+  joined = [jax.tree.map(join, *run) for run in runs]
+  firsts = [0, *itertools.accumulate(map(depth, joined))]
   rest = {k: v for k, v in llama.items() if k not in names}
-  return rest | {'layers': jax.tree.map(join, *(llama[n] for n in names))}
+  return rest | {f'layers_{first}' if len(joined) > 1 else 'layers': stack for first, stack in zip(firsts, joined)}
 
 
 def join_params(params: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dynllava_jax import methods
 from dynllava_jax.config import ModelConfig, Stage
 from dynllava_jax.methods.training import Training
-from dynllava_jax.models import trained_choices, trained_cuts, trained_masks, trained_routes
+from dynllava_jax.models import trained_choices, trained_cuts, trained_experts, trained_masks, trained_routes
 
 FORWARD: dict[str, Training] = {  # by `methods.trained_by`
   '': trained_cuts.DENSE,
@@ -16,5 +16,5 @@ FORWARD: dict[str, Training] = {  # by `methods.trained_by`
 
 def parts(model: ModelConfig, stages: tuple[Stage, ...]) -> tuple[Training, ...]:
   """The first has the forward pass."""
-  del model
-  return (FORWARD[methods.trained_by(stages)],)
+  more = (trained_experts.TRAINING,) if model.llama.experts else ()
+  return (FORWARD[methods.trained_by(stages)], *more)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dynllava_jax.config import IGNORE, Objective
 from dynllava_jax.methods import revisit
 from dynllava_jax.methods.training import Drawn, Shape, Training
-from dynllava_jax.models import reduction
+from dynllava_jax.models import reduction, trained_experts
 from dynllava_jax.models.batch import Prompt, TrainInputs, TrainOutput
 from dynllava_jax.ops.selection import threshold_keep
 from dynllava_jax.ops.visibility import Visible
@@ -38,7 +38,8 @@ def forward(model: Any, x: jax.Array, prompt: Prompt, inputs: TrainInputs, objec
   rows = reduction.start(x, prompt.length, model.num_image).rows(prompt.image_start)
   answers = (inputs.labels != IGNORE) & (prompt.image_start >= 0)[:, None]
   answers = answers if drawn.dense is None else answers & ~drawn.dense[:, None]
-  visible, target, share, more = None, None, 1.0, {}
+  visible, target, share, more, told = None, None, 1.0, {}, []
+  learning = trained_experts.learning(model, inputs, objective, prompt.length, x.shape[1])
   for i in range(len(model.stages)):
     if choosing := model.chooser_of(i):
       share = choosing.count / model.num_image
@@ -53,12 +54,15 @@ def forward(model: Any, x: jax.Array, prompt: Prompt, inputs: TrainInputs, objec
           image = revisit.seen(revisit.choose(scores, choosing.count), model.num_image)
         image = jnp.where(answers[..., None], image, jnp.ones_like(image))
         visible = Visible(image, prompt.image_start)
-    x, (out,) = model.run_layers(i, x, positions, visible=visible, target=target, rows=None if target is None else rows)
+    x, (out,) = model.run_layers(i, x, positions, visible=visible, target=target, rows=None if target is None else rows, **learning)
+    told.append(out)
     if target is not None:
       total = out.details['distance'].sum(0)
       more = dict(distance=total if 'distance' not in more else more['distance'] + total)
   hidden, head = model.llama.output(x)
-  return TrainOutput(hidden, head=head, chooses=answers, dense=drawn.dense, seen=dict(share=jnp.float32(share)), **more)
+  return TrainOutput(
+    hidden, head=head, chooses=answers, dense=drawn.dense, seen=dict(share=jnp.float32(share)) | trained_experts.seen(told), **more
+  )
 
 
 def losses(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dynllava_jax import methods
 from dynllava_jax.config import Objective, SparsityConfig, judges_instructions
 from dynllava_jax.methods.training import Drawn, Shape, Training
+from dynllava_jax.models import trained_experts
 from dynllava_jax.models.batch import InstructRule, Prompt, TrainInputs, TrainOutput, answer_mask, instruct_start_of
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.selection import gumbel_keep
@@ -47,7 +48,8 @@ def forward(model: Any, x: jax.Array, prompt: Prompt, inputs: TrainInputs, objec
   cfg, drawn = objective.sparsity, inputs.of(NAME)
   noise, tau, answer_start = drawn.noise, drawn.told.get('tau'), inputs.answer_start
   positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-  policy, out = None, {}
+  policy, out, told = None, {}, []
+  learning = trained_experts.learning(model, inputs, objective, prompt.length, x.shape[1])
   for i, stage in enumerate(model.stages):
     if methods.get(stage.selector).training:
       image_logits = model.image_predictor(layout.take_image_rows(x, prompt.image_start, model.num_image))
@@ -67,9 +69,10 @@ def forward(model: Any, x: jax.Array, prompt: Prompt, inputs: TrainInputs, objec
       policy = jnp.where(dense[:, None], 1.0, policy)
       out['policy'] = policy
       out |= dict(image_logits=image_logits, text_logits=text_logits, image_mask=image_mask, text_mask=text_mask, dense=dense)
-    x, _ = model.run_layers(i, x, positions, policy=policy)
+    x, layers = model.run_layers(i, x, positions, policy=policy, **learning)
+    told += layers
   hidden, head = model.llama.output(x)
-  return TrainOutput(hidden, head=head, **out)
+  return TrainOutput(hidden, head=head, seen=trained_experts.seen(told), **out)
 
 
 def counts(prompt: Prompt, inputs: TrainInputs, objective: Objective) -> dict[str, jax.Array]:

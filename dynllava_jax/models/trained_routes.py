@@ -14,7 +14,9 @@ from dynllava_jax import methods
 from dynllava_jax.config import Objective
 from dynllava_jax.methods import dpn
 from dynllava_jax.methods.training import Drawn, Shape, Training
+from dynllava_jax.models import trained_experts
 from dynllava_jax.models.batch import Prompt, TrainInputs, TrainOutput
+from dynllava_jax.models.layer_types import LayerOutput
 from dynllava_jax.models.pyramid import first_router
 from dynllava_jax.ops import pooling
 
@@ -37,6 +39,7 @@ def forward(model: Any, x: jax.Array, prompt: Prompt, inputs: TrainInputs, objec
   has_image = prompt.image_start >= 0
   side = jnp.where(has_image, dpn.side_of(model.num_image), 0)
   seen: dict[str, jax.Array] = {}
+  told: list[LayerOutput] = []
   for i, stage in enumerate(model.stages):
     if stage.selector == 'dpn_routed':
       depth = cfg.layers.index(stage.start)
@@ -56,9 +59,11 @@ def forward(model: Any, x: jax.Array, prompt: Prompt, inputs: TrainInputs, objec
         f'probabilities_{depth}': probabilities,
         f'scale_{depth}': jnp.where(pooled, jnp.argmax(probabilities, -1) * probabilities.max(-1), 0.0),
       }
-    x, _ = model.run_layers(i, x, positions)
+    learning = trained_experts.learning(model, inputs, objective, (places >= 0).sum(-1), x.shape[1])
+    x, layers = model.run_layers(i, x, positions, **learning)
+    told += layers
   hidden, head = model.llama.output(x)
-  return TrainOutput(hidden, head=head, places=places, seen=seen)
+  return TrainOutput(hidden, head=head, places=places, seen=seen | trained_experts.seen(told))
 
 
 def losses(

@@ -78,7 +78,7 @@ def of_run(cfg: TrainConfig, sizes: dict[str, int], text_length: int | None = No
     lies: `stored` of them, if it is known.
   """
   lies = lies or stored(cfg, sizes)
-  rows = -(-cfg.batch_size // (sizes['data'] * sizes['fsdp']))
+  rows = -(-cfg.batch_size // sharding.batch_ways(sizes))
   step = _Step(cfg, sizes, -(-rows // cfg.accumulate), text_length or cfg.data.text_length)
   sums = FLOAT32 * lies.numbers if cfg.accumulate > 1 else 0.0
   return Footprint(
@@ -107,7 +107,10 @@ class _Step:
     llama = cfg.model.llama
     self.width, self.mlp = llama.hidden_size, llama.mlp_dim
     self.kv = llama.num_kv_heads * llama.head_dim
-    self.layer_numbers = 2 * self.width**2 + 2 * self.width * self.kv + 3 * self.width * self.mlp
+    experts = llama.experts  # a layer with them is the largest
+    mlps = experts.count if experts else 1
+    self.layer_numbers = 2 * self.width**2 + 2 * self.width * self.kv + 3 * self.width * self.mlp * mlps
+    self.mlp_passes = experts.top_k * cfg.experts.capacity_factor if experts else 1
 
   def activations(self) -> float:
     """What decoder layers keep for the way back, and a vision tower that is trained."""
@@ -145,7 +148,7 @@ class _Step:
     gathered = self.layer_numbers / self.tensor * self.size * (1 if self.split > self.tensor else 0.5)
     masks = methods.trained_by(self.cfg.stages) == 'masks'
     scores = (SCORES_POLICY if masks else SCORES_CAUSAL) * max(self._scores(e - s, e) for s, e in causal_blocks(self.positions))
-    mlp = MLP_ROWS * self.rows * self.positions * self.mlp / self.tensor * self.size
+    mlp = MLP_ROWS * self.rows * self.positions * self.mlp * self.mlp_passes / self.tensor * self.size
     return LAYERS_GATHERED * gathered + scores + mlp
 
   def _loss(self) -> float:

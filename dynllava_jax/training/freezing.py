@@ -36,8 +36,13 @@ def split_frozen(params: Tree, held: tuple[str, ...], only: tuple[str, ...] = ()
 def matches(pattern: str, path: tuple[str, ...]) -> bool:
   """Whether a parameter lies at or below `pattern`, where `*` stands for any part, and `layers` for every stack of layers."""
   parts = pattern.split('/')
-  named = [re.sub(r'^stage_\d.*$', 'layers', part) for part in path]
+  named = [_stored(part) for part in path]
   return len(parts) <= len(named) and all(fnmatch.fnmatchcase(n, p) for n, p in zip(named, parts))
+
+
+def _stored(part: str) -> str:
+  """What a stack of layers is called in a path."""
+  return re.sub(r'^stage_\d.*$', 'layers', part)
 
 
 def joined(*trees: Tree) -> Tree:
@@ -56,8 +61,10 @@ def check_paths(cfg: TrainConfig, params: Tree) -> None:
   for field in ('frozen', 'only'):
     for pattern in getattr(cfg, field):
       if ('/' in pattern or field == 'only') and not any(matches(pattern, path) for path in leaves):
-        some = ', '.join(sorted({'/'.join(path[:2]) for path in leaves if path[0] == pattern.split('/')[0]})) or ', '.join(params)
-        raise ConfigError(f'{field}: {pattern!r} names no parameter of this model; below it there are {some}')
+        some = ', '.join(
+          sorted({'/'.join(map(_stored, path[:2])) for path in leaves if path[0] == pattern.split('/')[0]})
+        ) or ', '.join(params)
+        raise ConfigError(f'{field}: {pattern!r} names no parameter of this model; there are {some}')
   if not any(True for _ in _leaves(split_frozen(params, cfg.held, cfg.only)[0], ())):
     raise ConfigError(f'frozen: {", ".join(cfg.held)} leaves nothing to train')
 

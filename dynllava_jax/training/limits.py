@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dynllava_jax.config import ConfigError, TrainConfig
+from dynllava_jax.sharding import batch_ways
 
 SIZES = {'float32': 4, 'bfloat16': 2}
 LARGEST_WEIGHT = 1e6  # trained ones are below 100; what is larger was damaged or read as another dtype
@@ -20,9 +21,9 @@ GROUP_LIMIT = pathlib.Path('/sys/fs/cgroup/memory.max')  # of a container
 def require_room(cfg: TrainConfig, mesh: Mesh) -> None:
   """Raises ConfigError if a device cannot hold even the least that a step needs; names the settings that ask for most."""
   have = memory_of_a_device()
-  split = mesh.shape['fsdp'] * mesh.shape['tensor']
+  split = math.prod(n for axis, n in mesh.shape.items() if axis != 'data')
   parts = {name: bytes_ / split for name, bytes_ in state_bytes(cfg).items()}
-  parts |= batch_bytes(cfg, -(-cfg.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])))
+  parts |= batch_bytes(cfg, -(-cfg.batch_size // batch_ways(mesh.shape)))
   need = sum(parts.values())
   if need > have:
     name = max(parts, key=parts.get)
@@ -37,12 +38,14 @@ def state_bytes(cfg: TrainConfig) -> dict[str, float]:
   vision, llama, predictor = cfg.model.vision, cfg.model.llama, cfg.model.predictor
   per_layer = 2 * llama.hidden_size**2 + 2 * llama.hidden_size * llama.head_dim * llama.num_kv_heads
   per_layer += 3 * llama.hidden_size * llama.mlp_dim
+  more = len(llama.experts.layers) * (llama.experts.count - 1) if llama.experts else 0  # experts besides one MLP per layer
   numbers = {
     ('vision', 'model.vision: num_layers, hidden_size, mlp_dim, image_size, patch_size'): vision.layers_run
     * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.mlp_dim)
     + vision.hidden_size * (3 * vision.patch_size**2 + vision.num_patches),
     ('projector', 'model.projector and the hidden sizes'): cfg.model.projector_weights,
     ('llama', 'model.llama: num_layers, hidden_size, mlp_dim'): llama.num_layers * per_layer,
+    ('llama', 'model.llama: experts, hidden_size, mlp_dim'): more * 3 * llama.hidden_size * llama.mlp_dim,
     ('llama', 'model.llama: vocab_size, hidden_size'): llama.vocab_size * llama.hidden_size * (1 if llama.tie_embeddings else 2),
   }
   if predictor:

@@ -48,7 +48,7 @@ def plan(cfg: TrainConfig, machine: Machine | None) -> None:
   sizes = sharding.mesh_sizes(cfg.mesh, devices)
   say = Terminal().print
   say(f'{kind}, {devices:,} devices: {_settings(cfg, sizes)}')
-  ways = sizes['data'] * sizes['fsdp']
+  ways = sharding.batch_ways(sizes)
   if cfg.batch_size % (ways * cfg.accumulate):
     parts = ways * cfg.accumulate
     _refuse(cfg, devices, memory, f'batch_size {cfg.batch_size} does not divide over data x fsdp x accumulate = {parts}')

@@ -117,8 +117,10 @@ def unused(cfg: TrainConfig) -> tuple[str, ...]:
 
 
 def state_shardings(cfg: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-  """Where each leaf of the state lives; optimiser moments lie with their parameters."""
-  boxed, _ = split_frozen(cut_abstract(cfg), cfg.held, cfg.only)
+  """Where each leaf of the state lives; optimiser moments lie with their parameters. ConfigError as for `check_paths`."""
+  every = cut_abstract(cfg)
+  check_paths(cfg, every)
+  boxed, _ = split_frozen(every, cfg.held, cfg.only)
   params = sharding.shardings(boxed, mesh)
   whole = sharding.replicated(mesh)
   by_path = dict(jax.tree_util.tree_leaves_with_path(params))
@@ -195,7 +197,6 @@ def make_train_step(cfg: TrainConfig, optimizer: optax.GradientTransformation, m
   The random numbers of a step follow from (cfg.seed, step) alone. Metrics are float32 scalars by name.
   """
   methods.check_training(cfg.stages, bool(cfg.lora))
-  check_paths(cfg, cut_abstract(cfg))
   parts, objective = trained.parts(cfg.model, cfg.stages), cfg.objective
   model = DynLlava(cfg.model, cfg.stages, jnp.dtype(cfg.dtype), cfg.remat, cfg.reducer)
   num_image = methods.num_image_tokens(cfg.model, cfg.reducer)

@@ -49,7 +49,7 @@ def model_flops(cfg: TrainConfig, lengths: np.ndarray, images: int) -> float:
   """
   model = cfg.model
   positions, pairs = float(lengths.sum()), float((lengths * (lengths + 1) / 2).sum())
-  decoder = model.llama.num_layers * layer_flops(model, positions, pairs)
+  decoder = sum(layer_flops(model, positions, pairs, experts=model.llama.has_experts(i)) for i in range(model.llama.num_layers))
   head = 2 * model.llama.hidden_size * model.llama.vocab_size * positions
   total = (decoder + head) * (WITH_INPUT_GRADIENTS if 'llama' in cfg.held else WITH_ALL_GRADIENTS)
   total += images * vision_flops(model) * (FORWARD if 'vision' in cfg.held else WITH_ALL_GRADIENTS)

@@ -40,6 +40,7 @@ MAY_CHANGE = {
   'mesh.data': 'the same numbers on other devices',
   'mesh.fsdp': 'the same numbers on other devices',
   'mesh.tensor': 'the same numbers on other devices',
+  'mesh.expert': 'the same numbers on other devices',
   'mesh.slices': 'the same numbers on other devices',
   'accumulate': 'the same update in parts',
   'remat': 'the same gradients, other memory',
@@ -60,6 +61,11 @@ MAY_CHANGE = {
   'data.tokenizer': 'compared by content, or empty',
   'init_from': 'compared by content, or empty',
   'steps': 'of a dense run: more',
+}
+NONE = {  # of settings that are None in the run above
+  'model.llama.experts': {'layers': (0,)},
+  'model.routers': {'method': 'pmod'},
+  'model.dpn': {'layers': (1,), 'kernels': ((2,),)},
 }
 WORDS = ('float32', 'bfloat16', 'int8', 'linear', 'llama3', 'adamw', 'adafactor', 'all', 'block', 'pad', 'square')
 WORDS += ('error', 'skip', 'other', 'none', 'held', 'gumbel', 'mlp')
@@ -88,9 +94,11 @@ def another(key, value):
     str: [w for w in WORDS if w != value],
     tuple: [('projector',), (0.1, 0.2, 0.3), (2,), ('q',), (64,), ({'start': 0}, {'start': 1})],
     dict: [{'held': {'every': 2}}] if key == 'evals' else [None],
+    type(None): [NONE.get(key)],
   }[type(value)]
   along = {
     'model.projector': {'model.packer': None},
+    'model.llama.experts': {'lora': None},
     'data.tokenizer': {'init_from': '', 'lora': None},
     'keep_best': {'evals': {'held': {'every': 2}}},
     'keep_best_by': {'evals': {'held': {'every': 2}}},

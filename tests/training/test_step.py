@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from dynllava_jax import losses, presets, sharding
-from dynllava_jax.config import IGNORE, ConfigError, MeshConfig, SparsityConfig, Stage, TrainConfig
+from dynllava_jax.config import IGNORE, ConfigError, ExpertsConfig, MeshConfig, SparsityConfig, Stage, TrainConfig
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.losses import cross_entropy
-from dynllava_jax.models.params import cut_params
+from dynllava_jax.models.params import cut_params, init_params
 from dynllava_jax.training.step import State, cut_abstract, make_train_step, new_watch, split_frozen, state_shardings
 
 P = presets.TINY.vision.num_patches
@@ -44,11 +44,11 @@ def batch(rows=8):
 
 def begin(cfg, optimizer, params, mesh):
   """(state, frozen) at step 0, on the mesh."""
-  trained, frozen = split_frozen(cut_params(jax.tree.map(jnp.copy, params), cfg.stages), cfg.held)
+  trained, frozen = split_frozen(cut_params(jax.tree.map(jnp.copy, params), cfg.stages), cfg.held, cfg.only)
   state = jax.device_put(
     State(jnp.int32(0), trained, optimizer.init(trained), new_watch(cfg)), state_shardings(cfg, optimizer, mesh)
   )
-  return state, jax.device_put(frozen, sharding.shardings(split_frozen(cut_abstract(cfg), cfg.held)[1], mesh))
+  return state, jax.device_put(frozen, sharding.shardings(split_frozen(cut_abstract(cfg), cfg.held, cfg.only)[1], mesh))
 
 
 def one_step(cfg, params, optimizer):
@@ -119,3 +119,21 @@ def test_a_method_that_cuts_in_training_moves_the_decoder(tiny_params):
   whole = one_step(dataclasses.replace(CFG, stages=(Stage(),)), tiny_params, optax.sgd(1.0))[1]
   assert metrics['supervised_tokens'] == whole['supervised_tokens'] > 0
   assert metrics['grad_norm/llama'] > 0 and 0 < abs(metrics['loss'] / whole['loss'] - 1) < 0.5
+
+
+@pytest.mark.slow
+def test_a_step_over_a_mesh_that_splits_experts():
+  """Of experts and routers alone; noise, places and balance are those of one device."""
+  llama = dataclasses.replace(presets.TINY.llama, experts=ExpertsConfig(layers=(0, 2)))
+  model = dataclasses.replace(presets.TINY, llama=llama)
+  params = sharding.unboxed(init_params(model, jax.random.key(0)))
+  cfg = TrainConfig(model=model, only=('llama/*/experts', 'llama/*/router'), batch_size=8, steps=10)
+  whole, split = (dataclasses.replace(SPLIT, **sizes) for sizes in (dict(data=8, fsdp=1, tensor=1), dict(data=1, expert=2)))
+  run = lambda mesh: one_step(dataclasses.replace(cfg, mesh=mesh), params, optax.sgd(1.0))
+  (one, told), (other, metrics) = run(whole), run(split)
+  assert set(one['llama']) == {'stage_0', 'stage_0_at_2'} and set(one['llama']['stage_0']) == {'experts', 'router'}
+  assert 0 < told['expert_load'] < 1 and told['expert_balance'] > 0
+  for name in ('loss', 'ce', 'expert_balance', 'expert_load'):
+    np.testing.assert_allclose(metrics[name], told[name], rtol=1e-5, err_msg=name)
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
