@@ -50,7 +50,10 @@ def videollm_mod() -> dict:
 
 
 def pmod() -> dict:
-  """Of the 49 tokens 36, 12 and 7 pass layers 1, 2 and 3; each layer is a stage, so that its cache has room for these alone."""
+  """Of the 49 tokens 36, 12 and 7 pass layers 1, 2 and 3; each layer is a stage, so that its cache has room for these alone.
+
+  4 minutes on 2 shared cores, 2 more to evaluate. Expected: short answers 65 %, long ones 82 %; the same weights dense 64 and 68 %.
+  """
   return trained(500, dict(routers=dict(method='pmod', bias=True)), of_depth('pmod'))
 
 
