@@ -37,12 +37,14 @@ methods: setup
 	@test -d $(RUN)/dynamic/checkpoints || { echo "error: no checkpoint in $(RUN)/dynamic/checkpoints; run 'make demo' first"; exit 1; }
 	$(BIN)/python eval.py --config=configs/digits.py:methods --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)/methods
 
-TRAINED ?= videollm_mod pmod dpn
+TRAINED ?= videollm_mod pmod dpn moe_llava
 
 trained: setup
 	@test -d $(RUN)/base/checkpoints || { echo "error: no checkpoint in $(RUN)/base/checkpoints; run 'make demo' first"; exit 1; }
+	@test -d $(RUN)/upcycled || $(BIN)/python convert_weights.py --src=$(RUN)/base/checkpoints --dst=$(RUN)/upcycled --upcycle=4
 	@set -e; for name in $(TRAINED); do \
-	  $(BIN)/python train.py --config=configs/methods.py:$$name --workdir=$(RUN)/$$name --config.init_from=$(RUN)/base/checkpoints; \
+	  from=$(RUN)/base/checkpoints; [ $$name != moe_llava ] || from=$(RUN)/upcycled; \
+	  $(BIN)/python train.py --config=configs/methods.py:$$name --workdir=$(RUN)/$$name --config.init_from=$$from; \
 	  $(BIN)/python eval.py --config=configs/methods.py:$${name}_eval --checkpoint=$(RUN)/$$name/checkpoints --out=$(RUN)/$$name/eval; \
 	done
 
