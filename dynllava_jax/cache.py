@@ -97,15 +97,31 @@ class StageCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Left:
+  """Where rows left the decoder.
+
+  Attributes:
+    stage: int32[B], the stage behind which the state was taken that the logits to come are made of.
+    value: float32[B, I], what the exit of each stage measured of it, NaN where there is none or it was not asked.
+  """
+
+  stage: jax.Array
+  value: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Cache:
   """One `StageCache` per stack of layers, stage by stage, and int32[B] `position`: tokens seen so far, where the next token stands.
 
-  `gate` is what a gate with a memory knows of the rows (`methods.gate.GateState`), None in runs without one.
+  `gate` is what a gate with a memory knows of the rows (`methods.gate.GateState`), None in runs without one;
+  `left` where they left, None in runs without exits. Where all left earlier the last stages may be missing.
   """
 
   stages: tuple[StageCache, ...]
   position: jax.Array
   gate: Any = None
+  left: Left | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,7 +229,9 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
     )
 
   stages = tuple(put_stage(old, rows) for old, rows in zip(cache.stages, new.stages))
-  return Cache(stages, put(cache.position, new.position), jax.tree.map(put, cache.gate, new.gate))
+  return Cache(
+    stages, put(cache.position, new.position), jax.tree.map(put, cache.gate, new.gate), jax.tree.map(put, cache.left, new.left)
+  )
 
 
 def stacked(cache: StageCache, kv_heads: int) -> StageCache:

@@ -14,6 +14,7 @@ from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.config import ModelConfig, Piece, Stage, judges_instructions
 from dynllava_jax.methods.base import row_flops
+from dynllava_jax.methods.exits import QUESTION, decided_per
 from dynllava_jax.models.stacks import stacks_of
 
 
@@ -104,6 +105,7 @@ def sample_flops(
   spec: kv.CacheSpec,
   image: bool = True,
   reducer: Piece | None = None,
+  depths: Sequence[int] = (),
 ) -> float:
   """FLOPs to answer one question with a cache: tower, prefill and every generated token.
 
@@ -114,7 +116,10 @@ def sample_flops(
     spec: of the cache, which holds no more than its budget of them.
     image: whether the question has one; without, neither tower nor image tokens are counted.
     reducer: of the run.
+    depths: decoder layers that each generated token was drawn behind, the first of them by the prompt; () for all of them.
   """
+  depths = depths or [model.llama.num_layers] * (1 + len(kept))
+  per = decided_per(stages)
   num_image = methods.num_image_tokens(model, reducer) if image else 0
   unmerged = methods.unmerged_tokens(model, reducer) if image else 0
   total = vision_flops(model, reducer) + reducer_flops(model, reducer) if image else 0.0
@@ -122,6 +127,8 @@ def sample_flops(
   ends = [s.start for s in stages[1:]] + [model.llama.num_layers]
   for stage, end, image_tokens in zip(stages, ends, methods.stage_image_tokens(stages, num_image)):
     layers, kinds = end - stage.start, collections.Counter(map(model.llama.has_experts, range(stage.start, end)))
+    if per == QUESTION and depths[0] <= stage.start:
+      break
     kind, options = methods.bound(stage.layers, 'layers', methods.LayerKind())
     compressor, settings = methods.bound(stage.compressor, 'compressor')
     total += ranking_flops(model, stage, text_tokens + reached, reached, stage.kept_image_tokens(num_image)) if image else 0.0
@@ -145,11 +152,21 @@ def sample_flops(
       cached -= image_tokens - methods.seen_image_tokens((stage,), methods.num_image_tokens(model, reducer))
       total += len(kept) * revisit_flops(model, stage, image_tokens)
     held = 0
-    for keep in kept:
-      total += sum(layer_flops(model, 1, cached + held + 1, experts=of) * number for of, number in kinds.items())
+    for keep, depth in zip(kept, depths[1:]):
+      if depth > stage.start:
+        total += sum(layer_flops(model, 1, cached + held + 1, experts=of) * number for of, number in kinds.items())
+      else:  # keys and values alone
+        total += layers * 4 * model.llama.hidden_size * model.llama.head_dim * model.llama.num_kv_heads
       held = min(held + (1 if keep or not gated else 0), budget)
   head = 2 * model.llama.hidden_size * model.llama.vocab_size
-  return total + head * (1 + len(kept))
+  asked = depths[:1] if per == QUESTION else depths
+  return total + head * (1 + len(kept) + sum(exits_asked(stages, ends, depth) for depth in asked if per))
+
+
+def exits_asked(stages: tuple[Stage, ...], ends: Sequence[int], depth: int) -> int:
+  """How often the exit head speaks until a row leaves behind layer `depth`, besides for the token itself."""
+  compares = [s.exit is not None and methods.get(s.exit.name, 'exit').compares for s in stages] + [False]
+  return sum(end <= depth for stage, end, of_next in zip(stages, ends, compares[1:]) if stage.exit or of_next)
 
 
 def stage_slots(model: ModelConfig, stage: Stage, end: int, text: int, image: int) -> list[int]:

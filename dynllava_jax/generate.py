@@ -20,10 +20,12 @@ from dynllava_jax.arrangement import STACKED, Arrangement, best_for, of_run, wit
 from dynllava_jax.cache import Cache, CacheSpec
 from dynllava_jax.config import LoraConfig, ModelConfig, Piece, Stage
 from dynllava_jax.generated import PAD, Forced, Generated, Turn
+from dynllava_jax.methods.exits import QUESTION, decided_per
 from dynllava_jax.models import gating
 from dynllava_jax.models.dynllava import DynLlava, Judgement, Prompt
 from dynllava_jax.models.lora import as_variables
 from dynllava_jax.models.params import cut_params
+from dynllava_jax.models.stacks import stacks_of
 from dynllava_jax.ops.images import normalize
 from dynllava_jax.ops.layout import gather_rows
 from dynllava_jax.sampling import GREEDY, Sampling, are_numbers, sample
@@ -116,7 +118,16 @@ class Generator:
   def decode(self, turn: Turn, seed: jax.Array, kept_image: tuple[jax.Array, ...] = ()) -> tuple[Generated, Cache]:
     """Generates to the end of every row in one compiled loop. Consumes `turn`. ValueError for arguments of other shapes."""
     arguments.array('seed', seed, (arguments.check_turn(turn),), np.integer)
+    turn = self.without_idle(turn)
     return self._decode(self.params, turn.logits, cache=turn.cache, seed=seed, kept_image=kept_image)
+
+  def without_idle(self, turn: Turn) -> Turn:
+    """The same without the caches of stages that no row needs any more, in a run whose questions leave early: they are freed."""
+    if decided_per(self.model.stages) != QUESTION:
+      return turn
+    deepest = int(jnp.max(turn.cache.left.stage))
+    needed = sum(stack.stage <= deepest for stack in stacks_of(self.model.stages, self.model.cfg.llama.num_layers))
+    return Turn(dataclasses.replace(turn.cache, stages=turn.cache.stages[:needed]), turn.logits)
 
   def step(self, turn: Turn, tokens: jax.Array, active: jax.Array) -> tuple[Turn, Judgement]:
     """Feeds one generated token int32[B] per row; rows with `active` False stay as they are. Consumes `turn`.
@@ -249,6 +260,14 @@ class Generator:
     last = jnp.take_along_axis(logits, jnp.maximum(count - 1, 0)[:, None, None], 1, mode='clip')[:, 0]
     return (Turn(cache, last), logits), judgement
 
+  def _depth(self, cache: Cache) -> jax.Array | None:
+    """int32[B], decoder layers behind which each row left; None in a run without exits."""
+    return None if cache.left is None else self._ends()[cache.left.stage]
+
+  def _ends(self) -> jax.Array:
+    """int32[I], layers that lie in front of the end of each stage."""
+    return jnp.asarray([s.start for s in self.model.stages[1:]] + [self.model.cfg.llama.num_layers])
+
   def _ended(self, tokens):
     return tokens == self.eos_id if self.eos_id is not None else jnp.zeros(tokens.shape, bool)
 
@@ -271,7 +290,10 @@ class Generator:
       margin=jnp.full((batch, size), jnp.inf, jnp.float32),
       finite=are_numbers(logits),
       told=self.told(logits, first),
+      layers=self._depth(cache),
     )
+    if state['layers'] is not None:
+      state['layers'] = jnp.zeros((batch, size), jnp.int32).at[:, 0].set(state['layers'])
 
     def feed(s):
       token, active = s['tokens'][:, s['i']], s['active']
@@ -288,11 +310,12 @@ class Generator:
         margin=s['margin'].at[:, s['i'] - later].set(jnp.where(judged, judgement.margin, jnp.inf)),
         finite=s['finite'] & (~active | (are_numbers(after.logits) & ~jnp.isnan(judgement.margin))),
         told=self.told(after.logits, new),
+        layers=None if s['layers'] is None else s['layers'].at[:, s['i'] + 1].set(jnp.where(active, self._depth(after.cache), 0)),
       )
 
     end = jax.lax.while_loop(lambda s: (s['i'] < size - 1) & s['active'].any(), feed, state)
     told = [end[name] for name in ('tokens', 'length', 'kept', 'margin')]
-    return Generated(*told, kept_image, end['cache'].stages[-1].evicted, end['finite']), end['cache']
+    return Generated(*told, kept_image, end['cache'].stages[-1].evicted, end['finite'], end['layers']), end['cache']
 
   def _force_impl(self, params, logits, tokens, length, cache):
     def feed(state, step):
@@ -344,12 +367,17 @@ class Generator:
     answer = prompt.length[:, None] + jnp.arange(size)
     take = lambda x: jnp.take_along_axis(x, answer, 1, mode='clip')
     fed = jnp.arange(size) < (length - prompt.length - 1)[:, None]
+    made, layers = jnp.arange(size) < (length - prompt.length)[:, None], None
+    if judgement.left is not None:
+      behind = jnp.take_along_axis(judgement.left, answer - 1, 1, mode='clip')
+      layers = jnp.where(made, self._ends()[behind], 0)
     return Generated(
-      jnp.where(jnp.arange(size) < (length - prompt.length)[:, None], take(buffer), PAD),
+      jnp.where(made, take(buffer), PAD),
       length - prompt.length,
       jnp.where(fed, take(judgement.keep), True),
       jnp.where(fed, take(judgement.margin), jnp.inf),
       kept_image=(),
       evicted=jnp.zeros(batch, jnp.int32),
       finite=finite,
+      layers=layers,
     )

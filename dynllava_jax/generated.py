@@ -34,6 +34,7 @@ class Generated:
     kept_image: tuple of int32[B, M], patches of the image tokens that entered each stage; of tokens that a reducer made the
       patch that each stands for, -1 for the class token. Empty for uncached decoding.
     evicted: int32[B], kept tokens given up because a bounded cache was full.
+    layers: int32[B, T], decoder layers that each token was drawn behind; None in runs without exits.
     finite: bool[B], whether all logits that tokens were drawn from, and all margins, were numbers.
   """
 
@@ -44,6 +45,7 @@ class Generated:
   kept_image: tuple[jax.Array, ...]
   evicted: jax.Array
   finite: jax.Array
+  layers: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -36,6 +36,7 @@ PROGRAMS = {
     'evals/benchmarks/scienceqa_prompts.py',
     'batch.py',
     'bench.py',
+    'calibrate.py',
     'chat.py',
     'hello.py',
     'looked.py',

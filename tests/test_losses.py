@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from dynllava_jax.config import IGNORE, Objective, SparsityConfig
-from dynllava_jax.losses import count, cross_entropy, training_losses
+from dynllava_jax.losses import count, training_losses
 from dynllava_jax.methods.training import Drawn
 from dynllava_jax.models import trained_cuts, trained_masks
 from dynllava_jax.models.batch import TrainInputs
+from dynllava_jax.models.cross_entropy import cross_entropy
 from dynllava_jax.models.dynllava import Prompt, TrainOutput
 
 CFG = Objective(sparsity=SparsityConfig(image_keep_rate=0.25, text_keep_rate=0.5, min_answer_len=3))

@@ -63,6 +63,10 @@ def _routes(stages: tuple[Stage, ...]) -> bool:
   return any(s.layers is not None and s.layers.name in ROUTING for s in stages)
 
 
+def _by_reducer(stages: tuple[Stage, ...]) -> bool:
+  return False  # a run's stages say nothing of its reducer
+
+
 PREDICTORS = 'predictors'
 ROUTING = ('pmod', 'videollm_mod')
 GROUPS: dict[str, Group] = {
@@ -71,6 +75,9 @@ GROUPS: dict[str, Group] = {
   'instruct_predictor': Group(field='predictor', what=PREDICTORS, asked=judges_instructions, option='instruct'),
   'routers': Group(field='routers', what='routers', asked=_routes, layered=True),
   'dpn': Group(field='dpn', what='pooling routers', asked=lambda stages: any(s.selector in ('dpn', 'dpn_routed') for s in stages)),
+  'exit_head': Group(field='exit_head', what='exit head', asked=lambda stages: any(s.exit for s in stages), rate='model'),
+  'memory': Group(field='memory', what='memory tokens', asked=_by_reducer, trained=_always),
+  'memory_adapter': Group(field='memory', what='memory tokens', asked=_by_reducer, trained=_always, layered=True),
   'relevance': Group(field='relevance', what='score of image tokens', asked=lambda stages: any(s.revisit for s in stages)),
 }
 

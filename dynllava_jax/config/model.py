@@ -287,6 +287,35 @@ class PyramidConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitHeadConfig:
+  """A second final norm and output matrix, shared by all depths that a run may leave at. Their sizes are the decoder's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+  """Memory tokens that stand for a context (ICAE, arXiv 2307.06945), and the adapter by which the decoder reads it; their defaults.
+
+  Attributes:
+    slots: memory tokens of a segment, which holds at most `slots * rate` tokens.
+    rank, alpha, targets: of the adapter, as in `LoraConfig`.
+  """
+
+  slots: int = 128
+  rate: int = 4
+  rank: int = 128
+  alpha: float = 32.0
+  targets: tuple[str, ...] = ('q', 'v')
+
+  def __post_init__(self):
+    require_positive(self, 'memory: ', 'slots', 'rate', 'rank', 'alpha')
+    known = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+    require(
+      self.targets and set(self.targets) <= set(known) and len(set(self.targets)) == len(self.targets),
+      f'memory: targets are {list(self.targets)}, expected some of {", ".join(known)}, each once',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenPackerConfig:
   """The TokenPacker projector (arXiv 2407.02392); defaults are those for CLIP ViT-L/14-336.
 
@@ -318,6 +347,8 @@ class ModelConfig:
     relevance: weights that score image tokens for each generated token; None if the model has none.
     dpn: weights that choose how image tokens are pooled between stages; None if the model has none.
     routers: weights that let only some image tokens pass a layer; None if the model has none.
+    memory: tokens that stand for an image, in runs with the reducer icae; None if the model has none.
+    exit_head: what runs that leave early read their answers with; None if the model has none.
   """
 
   vision: VisionConfig = VisionConfig()
@@ -329,6 +360,8 @@ class ModelConfig:
   relevance: RelevanceConfig | None = None
   routers: RoutersConfig | None = None
   dpn: PyramidConfig | None = None
+  memory: MemoryConfig | None = None
+  exit_head: ExitHeadConfig | None = None
 
   def __post_init__(self):
     self.projector_depth  # raises on an unknown type

@@ -50,6 +50,7 @@ class Stage:
     compressor: what shrinks the stage's prompt keys and values before they are cached; None caches all.
     layers: how blocks of the stage differ from plain ones; None for plain ones.
     revisit: what chooses, for each generated token, which of the stage's image tokens it attends to; None lets it see all.
+    exit: what says, at the end of the stage, whether a row needs the rest; None lets all go on. Behind the last stage all leave.
     gate: what judges generated tokens from this stage on; None leaves it to the selector.
     text_keep_budget: share of `max_new_tokens` that the gated cache has room for. 1.0 never evicts.
       Only selectors and gates that judge generated tokens use it.
@@ -65,6 +66,7 @@ class Stage:
   layers: Piece | None = None
   revisit: Piece | None = None
   gate: Piece | None = None
+  exit: Piece | None = None
 
   def __post_init__(self):
     require(isinstance(self.start, int) and not isinstance(self.start, bool), f'stage: start is {self.start!r}, expected a layer')
@@ -74,7 +76,7 @@ class Stage:
       value = getattr(self, name)
       require(isinstance(value, (int, float)) and not isinstance(value, bool), f'{at}: {name} is {value!r}, expected a number')
     require(isinstance(self.image_tokens, int), f'{at}: image_tokens is {self.image_tokens}, expected a whole number')
-    for name in ('compressor', 'layers'):
+    for name in ('compressor', 'layers', 'revisit', 'gate', 'exit'):
       piece = getattr(self, name)
       require(piece is None or isinstance(piece, Piece), f"{at}: {name} is {piece!r}, expected a Piece such as Piece('snapkv')")
     object.__setattr__(self, 'options', as_options(self.options))

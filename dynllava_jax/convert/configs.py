@@ -21,6 +21,7 @@ from dynllava_jax.config import (
   from_config_dict,
   to_dict,
 )
+from dynllava_jax.convert import brought
 from dynllava_jax.convert.beside import check_images, image_settings
 from dynllava_jax.convert.export_configs import LEGACY_END, PACKER_HEADS, PACKER_LEVELS, UNPADDED
 from dynllava_jax.convert.inputs import ConversionError, nested
@@ -113,6 +114,7 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
     if projector == 'tokenpacker':
       model['packer'] = _packer(config, vision)
     whole = dict(image_aspect=_aspect(file, layout, config), unused_vision_layers=True)
+    model |= brought.described(config)
     if MOD_LAYERS in config:
       model['routers'], whole['stages'] = routers_and_stages(file, config, llama['num_layers'])
     if not sparse:

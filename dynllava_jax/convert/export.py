@@ -11,8 +11,7 @@ import numpy as np
 from dynllava_jax import checkpoint
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import CLIP_TOKENIZER_FILES
-from dynllava_jax.config.groups import groups_of
-from dynllava_jax.convert import export_configs
+from dynllava_jax.convert import brought, export_configs
 from dynllava_jax.convert.convert import DTYPES, INT8, with_progress
 from dynllava_jax.convert.destination import TOWER_FOLDER, check_destination, new_directory
 from dynllava_jax.convert.export_adapter import MergingReader, adapter_files, adapter_plan, reader_of
@@ -96,9 +95,6 @@ def export(
 
 def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) -> CheckpointInfo:
   model = info.model
-  brought = sorted({group.what for group in groups_of(model).values() if group.field != 'predictor'})
-  if brought:
-    raise ConversionError(f'--export={layout}: the model has {", ".join(brought)}, which have no place in that layout')
   if layout == 'dynamic-llava' and drop_predictors:
     raise ConversionError('--export=dynamic-llava: needs the predictors; leave out --drop_predictors, or export it as llava')
   if layout == 'dynamic-llava' and model.predictor is None:
@@ -111,7 +107,9 @@ def _exported_model(info: CheckpointInfo, layout: str, drop_predictors: bool) ->
   if layout == PEFT:
     if drop_predictors:
       raise ConversionError('--export=peft: holds what was trained, predictors too; leave out --drop_predictors')
-    return info
+    return brought.exported(info, layout, drop=False, keeps=True)
+  info = brought.exported(info, layout, drop_predictors, keeps=layout != 'llava-hf')
+  model = info.model
   if layout != 'dynamic-llava' and model.predictor is not None:
     if not drop_predictors:
       raise ConversionError(

@@ -7,7 +7,7 @@ from typing import Any
 from dynllava_jax import methods
 from dynllava_jax.checkpoint import CheckpointInfo
 from dynllava_jax.config import ClipTextConfig, ExpertsTraining, LlamaConfig, ModelConfig, TokenPackerConfig, VisionConfig
-from dynllava_jax.convert import moe_llava
+from dynllava_jax.convert import brought, moe_llava
 from dynllava_jax.data.tokenizer import load_tokenizer
 
 IMAGE_TOKEN, PAD_TOKEN = '<image>', '<pad>'
@@ -229,7 +229,7 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
       'pad_token_id': 0,
       'use_mm_proj': True,
     }
-    | {k: v for k, v in base.items() if k not in ('sparse_config', 'architectures', *PACKER)}
+    | {k: v for k, v in base.items() if k not in ('sparse_config', 'architectures', *PACKER, *brought.KEYS.values())}
     | {
       'image_aspect_ratio': info.image_aspect,
       'model_type': base['model_type'] if base.get('model_type') in kinds else 'llava_llama',  # Vicuna's is another
@@ -240,7 +240,7 @@ def llava_config(info: CheckpointInfo, base: dict[str, Any], dtype: str, tower: 
       TOWER_TRAINED: False,  # the tower is not among the main weights
     }
   )
-  config = _llama(model.llama, config | _packer(model), dtype)
+  config = _llama(model.llama, config | _packer(model) | brought.written(model), dtype)
   if model.llama.experts is not None:
     learned = ExpertsTraining()
     return moe_llava.config_of(model, config, learned.balance_weight, learned.capacity_factor)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from dynllava_jax.config import LlamaConfig, ModelConfig, PyramidConfig, RoutersConfig
+from dynllava_jax.config import LlamaConfig, MemoryConfig, ModelConfig, PyramidConfig, RoutersConfig
 
 Shape = tuple[int, ...]
 
@@ -69,6 +69,9 @@ HEADS_OUT = Transform(  # [D, N*H] -> [N, H, D]
 )
 ROW = Transform(lambda s: (1, *s), lambda x, s: x.reshape(s), lambda y: y[None])  # [1, D] -> [D]
 NUMBER = Transform(lambda s: (1,), lambda x, s: x.reshape(s), lambda y: y.reshape(1))  # [1] -> []
+LOW_OUT = Transform(  # [N*H, R] -> [R, N, H]
+  lambda s: (s[1] * s[2], s[0]), lambda x, s: swap_last(x).reshape(s), lambda y: swap_last(y.reshape(y.shape[0], -1))
+)
 FUSED_BIAS = Transform(lambda s: (s[0] * s[1] * s[2],), lambda x, s: x.reshape(s), lambda y: y.reshape(-1))  # [3*N*H] -> [3, N, H]
 FUSED_HEADS = Transform(
   lambda s: (s[0] * s[1] * s[3], s[2]),  # [3*N*H, D] -> [3, N, D, H]
@@ -193,7 +196,13 @@ def llava_rules(cfg: ModelConfig) -> list[Rule]:
     rules.append(Rule('lm_head.weight', ('llama', 'head'), LINEAR))
   for run in cfg.llama.runs:
     rules += _decoder_rules(cfg.llama, run)
+  if cfg.exit_head:  # names of this project's text form of DeeR, which has none for a text decoder
+    rules += [
+      Rule('exit.norm.weight', ('exit_head', 'norm', 'scale'), COPY),
+      Rule('exit.head.weight', ('exit_head', 'head'), LINEAR),
+    ]
   rules += projector_rules(cfg) + (predictor_rules(cfg.predictor.instruct) if cfg.predictor else [])
+  rules += memory_rules(cfg.memory) if cfg.memory else []
   rules += router_rules(cfg.routers) if cfg.routers else []
   return rules + (pyramid_rules(cfg.dpn) if cfg.dpn else [])
 
@@ -235,6 +244,16 @@ def router_rules(routers: RoutersConfig) -> list[Rule]:
   source, target = 'model.layers.#.router.router', ('routers', 'layers')
   rules = [Rule(f'{source}.weight', (*target, 'kernel'), ROW, only=routers.layers)]
   return rules + ([Rule(f'{source}.bias', (*target, 'bias'), NUMBER, only=routers.layers)] if routers.bias else [])
+
+
+def memory_rules(memory: MemoryConfig) -> list[Rule]:
+  """Memory tokens of ICAE and their adapter, by the names of the authors' class and of PEFT."""
+  rules, target = [Rule('memory_token_embed.weight', ('memory', 'embedding'), COPY)], ('memory_adapter', 'layers')
+  for name in memory.targets:
+    source = f'model.layers.#.{"self_attn" if name in "qkvo" else "mlp"}.{name}_proj'
+    rules.append(Rule(f'{source}.lora_A.weight', (*target, f'{name}_a'), HEADS_OUT if name == 'o' else LINEAR))
+    rules.append(Rule(f'{source}.lora_B.weight', (*target, f'{name}_b'), LOW_OUT if name in 'qkv' else LINEAR))
+  return rules
 
 
 def projector_rules(cfg: ModelConfig) -> list[Rule]:

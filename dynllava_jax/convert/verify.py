@@ -11,7 +11,9 @@ from dynllava_jax.config import ConfigError
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records import (
   compressors,
+  deer,
   depth,
+  icae,
   instruct_predictor,
   kv,
   layers,
@@ -39,6 +41,8 @@ OF_METHODS = {
   depth.PMOD: depth.verify,
   pyramid.METHOD: pyramid.verify,
   moe_llava.METHOD: moe_llava.verify,
+  deer.METHOD: deer.verify,
+  icae.METHOD: icae.verify,
   tokenpacker.METHOD: tokenpacker.verify,
   instruct_predictor.METHOD: instruct_predictor.verify,
 }

@@ -187,6 +187,7 @@ NO_BUDGET = {
   'dpn': 'has to be trained',
   'dpn_routed': 'is how dpn is trained',
   'dynamic': 'has to be trained',
+  'icae': 'has to be trained',
   'pmod': 'has to be trained',
   'redundancylens': 'removes no token; `rows` has it once',
   'videollm_mod': 'has to be trained',
@@ -200,7 +201,7 @@ def smaller_image(s: Setting, budget: int) -> Run:
 
 def registered() -> list[str]:
   """Names of all pieces of the sites that act on prompts; what generated tokens see and leave has no budget of image tokens."""
-  return sorted({name for site, pieces in methods.METHODS.items() if site not in ('gate', 'revisit') for name in pieces})
+  return sorted({name for site, pieces in methods.METHODS.items() if site not in ('exit', 'gate', 'revisit') for name in pieces})
 
 
 def rows(setting: Setting, budgets: Iterable[int], without: Iterable[str] = ()) -> dict[str, Run]:

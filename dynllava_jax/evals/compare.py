@@ -17,7 +17,7 @@ from dynllava_jax import costs
 from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import EvalConfig
 from dynllava_jax.data.samples import DataError
-from dynllava_jax.evals import published, score
+from dynllava_jax.evals import depth, published, score
 from dynllava_jax.evals.answers import Labels, join
 from dynllava_jax.evals.benchmarks.base import Benchmark, Problems
 from dynllava_jax.evals.layout import Loaded
@@ -32,7 +32,9 @@ CONVENTIONS = (
   'paper_prefill_flops: 32 C^2 per token and layer + 4 N^2 C, image tokens only (arXiv 2412.00876, section 4.1)',
   'image_tokens_layer_average: mean over the decoder layers, as tables of in-decoder pruning count; image_tokens: last stage',
   'budget (nominal): image tokens that a run was set for; of methods that only shrink the cache, so many are left in it',
-  'kv_bytes_per_sample: allocated, all layers',
+  'kv_bytes_per_sample: allocated, all layers (of a run that leaves early: before caches of layers that nobody needs are freed)',
+  'layers_run: decoder layers behind which the tokens of an answer were drawn, mean over answers',
+  'mixture: score of questions that are answered at random at the two next fixed depths among the runs, as many layers on average',
   'interval, difference_interval: 95 % bootstrap over images, the second paired with the reference',
 )
 MARKERS, COLORS = 'os^Dv*Ph', 10  # of a picture's points: each run another pair
@@ -45,6 +47,8 @@ COLUMNS = {
   'budget': 'image tokens, nominal',
   'image_tokens_layer_average': 'image tokens, layer average',
   'generated_kept': 'generated K/V kept',
+  'layers_run': 'layers run, mean',
+  'mixture': 'fixed depths mixed at random, as many layers',
   'flops_per_sample': 'true FLOPs / sample',
   'paper_prefill_flops': "paper's prefill FLOPs",
   'kv_bytes_per_sample': 'KV / sample',
@@ -62,13 +66,17 @@ def costs_of(cfg: EvalConfig, loaded: Loaded, rows: Sequence[Mapping[str, Any]])
   per_stage = {t: costs.cache_bytes(loaded.model, loaded.stages, t, spec, itemsize, loaded.reducer) for t in lengths}
   setting = costs.paper_setting(loaded.model, loaded.stages, loaded.reducer)
   flops = [
-    costs.sample_flops(loaded.model, loaded.stages, m['prompt_text_tokens'], k, spec, m['image_tokens'] > 0, loaded.reducer)
+    costs.sample_flops(
+      loaded.model, loaded.stages, m['prompt_text_tokens'], k, spec, m['image_tokens'] > 0, loaded.reducer, m.get('layers', ())
+    )
     for m, k in zip(meta, kept)
   ]
+  depths = [m['layers'] for m in meta if 'layers' in m]
   return {
     'image_tokens': max(m['image_tokens'] for m in meta),
     'image_tokens_layer_average': float(np.mean(setting.tokens_per_layer)),
     'generated_kept': (sum(map(sum, kept)) - sum(m['evicted'] for m in meta)) / max(fed, 1),
+    **depth.run_of(depths),
     'flops_per_sample': float(np.mean(flops)),
     'prefill_flops': costs.decoder_flops(loaded.model, loaded.stages, loaded.reducer),
     'paper_prefill_flops': costs.paper_flops(setting),
@@ -115,6 +123,7 @@ def compare(
       tallies[name], scores = scores_of(benchmark, labels, result)
       row |= scores
     rows[name] = row
+  depth.compare(rows)
   for name, row in rows.items():
     if name != cfg.reference and 'score' in row and 'score' in rows[cfg.reference]:
       row['difference'] = row['score'] - rows[cfg.reference]['score']

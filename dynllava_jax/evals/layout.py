@@ -18,6 +18,7 @@ from dynllava_jax.data.question_words import QuestionWords
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dynllava_jax.evals.benchmarks.base import WORD, Question, unreadable
+from dynllava_jax.evals.exit_thresholds import with_thresholds
 from dynllava_jax.evals.resize import resize_tower
 from dynllava_jax.files import read_regular
 from dynllava_jax.models.batch import question_segments
@@ -58,8 +59,12 @@ class Loaded:
     return 'cache' in QUANTIZATIONS[self.quantization]
 
 
-def load_model(name: str, run: EvalRun, default: str, where: str = '') -> Loaded:
-  """Description and tokenizer of a run's checkpoint, `default` if the run names none. `where`: what messages call the run.
+def load_model(name: str, run: EvalRun, default: str, where: str = '', calibrated: bool = True) -> Loaded:
+  """Description and tokenizer of a run's checkpoint, `default` if the run names none.
+
+  Args:
+    name, run, default: see above; where: what messages call the run.
+    calibrated: with the stored thresholds where exits name a ratio.
 
   Raises:
     CheckpointError, ConfigError: no checkpoint, no tokenizer, or a stage list that does not fit the model.
@@ -71,6 +76,8 @@ def load_model(name: str, run: EvalRun, default: str, where: str = '') -> Loaded
     if run.image_size:
       model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, image_size=run.image_size))
     stages = run.stages or info.stages
+    if calibrated:
+      stages = with_thresholds(stages, path, model.llama.num_layers)
     reducer = run.reducer or (None if run.stages else info.reducer)
     methods.check_run(model, stages, reducer)
     methods.check_tail(model, reducer, info.unused_vision_layers)

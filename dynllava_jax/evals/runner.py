@@ -178,6 +178,7 @@ def answer_row(loaded: Loaded, layout: Layout, i: int, rounds: Sequence[Generate
   """One line of the answer file: LLaVA's fields, and under `metadata` what was counted at run time.
 
   `metadata.kept` has a character per token fed back, 1 where the gate kept it; the last token of a round is never fed.
+  `metadata.layers`, in a run with exits, has the decoder layers that each token was drawn behind.
   Of a conversation of several rounds `text` is a list, and `tokens` and `kept` run through all of them. The first questions
   also tell which image tokens were kept, and which kept tokens were given up later because the cache was full.
   """
@@ -197,6 +198,8 @@ def answer_row(loaded: Loaded, layout: Layout, i: int, rounds: Sequence[Generate
     'kept': ''.join('01'[int(k)] for k in kept),
     'evicted': int(rounds[-1].evicted[row]),
   }
+  if rounds[0].layers is not None:
+    metadata['layers'] = [n for g in rounds for n in g.layers[row, : g.length[row]].tolist()]
   if question.long:
     metadata['long'] = True
   if len(rounds) > 1:

@@ -6,6 +6,8 @@ from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Piece, Stage, c
 from dynllava_jax.methods import (
   base,
   cdpruner,
+  confidence,
+  deer,
   divprune,
   dpn,
   dpp,
@@ -16,6 +18,7 @@ from dynllava_jax.methods import (
   fastervlm,
   fastv,
   frequency,
+  icae,
   keydiff,
   knorm,
   lagkv,
@@ -59,6 +62,7 @@ from dynllava_jax.methods.base import (
   TowerNeeds,
   TowerOutput,
 )
+from dynllava_jax.methods.exits import Exit, check_exits, decided_per
 from dynllava_jax.methods.gate import Gate
 from dynllava_jax.methods.routing import Routing, check_routing
 
@@ -68,6 +72,7 @@ REDUCERS: dict[str, Reducer] = {
   'dpp': dpp.REDUCER,
   'dymu': dymu.REDUCER,
   'fastervlm': fastervlm.REDUCER,
+  'icae': icae.REDUCER,
   'pool': pool.REDUCER,
   'prumerge': prumerge.REDUCER,
   'prumerge_plus': prumerge.PLUS,
@@ -104,6 +109,10 @@ COMPRESSORS: dict[str, Compressor] = {
   'tova': tova.COMPRESSOR,
 }
 REVISITS = revisit.REVISITS
+EXITS: dict[str, Exit] = {
+  'confidence': confidence.EXIT,
+  'deer': deer.EXIT,
+}
 GATES: dict[str, Gate] = {
   'entropy': surprisal.ENTROPY,
   'frequency': frequency.GATE,
@@ -120,6 +129,7 @@ METHODS = {  # by site
   'compressor': COMPRESSORS,
   'revisit': REVISITS,
   'gate': GATES,
+  'exit': EXITS,
 }
 
 
@@ -267,9 +277,11 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
     if model.llama.experts and routing_of(stages[i])[0] is not None:
       raise ConfigError(f'stage at layer {stages[i].start}: {stages[i].layers.name} does not go together with layers of experts')
     check_routing(model, stages[i], *routing_of(stages[i]), range(stages[i].start, ends[i]), reached, ranks_next)
+  check_exits(model, stages, [bound(s.exit, 'exit') for s in stages])
   for stage, reached in zip(stages, stage_image_tokens(stages, num_image_tokens(model, reducer))):
     if stage.revisit is not None:
-      _check_revisit(model, stage, reached, num_image_tokens(model, reducer), unmerged_tokens(model, reducer) > 0)
+      here = reached, num_image_tokens(model, reducer), unmerged_tokens(model, reducer) > 0
+      revisit.check_revisit(model, stage, *bound(stage.revisit, 'revisit'), *here)
 
 
 def judges(stage: Stage) -> bool:
@@ -290,27 +302,12 @@ def _check_gate(model: ModelConfig, stages: tuple[Stage, ...]) -> None:
       raise ConfigError(f'{at}: needs a text predictor, and this model has none')
 
 
-def _check_revisit(model: ModelConfig, stage: Stage, candidates: int, num_image: int, unmerges: bool) -> None:
-  """Raises ConfigError unless generated tokens can choose among a stage's `candidates`."""
-  at = f'stage at layer {stage.start}: revisit {stage.revisit.name}'
-  piece, options = bound(stage.revisit, 'revisit')
-  count = options.count(num_image)
-  if not 0 < count <= candidates:
-    raise ConfigError(f'{at}: each token is to see {count} image tokens, the stage has {candidates}')
-  if piece.keys is not None and (model.relevance is None or model.relevance.score != stage.revisit.name):
-    held = 'none' if model.relevance is None else f'those of {model.relevance.score}'
-    raise ConfigError(
-      f'{at}: needs weights, and this model has {held}; train them with configs/digits.py:revisit, or use revisit attention'
-    )
-  if stage.compressor is not None or stage.layers is not None or unmerges:
-    other = stage.compressor or stage.layers
-    raise ConfigError(f'{at}: does not go together with {other.name if other else "unmerging"}; use one of them')
-
-
 def trained_by(stages: tuple[Stage, ...]) -> str:
-  """How a run of these stages is trained: by 'choices' if one revisits, else as its cuts or layers have it, '' if there is none."""
+  """How a run of these stages is trained: by 'choices', by 'exits', else as its cuts or layers have it, '' if there is none."""
   if any(s.revisit for s in stages):
     return 'choices'
+  if decided_per(stages):
+    return 'exits'
   return next((how for s in stages if (how := get(s.selector).training or _layers_training(s))), '')
 
 
@@ -330,6 +327,8 @@ def check_training(stages: tuple[Stage, ...], adapters: bool) -> None:
       f'stage at layer {chooses[-1].start}: revisit is trained with all image tokens as candidates, in one stage and with one '
       'choice for its layers; leave selectors and each_layer out'
     )
+  if decided_per(stages) and cuts:
+    raise ConfigError(f'stage at layer {cuts[0].start}: exits are trained on whole sequences; leave {cuts[0].selector} out')
   ways = [get(s.selector).training for s in cuts] + [how for s in stages if (how := _layers_training(s))]
   if not all(ways) or len(set(ways)) > 1 or ways.count('masks') > 1:
     raise ConfigError(
@@ -362,6 +361,7 @@ def text_room(stages: tuple[Stage, ...], num_image: int, layers: int) -> int:
 
 __all__ = [
   'COMPRESSORS',
+  'EXITS',
   'GATES',
   'LAYER_KINDS',
   'METHODS',

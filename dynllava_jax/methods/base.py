@@ -144,6 +144,7 @@ class Reducer(Origin):
     projects_all: whether the projector runs on all patches, or only on what is left of them.
     unmerges: options -> whether the decoder attends over all patches although it has fewer rows: queries, keys and values of a
       token stand at the places of all its patches, and what these attend to is averaged. The cache then holds all patches.
+    compresses: whether the decoder, with an adapter of the model's, makes `num_tokens` of what it gives (`models.memory`).
     flops: (model, options) -> FLOPs of the matrix products by which it chooses and merges the patches of one image.
   """
 
@@ -152,6 +153,7 @@ class Reducer(Origin):
   needs: Callable[[VisionConfig, Any], TowerNeeds] = lambda vision, options: TowerNeeds()
   projects_all: bool = False
   unmerges: Callable[[Any], bool] = lambda options: False
+  compresses: bool = False
   flops: Callable[[ModelConfig, Any], float] = lambda model, options: 0.0
 
 

@@ -10,11 +10,12 @@ Axes: B batch, T query rows, M candidates, D width, W width of the scores, N hea
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dynllava_jax.config import RelevanceConfig
+from dynllava_jax.config import ConfigError, ModelConfig, RelevanceConfig, Stage
 from dynllava_jax.config.parsing import require
 from dynllava_jax.methods.base import Origin
 
@@ -138,3 +139,21 @@ REVISITS: dict[str, Revisit] = {
   ),
   'transformer': Revisit(score=_block, queries=_query, keys=_block_keys, weights=_block_weights),
 }
+
+
+def check_revisit(
+  model: ModelConfig, stage: Stage, piece: Any, options: Any, candidates: int, num_image: int, unmerges: bool
+) -> None:
+  """Raises ConfigError unless generated tokens can choose among a stage's `candidates`; `piece`, `options`: its revisit."""
+  at = f'stage at layer {stage.start}: revisit {stage.revisit.name}'
+  count = options.count(num_image)
+  if not 0 < count <= candidates:
+    raise ConfigError(f'{at}: each token is to see {count} image tokens, the stage has {candidates}')
+  if piece.keys is not None and (model.relevance is None or model.relevance.score != stage.revisit.name):
+    held = 'none' if model.relevance is None else f'those of {model.relevance.score}'
+    raise ConfigError(
+      f'{at}: needs weights, and this model has {held}; train them with configs/digits.py:revisit, or use revisit attention'
+    )
+  if stage.compressor is not None or stage.layers is not None or unmerges:
+    other = stage.compressor or stage.layers
+    raise ConfigError(f'{at}: does not go together with {other.name if other else "unmerging"}; use one of them')

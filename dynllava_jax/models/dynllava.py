@@ -7,6 +7,7 @@ text bucket and the stage list. Axes: B batch, S sequence, T new tokens, P image
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -18,14 +19,15 @@ from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement
 from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Objective, Piece, Stage, judges_instructions
 from dynllava_jax.config.groups import groups_of
-from dynllava_jax.models import experts, gating, reduction, revisiting, trained
+from dynllava_jax.methods.exits import decided_per
+from dynllava_jax.models import exiting, experts, gating, memory, reduction, revisiting, trained
 from dynllava_jax.models.batch import Prompt, StageTrace, TrainInputs, TrainOutput, instruct_start_of
 from dynllava_jax.models.clip import VisionTower, next_block
 from dynllava_jax.models.clip_text import with_question
 from dynllava_jax.models.groups import modules_of
 from dynllava_jax.models.layer_types import LayerOutput
 from dynllava_jax.models.layers import Dtype
-from dynllava_jax.models.llama import Llama
+from dynllava_jax.models.llama import Llama, head_logits
 from dynllava_jax.models.projector import Projector, TokenPacker
 from dynllava_jax.models.pyramid import first_router
 from dynllava_jax.models.reduction import Judgement
@@ -54,9 +56,18 @@ class DynLlava(nn.Module):
       setattr(self, name, module)
 
   def run_layers(
-    self, index: int, x: jax.Array, positions: jax.Array, drawn: jax.Array | None = None, **how: Any
+    self,
+    index: int,
+    x: jax.Array,
+    positions: jax.Array,
+    drawn: jax.Array | None = None,
+    gone: jax.Array | None = None,
+    **how: Any,
   ) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
-    """`Llama.run_stage`, with what methods keep per layer; `drawn` float32[B, layers, S, E] is the noise of experts in training."""
+    """`Llama.run_stage`, with what methods keep per layer; `drawn` float32[B, layers, S, E] is the noise of experts in training.
+
+    For those that are not bool[B] `gone`, if given, `exiting.run_stage`.
+    """
     weights = {}
     if drawn is not None:
       layers = self.llama.layers_of(index)
@@ -64,7 +75,8 @@ class DynLlava(nn.Module):
     for name, group in groups_of(self.cfg).items():
       if group.layered and group.asked(self.stages):
         weights |= {f'{name}/{leaf}': rows for leaf, rows in getattr(self, name)()[index].items()}
-    return self.llama.run_stage(index, x, positions, weights=weights, **how)
+    run = self.llama.run_stage if gone is None else functools.partial(exiting.run_stage, self.llama, gone=gone)
+    return run(index, x, positions, weights=weights, **how)
 
   @property
   def num_image(self) -> int:
@@ -96,28 +108,22 @@ class DynLlava(nn.Module):
     if self.reducer is None:
       tokens = self.projector(tower if self.cfg.packer else tower.features)
       return methods.Reduced(tokens, jnp.broadcast_to(jnp.arange(self.num_image), tokens.shape[:2]))
-    reduce = methods.get(self.reducer.name, 'reducer').reduce
-    return reduce(tower, self.projector, methods.options_of(self.reducer, 'reducer'))
+    kind, options = methods.bound(self.reducer, 'reducer')
+    reduced = kind.reduce(tower, self.projector, options)
+    return memory.compressed(self, reduced, options) if kind.compresses else reduced
 
   def encode_images(self, pixels: jax.Array) -> jax.Array:
     """The image tokens alone: float[B, P, D]."""
     return self.reduce_images(pixels).tokens
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """float[..., D] -> float32[..., V]."""
-    return self.llama.logits(hidden)
+    """float[..., D] -> float32[..., V], by the exit head in a run with exits."""
+    return head_logits(*self.exit_head(hidden)) if self.exits else self.llama.logits(hidden)
 
-  def predict_image(self, hidden: jax.Array) -> jax.Array:
-    """Vision predictor alone: float[B, P, D] -> float[B, P, 2], column 0 = keep."""
-    return self.image_predictor(hidden)
-
-  def predict_text(self, hidden: jax.Array) -> jax.Array:
-    """Text predictor alone: float[..., D] -> float[..., 2], column 0 = keep."""
-    return self.text_predictor(hidden)
-
-  def predict_instruct(self, hidden: jax.Array) -> jax.Array:
-    """Instruction predictor alone: float[..., D] -> float[..., 2], column 0 = keep."""
-    return self.instruct_predictor(hidden)
+  @property
+  def exits(self) -> bool:
+    """Whether rows may leave the decoder early."""
+    return decided_per(self.stages) != ''
 
   def prefill(self, prompt: Prompt, image: jax.Array, spec: kv.CacheSpec, group: jax.Array | None = None):
     """Runs a prompt and fills a cache.
@@ -132,15 +138,19 @@ class DynLlava(nn.Module):
     """
     x = layout.merge_image(self.llama.embed(prompt.tokens), image.astype(self.dtype), prompt.image_start)
     state = self.start(x, prompt, group)
-    weights = self._query_weights(x, prompt, prompt.length)
+    weights = reduction.query_weights(self.stages, x, prompt.length, prompt.image_start, self.num_image)
     caches, traces, attention, judging = [], [], None, gating.start(self, x.shape[0], spec)
+    leaving = exiting.Prompted(self, x) if self.exits else None
     for i in range(len(self.stages)):
       entry = state.x
       state, seen, details = self.reduce(i, state, prompt, attention, weights, answer_start=None)
       stream = state.x
       gated, budget = self.gate(i)
       room = kv.room_behind(gated, budget, spec)
-      state, attention, outputs = self._run_stage(i, state, prompt, prompt.length, weights, room)
+      how = leaving.view() if leaving else {}
+      state, attention, outputs = self._run_stage(i, state, prompt, prompt.length, weights, room, **how)
+      if leaving:
+        leaving.judge(i, state)
       kept = state.image_index, state.positions, state.rotary, state.length
       traces.append(StageTrace(entry, stream, *kept, seen, details, tuple(out.details for out in outputs), state.unmerged))
       settings = dict(gated=gated, text_keep_budget=budget, spec=spec, arrangement=self.arrangement)
@@ -154,7 +164,8 @@ class DynLlava(nn.Module):
         if out.length is not None:  # not all of the sequence
           length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
         caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, candidates=candidates, **settings))
-    return state.x, tuple(traces), kv.Cache(tuple(caches), prompt.length, judging)
+    x, left = leaving.end(state) if leaving else (state.x, None)
+    return x, tuple(traces), kv.Cache(tuple(caches), prompt.length, judging, left)
 
   def extend(self, tokens: jax.Array, count: jax.Array, cache: kv.Cache, judge: bool, told: jax.Array | None = None):
     """Runs new tokens on top of a cache.
@@ -183,8 +194,11 @@ class DynLlava(nn.Module):
     last = steps == count[:, None] - 1
     new, looked, judging = [], [], cache.gate
     held = iter(cache.stages)
+    leaving = exiting.Course(self, x, count, cache, judge) if self.exits else None
     for i, stage in enumerate(self.stages):
-      stacks = [next(held) for _ in self.llama.stacks_in(i)]
+      stacks = list(itertools.islice(held, len(self.llama.stacks_in(i))))
+      if not stacks:  # nobody needs the rest
+        break
       selector = methods.get(stage.selector)
       if judge and i == self.gate_stage:
         keep, margin, judging = gating.feed(self, x[:, 0], tokens[:, 0], told, judging, active)
@@ -199,12 +213,19 @@ class DynLlava(nn.Module):
       if judge and (choosing := self.chooser_of(i)):
         looked.append(choosing.look(x, rotary, stacks[0].candidates))
         view = dict(chosen=looked[-1], generated=jnp.ones(tokens.shape, bool) if choosing.each_layer else None)
-      x, outputs = self.run_layers(i, x, rotary, cache=stacks, **view)
+      how, cached = leaving.view(i) if leaving else ({}, active)
+      x, outputs = self.run_layers(i, x, rotary, cache=stacks, **view, **how)
+      if leaving:
+        leaving.judge(i, x)
       number = cache.gate and cache.gate.fed
       for old, out in zip(stacks, outputs):
         chunk = kv.read_for(old, x), out.k, out.v
-        new.append(kv.append_judged(*chunk, keep, margin, active, number) if judge else kv.append_chunk(*chunk, count, keep))
-    return x, kv.Cache(tuple(new), cache.position + count, judging), Judgement(keep, margin, tuple(looked))
+        if judge:
+          new.append(kv.append_judged(*chunk, keep, margin, cached, number))
+        else:
+          new.append(kv.append_chunk(*chunk, jnp.where(cached, count, 0) if leaving else count, keep))
+    x, left = leaving.end(x) if leaving else (x, None)
+    return x, kv.Cache(tuple(new), cache.position + count, judging, left), Judgement(keep, margin, tuple(looked))
 
   def recompute(
     self,
@@ -236,16 +257,24 @@ class DynLlava(nn.Module):
       if stage.compressor is not None:
         raise ConfigError(f'stage at layer {stage.start}: {stage.compressor.name} shrinks a cache, and uncached decoding has none')
     state = self.start(x, prompt, group)
-    weights = self._query_weights(x, prompt, answer_start)
+    weights = reduction.query_weights(self.stages, x, answer_start, prompt.image_start, self.num_image)
     attention, until = None, None
+    leaving = exiting.Replay(self, x, prompt.length, answer_start) if self.exits else None
     for i in range(len(self.stages)):
       state, _, _ = self.reduce(i, state, prompt, attention, weights, answer_start=answer_start, text_slots=text_slots)
       if i == self.gate_stage:
         state, until = gating.replay(self, state, prompt, answer_start, told)
       view = revisiting.view(self.chooser_of(i), state, prompt.image_start, answer_start, until)
+      view |= leaving.view(state) if leaving else {}
       state, attention, _ = self._run_stage(i, state, prompt, answer_start, weights, **view)
+      if leaving:
+        leaving.judge(i, state)
     newest = jnp.maximum(state.length - 1, 0)[:, None]
-    return layout.gather_rows(state.x, newest)[:, 0], state.judgement
+    hidden, judgement = layout.gather_rows(state.x, newest)[:, 0], state.judgement
+    if leaving:
+      hidden, left = leaving.end(hidden)
+      judgement = dataclasses.replace(judgement, left=left)
+    return hidden, judgement
 
   def train_forward(self, prompt: Prompt, image: jax.Array, inputs: TrainInputs, objective: Objective = OBJECTIVE) -> TrainOutput:
     """Forward of training, as the run's method has it: masks in place of gathers, cuts, choices, or nothing of it.
@@ -281,16 +310,6 @@ class DynLlava(nn.Module):
       raise ValueError(f'group: None, but {self.reducer.name} unmerges; pass `reduce_images(...).group`')
     return reduction.unmerge(state, prompt.image_start, group)
 
-  def _query_weights(self, x: jax.Array, prompt: Prompt, prompt_length: jax.Array) -> dict[int, jax.Array | None]:
-    """For each stage whose selector ranks by attention, float32[B, S] weights of the rows that count, None for the last one's."""
-    weights = {}
-    for i, stage in enumerate(self.stages):
-      selector, options = methods.selector_of(stage)
-      if selector.attention:
-        rows = reduction.start(x, prompt_length, self.num_image).rows(prompt.image_start)
-        weights[i] = selector.query_weight(x, rows, options) if selector.query_weight else None
-    return weights
-
   def _run_stage(
     self,
     index: int,
@@ -305,7 +324,7 @@ class DynLlava(nn.Module):
 
     The second of the result is the attention that the selector looks at, None if it does not.
 
-    `room`, and of `view` `visible` and `generated`, as in `Context`.
+    `room`, and of `view` `visible`, `generated` and `frozen`, as in `Context`; `gone` as in `run_layers`.
     """
     stage, queries = self.stages[index], None
     ranks_next = index + 1 < len(self.stages) and methods.selector_of(self.stages[index + 1])[0].attention == 'previous'

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from dynllava_jax import methods
 from dynllava_jax.config import DENSE, ModelConfig, Stage
 from dynllava_jax.config.groups import GROUPS, groups_of
-from dynllava_jax.models.layers import Dtype, partitioned
+from dynllava_jax.models.exiting import ExitHead, as_final_head
+from dynllava_jax.models.layers import Dtype, Leaf, partitioned
+from dynllava_jax.models.memory import MemoryTokens, adapter_leaves
 from dynllava_jax.models.predictors import ImagePredictor, TextPredictor
 from dynllava_jax.models.pyramid import Pyramid
 from dynllava_jax.models.revisiting import Relevance
@@ -28,27 +30,20 @@ class Brought:
   Attributes:
     make: (model, dtype) -> the module; None for a layered group.
     inputs: model -> what it is called with when its parameters are made; only shapes count.
+    like: (parameters of a model in checkpoint form) -> those of the group where it is new, if it begins as others do.
     leaves: of a layered group, model -> its weights by name.
   """
 
   make: Callable[[ModelConfig, Dtype], nn.Module] | None = None
   inputs: Callable[[ModelConfig], tuple[jax.Array, ...]] = lambda cfg: ()
-  leaves: Callable[[ModelConfig], Mapping[str, 'Leaf']] | None = None
+  like: Callable[[Any], Any] | None = None
+  leaves: Callable[[ModelConfig], Mapping[str, Leaf]] | None = None
 
   def module(self, cfg: ModelConfig, dtype: Dtype, stages: tuple[Stage, ...] = DENSE) -> nn.Module:
     """For one model, cut into `stages`."""
     if self.leaves is None:
       return self.make(cfg, dtype)
     return LayerWeights(self.leaves(cfg), tuple(s.start for s in stages), cfg.llama.num_layers)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Leaf:
-  """A weight that every decoder layer has: its shape there, the logical names of its axes, how it is made."""
-
-  shape: tuple[int, ...]
-  axes: tuple[str | None, ...]
-  init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
 
 
 class LayerWeights(nn.Module):
@@ -101,6 +96,9 @@ MODULES: dict[str, Brought] = {
   'instruct_predictor': Brought(make=lambda cfg, dtype: TextPredictor(cfg.predictor, dtype), inputs=_image_rows),
   'routers': Brought(leaves=_router),
   'dpn': Brought(make=lambda cfg, dtype: Pyramid(cfg.dpn), inputs=lambda cfg: (jnp.zeros((1, cfg.llama.hidden_size)),)),
+  'exit_head': Brought(make=lambda cfg, dtype: ExitHead(cfg.llama, dtype), inputs=_image_rows, like=as_final_head),
+  'memory': Brought(make=lambda cfg, dtype: MemoryTokens(cfg.memory, cfg.llama.hidden_size)),
+  'memory_adapter': Brought(leaves=adapter_leaves),
   'relevance': Brought(make=lambda cfg, dtype: Relevance(cfg.relevance, cfg.llama.hidden_size)),
 }
 

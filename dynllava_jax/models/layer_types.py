@@ -43,6 +43,8 @@ class Context:
     generated: bool[B, T], rows that are generated tokens, where each layer chooses what they see of the image; None otherwise.
     candidates: image tokens beside the cache, and chosen: int32[B, k], those that are seen; None for all.
     learning: how experts are trained; None where they are only used.
+    frozen: bool[B, T], rows that have left: their state stays as it is, and keys and values are made of it; None for none.
+    keys_alone: nobody goes on: only keys and values are made. Static.
     room: slots behind the keys and values that a layer gives, so that they are stacked as the cache needs them. Static.
   """
 
@@ -62,6 +64,8 @@ class Context:
   chosen: jax.Array | None = None
   generated: jax.Array | None = None
   learning: Learning | None = None
+  frozen: jax.Array | None = None
+  keys_alone: bool = dataclasses.field(default=False, metadata={'static': True})
 
 
 @jax.tree_util.register_dataclass

@@ -1,5 +1,6 @@
 """Small Linen building blocks shared by the towers. Parameters carry logical axis names (see sharding.py)."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -66,6 +67,15 @@ REMAT = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'offload': jax.checkpoint_policies.offload_dot_with_no_batch_dims('device', 'pinned_host'),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+  """A weight that every decoder layer has: its shape there, the logical names of its axes, how it is made."""
+
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
 
 
 def scan_layers(block: type[nn.Module], length: int, in_axes, remat: str = 'none') -> type[nn.Module]:

@@ -23,7 +23,7 @@ from dynllava_jax.methods import Depth, LayerKind, Observed, Rotation, Rows, rev
 from dynllava_jax.models.experts import NOISE, ExpertsMlp, Learning, router_init
 from dynllava_jax.models.layer_types import Context, LayerOutput, Queries, joined_outputs, stacked_outputs
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
-from dynllava_jax.models.lora import multiply
+from dynllava_jax.models.lora import adapted, multiply, product
 from dynllava_jax.models.matrices import SCALES, plain
 from dynllava_jax.models.passing import QUOTA, Passing, quota_per_frame
 from dynllava_jax.models.stacks import Stack, scan_groups, stacks_of
@@ -105,6 +105,8 @@ class Block(nn.Module):
       if context.unmerged is not None:
         unrotated, k, v = (layout.gather_rows(a, context.unmerged) for a in (unrotated, k, v))
       q, k = apply_rope(unrotated, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
+      if context.keys_alone:
+        return x, LayerOutput(k, v)
       if cache is not None:
         old_k, old_v, first = cache
         beside = {}
@@ -129,7 +131,7 @@ class Block(nn.Module):
         y = layout.mean_rows(y, context.unmerged, x.shape[1])
       out = self._weight('o', (heads, head_dim, width), ('heads', 'head_dim', 'embed'), HEADS_OUT_INIT)
       if self.arrangement.apart:
-        y = multiply(self, 'o', 'btx,xd->btd', y.reshape(*y.shape[:2], -1), out.reshape(-1, width))
+        y = adapted(self, 'o', y, product(self, 'o', 'btx,xd->btd', y.reshape(*y.shape[:2], -1), out.reshape(-1, width)))
       else:
         y = multiply(self, 'o', 'btnh,nhd->btd', y, out)
       if kind.attend is not None:
@@ -176,6 +178,8 @@ class Block(nn.Module):
     if context.room:
       held_k, held_v = kv.with_room(output.k, output.v, context.room, self.arrangement)
       output = dataclasses.replace(output, k=held_k, v=held_v)
+    if context.frozen is not None:
+      x = jnp.where(context.frozen[..., None], whole, x)
     return batch_split(x), output
 
   def _mlp_weights(self) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -211,8 +215,9 @@ class Block(nn.Module):
     width, heads, kv_heads, head_dim = y.shape[-1], self.cfg.num_heads, self.cfg.num_kv_heads, self.cfg.head_dim
     if self.arrangement.apart:
       size = heads + 2 * kv_heads
-      qkv = multiply(self, 'qkv', 'btd,dx->btx', y, self._weight('qkv', (width, size * head_dim), ('embed', None)))
-      return tuple(jnp.split(qkv.reshape(*y.shape[:2], size, head_dim), [heads, heads + kv_heads], 2))
+      qkv = product(self, 'qkv', 'btd,dx->btx', y, self._weight('qkv', (width, size * head_dim), ('embed', None)))
+      parts = jnp.split(qkv.reshape(*y.shape[:2], size, head_dim), [heads, heads + kv_heads], 2)
+      return tuple(adapted(self, name, y, part) for name, part in zip('qkv', parts))
     # Heads first: no transposed copy of every layer's weights while decoding on TPU.
     kv_shape, kv_axes = (kv_heads, width, head_dim), ('kv_heads', 'embed', 'head_dim')
     q = self._weight('q', (heads, width, head_dim), ('heads', 'embed', 'head_dim'), HEADS_INIT)
@@ -297,6 +302,8 @@ class Llama(nn.Module):
     generated: jax.Array | None = None,
     weights: dict[str, jax.Array] | None = None,
     learning: Learning | None = None,
+    frozen: jax.Array | None = None,
+    keys_alone: bool = False,
   ) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
     """Runs the layers of one stage.
 
@@ -305,7 +312,7 @@ class Llama(nn.Module):
       x: float[B, T, D]; positions: int32[B, T], rotary positions; int32[B, N] with `unmerged`.
       policy: float[B, T] keep weight per key, for training.
       cache: of each of its stacks, for decoding; chosen: int32[B, k], what is seen of its candidates; None for all.
-      unmerged, visible, target, generated, learning: as in `Context`.
+      unmerged, visible, target, generated, learning, frozen, keys_alone: as in `Context`.
       rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
         they are plain.
       weights: by name, float[L, ...], what methods keep for each of these layers beside the blocks' own weights.
@@ -326,6 +333,7 @@ class Llama(nn.Module):
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
     context = Context(cos, sin, policy, rows=rows, queries=queries, room=room, unmerged=unmerged)
     context = dataclasses.replace(context, visible=visible, generated=generated, target=target, learning=learning)
+    context = dataclasses.replace(context, frozen=frozen, keys_alone=keys_alone)
     held = None
     if cache is not None:
       held = [(stack.k, stack.v, stack.first) for stack in cache]

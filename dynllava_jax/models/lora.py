@@ -78,9 +78,19 @@ def _fold(key_data: jax.Array, number: jax.Array) -> jax.Array:
 
 def multiply(block: nn.Module, name: str, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
   """`einsum(equation, x, weight)` for the matrix `name` of a decoder layer, with its scale and its adapter if it has them."""
+  return adapted(block, name, x, product(block, name, equation, x, weight))
+
+
+def product(block: nn.Module, name: str, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+  """The same with its scale alone."""
   y = jnp.einsum(equation, x, weight)
   if block.has_variable(SCALES, name):
     y = (y * block.get_variable(SCALES, name)).astype(y.dtype)  # by the scale itself, not as 16 bits have it
+  return y
+
+
+def adapted(block: nn.Module, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """`y`, the product of `x` and the matrix `name` of a decoder layer, with what its adapter adds if it has one."""
   if block.has_variable(ADAPTERS, name):
     adapter, letters = block.get_variable(ADAPTERS, name), MATRICES[name]
     a, b = (adapter[n].astype(x.dtype) for n in 'ab')

@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dynllava_jax import methods
+from dynllava_jax.config import Stage
 from dynllava_jax.methods import Chosen, Rows
 from dynllava_jax.models.layer_types import Queries
 from dynllava_jax.ops import layout
@@ -19,12 +21,14 @@ from dynllava_jax.ops import layout
 class Judgement:
   """The gate's view of generated tokens: bool `keep` and float32 `margin` (keep minus drop logit).
 
+  `left`: int32[B, S], the stage behind which each of a sequence's tokens left, in an uncached run with exits.
   `looked`: of each stage whose generated tokens choose among its image tokens, int32[B, k] those of a token that was fed.
   """
 
   keep: jax.Array
   margin: jax.Array
   looked: tuple[jax.Array | None, ...] = ()
+  left: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +83,22 @@ def unmerge(state: State, image_start: jax.Array, group: jax.Array) -> State:
   rotary = jnp.broadcast_to(jnp.arange(rows.shape[1], dtype=jnp.int32), rows.shape)
   later = jnp.where(image_start >= 0, group.shape[1] - num_image, 0)
   return dataclasses.replace(state, rotary=rotary, unmerged=rows, shift=-later)
+
+
+def query_weights(
+  stages: tuple[Stage, ...], x: jax.Array, prompt_length: jax.Array, image_start: jax.Array, num_image: int
+) -> dict[int, jax.Array | None]:
+  """For each stage whose selector ranks by attention, float32[B, S] weights of the rows that count, None for the last one's.
+
+  `x`: float[B, S, D], embedded; prompt_length, image_start: int32[B], of the full sequence with `num_image` image tokens.
+  """
+  weights = {}
+  for i, stage in enumerate(stages):
+    selector, options = methods.selector_of(stage)
+    if selector.attention:
+      rows = start(x, prompt_length, num_image).rows(image_start)
+      weights[i] = selector.query_weight(x, rows, options) if selector.query_weight else None
+  return weights
 
 
 def ranking_queries(state: State, image_start: jax.Array, prompt_length: jax.Array, weight: jax.Array | None) -> Queries:

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from dynllava_jax import methods, sharding
 from dynllava_jax.config import TrainConfig
-from dynllava_jax.losses import CHUNK
+from dynllava_jax.models.cross_entropy import CHUNK
 from dynllava_jax.ops.attention import causal_blocks
 from dynllava_jax.training.ahead import abstract_state
 from dynllava_jax.training.step import cut_abstract, make_optimizer, split_frozen, state_shardings

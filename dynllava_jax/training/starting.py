@@ -12,6 +12,7 @@ from dynllava_jax import checkpoint, sharding
 from dynllava_jax.checkpoint import CheckpointError
 from dynllava_jax.config import TOKENIZER_FILES, ClipTextConfig, ConfigError, TrainConfig, first_difference, to_dict
 from dynllava_jax.config.groups import groups_of, grown, without_methods
+from dynllava_jax.models.groups import MODULES
 from dynllava_jax.models.lora import ADAPTERS
 from dynllava_jax.models.params import abstract_params, cut_params, init_params
 from dynllava_jax.training.adapters import adapted, held_as, new_adapters
@@ -48,6 +49,9 @@ def initial_state(
   draw = lambda: {k: v for k, v in sharding.unboxed(init_params(cfg.model, jax.random.key(cfg.seed))).items() if k in boxed}
   fresh = jax.jit(draw, out_shardings=sharding.shardings(boxed, mesh))()
   params = loaded | fresh
+  if cfg.init_from:
+    for name in (n for n in fresh if MODULES[n].like):
+      params[name] = jax.jit(MODULES[name].like, out_shardings=sharding.shardings(boxed[name], mesh))(loaded)
   if cfg.lora:
     params = held_as(params, cfg.lora.base) | {ADAPTERS: new_adapters(cfg, mesh)}
   trained, frozen = split_frozen(cut_params(params, cfg.stages), cfg.held, cfg.only)

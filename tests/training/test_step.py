@@ -8,10 +8,23 @@ import numpy as np
 import optax
 import pytest
 
-from dynllava_jax import losses, presets, sharding
-from dynllava_jax.config import IGNORE, ConfigError, ExpertsConfig, MeshConfig, SparsityConfig, Stage, TrainConfig
+from dynllava_jax import presets, sharding
+from dynllava_jax.config import (
+  IGNORE,
+  ConfigError,
+  ExpertsConfig,
+  MemoryConfig,
+  MeshConfig,
+  Piece,
+  SparsityConfig,
+  Stage,
+  TrainConfig,
+)
+from dynllava_jax.config.groups import groups_of
+from dynllava_jax.config.model import ExitHeadConfig
 from dynllava_jax.data.batches import Batch
-from dynllava_jax.losses import cross_entropy
+from dynllava_jax.models import cross_entropy as module
+from dynllava_jax.models.cross_entropy import cross_entropy
 from dynllava_jax.models.params import cut_params, init_params
 from dynllava_jax.training.step import State, cut_abstract, make_train_step, new_watch, split_frozen, state_shardings
 
@@ -64,9 +77,9 @@ def whole(tiny_params):
   return one_step(dataclasses.replace(CFG, mesh=SPLIT), tiny_params, optax.sgd(1.0))
 
 
-def assert_same_update(one, other, params):
+def assert_same_update(one, other, params, cfg=CFG):
   """The whole move agrees to 1e-6 of its length; every array to 3e-6 of its own, as far as float32 resolves that."""
-  start = split_frozen(cut_params(params, DYNAMIC), CFG.frozen)[0]
+  start = split_frozen(cut_params(params, cfg.stages), cfg.held)[0]
   length = lambda x: float(np.linalg.norm(x))
   apart, moved = [], []
   for (path, a), b, p in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), jax.tree.leaves(start)):
@@ -101,7 +114,7 @@ def plain_cross_entropy(hidden, head, labels):
 
 @pytest.mark.parametrize('chunk', [4, 5, 64], ids=['whole chunks', 'a rest', 'one chunk'])
 def test_chunks_of_positions_give_loss_and_gradients_of_all_logits(chunk, monkeypatch):
-  monkeypatch.setattr(losses, 'CHUNK', chunk)
+  monkeypatch.setattr(module, 'CHUNK', chunk)
   keys = jax.random.split(jax.random.key(0), 3)
   hidden, head = jax.random.normal(keys[0], (2, 13, 6)), jax.random.normal(keys[1], (6, 11))
   labels = jnp.where(jax.random.bernoulli(keys[2], 0.5, (2, 13)), jnp.arange(26).reshape(2, 13) % 11, IGNORE)
@@ -137,3 +150,24 @@ def test_a_step_over_a_mesh_that_splits_experts():
     np.testing.assert_allclose(metrics[name], told[name], rtol=1e-5, err_msg=name)
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+PLAIN = dataclasses.replace(presets.TINY, predictor=None)
+LEAVING = tuple(Stage(start=i, exit=Piece('confidence') if i else None) for i in range(3))
+BROUGHT = {
+  'exits': dict(model=dataclasses.replace(PLAIN, exit_head=ExitHeadConfig()), stages=LEAVING),
+  'memory': dict(model=dataclasses.replace(PLAIN, memory=MemoryConfig(slots=8, rank=4)), stages=(Stage(),), reducer=Piece('icae')),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', BROUGHT)
+def test_a_method_learns_alike_on_any_mesh_and_in_parts(name):
+  """What it brings moves; rows split over devices, weights split too, and parts of a batch give one update."""
+  cfg = dataclasses.replace(CFG, **BROUGHT[name], mesh=MeshConfig(data=8))
+  params = sharding.unboxed(init_params(cfg.model, jax.random.key(2)))
+  plain, metrics = one_step(cfg, params, optax.sgd(1.0))
+  split, _ = one_step(dataclasses.replace(cfg, mesh=SPLIT, accumulate=2), params, optax.sgd(1.0))
+  assert_same_update(plain, split, params, cfg)
+  for group in groups_of(cfg.model):
+    assert metrics[f'grad_norm/{group}'] > 0

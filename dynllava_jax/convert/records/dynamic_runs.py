@@ -45,7 +45,8 @@ class DynamicRunner:
     hidden, traces, cache = self.apply(prompt, image, spec, method='prefill')
     entry = traces[self.sparse].entry
     rows = layout.take_image_rows(entry, prompt.image_start, self.num_image)
-    judged = self.apply(rows, method='predict_image'), self.apply(entry, method='predict_instruct') if self.instruct else None
+    alone = lambda name, x: self.apply(x, method=lambda model, x: getattr(model, name)(x))
+    judged = alone('image_predictor', rows), alone('instruct_predictor', entry) if self.instruct else None
     return self.apply(hidden, method='logits'), traces, cache, judged
 
   def _extend(self, tokens, count, cache, judge):
@@ -62,7 +63,7 @@ class DynamicRunner:
       for i in range(self.sparse):
         old = cache.stages[i]
         x, _ = model.llama.run_stage(i, x, positions, cache=(old,))
-      return model.predict_instruct(x) if self.instruct and not judge else model.predict_text(x)
+      return model.instruct_predictor(x) if self.instruct and not judge else model.text_predictor(x)
 
     return self.apply(method=entry)
 

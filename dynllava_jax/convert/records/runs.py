@@ -15,7 +15,7 @@ import numpy as np
 from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.arrangement import best_for
-from dynllava_jax.cache import Cache, CacheSpec, StageCache
+from dynllava_jax.cache import Cache, CacheSpec, Left, StageCache
 from dynllava_jax.config import IMAGE_ID, ModelConfig, Piece, Stage
 from dynllava_jax.config.groups import GROUPS
 from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, in_range, prompt_from_ids
@@ -39,6 +39,7 @@ class Answer:
     tokens: [T]; logits: [T, V], those that each token was drawn from.
     position: [T - 1, L], rotary position of each fed token in every layer.
     cache_len: [T, L], slots in use after the prefill and after each fed token.
+    left: `cache.Left` of this row, each number with one for every token that was drawn, [T] and [T, I]; None without exits.
   """
 
   image_start: int
@@ -51,6 +52,7 @@ class Answer:
   logits: np.ndarray
   position: np.ndarray
   cache_len: np.ndarray
+  left: Left | None = None
 
 
 def _groups(asked: Sequence[Asked]) -> jax.Array | None:
@@ -113,7 +115,7 @@ class Runner:
     after_prefill = [jax.device_get(kv.stacked(s, self.model.cfg.llama.num_kv_heads)) for s in cache.stages]
     last = prefill_logits[jnp.arange(len(asked)), traces[-1].length - 1]
     ones = jnp.ones(len(asked), jnp.int32)
-    tokens, logits, position, length = [], [last], [], [self._slots_in_use(cache)]
+    tokens, logits, position, length, left = [], [last], [], [self._slots_in_use(cache)], [cache.left]
     for step in range(steps):
       token = jnp.argmax(last, -1).astype(jnp.int32)
       tokens.append(token)
@@ -124,16 +126,19 @@ class Runner:
       last, cache = self._extend(token[:, None], ones, cache)
       logits.append(last)
       length.append(self._slots_in_use(cache))
+      left.append(cache.left)
     stack = lambda x: np.stack([np.asarray(a) for a in x], 1) if x else np.zeros((len(asked), 0), np.int32)
     tokens, logits, position, length = map(stack, (tokens, logits, position, length))
-    hidden, prefill_logits, traces = jax.device_get((hidden, prefill_logits, traces))
+    hidden, prefill_logits, traces, left = jax.device_get((hidden, prefill_logits, traces, left))
+    left = None if left[0] is None else jax.tree.map(lambda *x: np.stack(x, 1), *left)
     answers = []
     for row in range(len(asked)):
       mine = tuple(_row_of_trace(t, row) for t in traces)
       real = int(traces[-1].length[row])
       k, v = (tuple(_in_use(getattr(s, name), s, row) for s in after_prefill) for name in ('k', 'v'))
       of_row = tokens[row], logits[row], position[row], length[row]
-      answers.append(Answer(int(prompt.image_start[row]), prefill_logits[row, :real], hidden[row, :real], mine, k, v, *of_row))
+      of_row = prefill_logits[row, :real], hidden[row, :real], mine, k, v, *of_row, jax.tree.map(lambda x, row=row: x[row], left)
+      answers.append(Answer(int(prompt.image_start[row]), *of_row))
     return answers
 
   def _per_layer(self, cache: Cache, name: str) -> np.ndarray:

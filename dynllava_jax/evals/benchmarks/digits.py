@@ -35,12 +35,13 @@ class Digits(Benchmark):
   shown = ('short', 'long')
   needed = ()
 
-  def __init__(self, cfg: EvalConfig | None = None):
+  def __init__(self, cfg: EvalConfig | None = None, split: str = 'test', count: int | None = None):
+    """`count` questions of a split, as many as the config says if None."""
     self._samples = []
     if cfg:
       from dynllava_jax.data.digits import Questions  # here, as it brings scikit-learn along, which other benchmarks do without
 
-      source = Questions('test', cfg.seed, cfg.questions)
+      source = Questions(split, cfg.seed, count or cfg.questions)
       self._samples = [source[i] for i in range(len(source))]
 
   def configured(self, cfg: EvalConfig) -> 'Digits':
