@@ -4,6 +4,7 @@ A run is described by an ml-collections ConfigDict (see `configs/`); `from_confi
 of this package. Past it nothing sees a ConfigDict.
 """
 
+from dynllava_jax.config.added import ExitHeadConfig, MemoryConfig
 from dynllava_jax.config.benchmark import BenchConfig
 from dynllava_jax.config.evaluation import PERPLEXITY, QUANTIZATIONS, EvalConfig, EvalRun, TrainEval
 from dynllava_jax.config.model import (
@@ -17,7 +18,6 @@ from dynllava_jax.config.model import (
   ClipTextConfig,
   ExpertsConfig,
   LlamaConfig,
-  MemoryConfig,
   ModelConfig,
   PredictorConfig,
   PyramidConfig,
@@ -49,6 +49,7 @@ __all__ = [
   'DataConfig',
   'EvalConfig',
   'EvalRun',
+  'ExitHeadConfig',
   'ExpertsConfig',
   'ExpertsTraining',
   'LlamaConfig',

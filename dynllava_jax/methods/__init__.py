@@ -63,7 +63,7 @@ from dynllava_jax.methods.base import (
   TowerOutput,
 )
 from dynllava_jax.methods.exits import Exit, check_exits, decided_per
-from dynllava_jax.methods.gate import Gate
+from dynllava_jax.methods.gate import Gate, check_gate
 from dynllava_jax.methods.routing import Routing, check_routing
 
 REDUCERS: dict[str, Reducer] = {
@@ -271,7 +271,7 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
     bound(stage.compressor, 'compressor')
     if kind.mlp is not None and any(map(model.llama.has_experts, range(stage.start, end))):
       raise ConfigError(f'{at}: {stage.layers.name} goes by the channels of an MLP, and this model has experts in its place')
-  _check_gate(model, stages)
+  check_gate(model, [s for s in stages if judges(s)], {s.start: get(s.gate.name, 'gate') for s in stages if s.gate})
   for i, reached in enumerate(stage_image_tokens(stages, num_image_tokens(model, reducer))):
     ranks_next = i + 1 < len(stages) and selector_of(stages[i + 1])[0].attention == 'previous'
     if model.llama.experts and routing_of(stages[i])[0] is not None:
@@ -287,19 +287,6 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
 def judges(stage: Stage) -> bool:
   """Whether generated tokens are judged at the entry of a stage: by its gate, or as its selector does."""
   return stage.gate is not None or get(stage.selector).text_margin is not None
-
-
-def _check_gate(model: ModelConfig, stages: tuple[Stage, ...]) -> None:
-  """Raises ConfigError unless generated tokens are judged once, by what this model has."""
-  judging = [s for s in stages if judges(s)]
-  for stage in (s for s in judging if s.gate is not None):
-    at = f'stage at layer {stage.start}: gate {stage.gate.name}'
-    gate, _ = bound(stage.gate, 'gate')
-    if len(judging) > 1:
-      others = ', '.join(str(s.start) for s in judging if s is not stage)
-      raise ConfigError(f'{at}: generated tokens are judged at layer {others} too; one stage of a run may')
-    if gate.needs_predictor and model.predictor is None:
-      raise ConfigError(f'{at}: needs a text predictor, and this model has none')
 
 
 def trained_by(stages: tuple[Stage, ...]) -> str:

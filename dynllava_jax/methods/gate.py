@@ -9,12 +9,13 @@ Axes: B batch, T generated tokens, D width.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dynllava_jax.config import ConfigError, ModelConfig, Stage
 from dynllava_jax.config.parsing import require
 from dynllava_jax.methods.base import Origin
 
@@ -160,3 +161,18 @@ def stays(scores: jax.Array, score: jax.Array, number: jax.Array, held: jax.Arra
   rank = (not_above + 0.5) / (number + 1)
   missing = options.share * (number + options.window) - held
   return rank >= 1 - jnp.clip(options.share + options.gain * missing, 0, 1)
+
+
+def check_gate(model: ModelConfig, judging: Sequence[Stage], gates: Mapping[int, Gate]) -> None:
+  """Raises ConfigError unless generated tokens are judged once, by what this model has.
+
+  Args:
+    model: what is run; judging: the stages that judge them; gates: those with a gate of their own, by where they start.
+  """
+  for stage in (s for s in judging if s.gate is not None):
+    at = f'stage at layer {stage.start}: gate {stage.gate.name}'
+    if len(judging) > 1:
+      others = ', '.join(str(s.start) for s in judging if s is not stage)
+      raise ConfigError(f'{at}: generated tokens are judged at layer {others} too; one stage of a run may')
+    if gates[stage.start].needs_predictor and model.predictor is None:
+      raise ConfigError(f'{at}: needs a text predictor, and this model has none')

@@ -118,12 +118,7 @@ class DynLlava(nn.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """float[..., D] -> float32[..., V], by the exit head in a run with exits."""
-    return head_logits(*self.exit_head(hidden)) if self.exits else self.llama.logits(hidden)
-
-  @property
-  def exits(self) -> bool:
-    """Whether rows may leave the decoder early."""
-    return decided_per(self.stages) != ''
+    return head_logits(*self.exit_head(hidden)) if decided_per(self.stages) else self.llama.logits(hidden)
 
   def prefill(self, prompt: Prompt, image: jax.Array, spec: kv.CacheSpec, group: jax.Array | None = None):
     """Runs a prompt and fills a cache.
@@ -140,17 +135,15 @@ class DynLlava(nn.Module):
     state = self.start(x, prompt, group)
     weights = reduction.query_weights(self.stages, x, prompt.length, prompt.image_start, self.num_image)
     caches, traces, attention, judging = [], [], None, gating.start(self, x.shape[0], spec)
-    leaving = exiting.Prompted(self, x) if self.exits else None
+    leaving = exiting.prompted(self, x)
     for i in range(len(self.stages)):
       entry = state.x
       state, seen, details = self.reduce(i, state, prompt, attention, weights, answer_start=None)
       stream = state.x
       gated, budget = self.gate(i)
       room = kv.room_behind(gated, budget, spec)
-      how = leaving.view() if leaving else {}
-      state, attention, outputs = self._run_stage(i, state, prompt, prompt.length, weights, room, **how)
-      if leaving:
-        leaving.judge(i, state)
+      state, attention, outputs = self._run_stage(i, state, prompt, prompt.length, weights, room, **leaving.view())
+      leaving.judge(i, state)
       kept = state.image_index, state.positions, state.rotary, state.length
       traces.append(StageTrace(entry, stream, *kept, seen, details, tuple(out.details for out in outputs), state.unmerged))
       settings = dict(gated=gated, text_keep_budget=budget, spec=spec, arrangement=self.arrangement)
@@ -164,7 +157,7 @@ class DynLlava(nn.Module):
         if out.length is not None:  # not all of the sequence
           length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
         caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, candidates=candidates, **settings))
-    x, left = leaving.end(state) if leaving else (state.x, None)
+    x, left = leaving.end(state.x, state.length)
     return x, tuple(traces), kv.Cache(tuple(caches), prompt.length, judging, left)
 
   def extend(self, tokens: jax.Array, count: jax.Array, cache: kv.Cache, judge: bool, told: jax.Array | None = None):
@@ -194,7 +187,7 @@ class DynLlava(nn.Module):
     last = steps == count[:, None] - 1
     new, looked, judging = [], [], cache.gate
     held = iter(cache.stages)
-    leaving = exiting.Course(self, x, count, cache, judge) if self.exits else None
+    leaving = exiting.course(self, x, count, cache, judge)
     for i, stage in enumerate(self.stages):
       stacks = list(itertools.islice(held, len(self.llama.stacks_in(i))))
       if not stacks:  # nobody needs the rest
@@ -213,18 +206,16 @@ class DynLlava(nn.Module):
       if judge and (choosing := self.chooser_of(i)):
         looked.append(choosing.look(x, rotary, stacks[0].candidates))
         view = dict(chosen=looked[-1], generated=jnp.ones(tokens.shape, bool) if choosing.each_layer else None)
-      how, cached = leaving.view(i) if leaving else ({}, active)
-      x, outputs = self.run_layers(i, x, rotary, cache=stacks, **view, **how)
-      if leaving:
-        leaving.judge(i, x)
+      x, outputs = self.run_layers(i, x, rotary, cache=stacks, **view, **leaving.view(i))
+      leaving.judge(i, x)
       number = cache.gate and cache.gate.fed
       for old, out in zip(stacks, outputs):
         chunk = kv.read_for(old, x), out.k, out.v
         if judge:
-          new.append(kv.append_judged(*chunk, keep, margin, cached, number))
+          new.append(kv.append_judged(*chunk, keep, margin, leaving.caches(i, active), number))
         else:
-          new.append(kv.append_chunk(*chunk, jnp.where(cached, count, 0) if leaving else count, keep))
-    x, left = leaving.end(x) if leaving else (x, None)
+          new.append(kv.append_chunk(*chunk, leaving.counts(i, count), keep))
+    x, left = leaving.end(x)
     return x, kv.Cache(tuple(new), cache.position + count, judging, left), Judgement(keep, margin, tuple(looked))
 
   def recompute(
@@ -259,22 +250,18 @@ class DynLlava(nn.Module):
     state = self.start(x, prompt, group)
     weights = reduction.query_weights(self.stages, x, answer_start, prompt.image_start, self.num_image)
     attention, until = None, None
-    leaving = exiting.Replay(self, x, prompt.length, answer_start) if self.exits else None
+    leaving = exiting.replay(self, x, prompt.length, answer_start)
     for i in range(len(self.stages)):
       state, _, _ = self.reduce(i, state, prompt, attention, weights, answer_start=answer_start, text_slots=text_slots)
       if i == self.gate_stage:
         state, until = gating.replay(self, state, prompt, answer_start, told)
       view = revisiting.view(self.chooser_of(i), state, prompt.image_start, answer_start, until)
-      view |= leaving.view(state) if leaving else {}
+      view |= leaving.view(state)
       state, attention, _ = self._run_stage(i, state, prompt, answer_start, weights, **view)
-      if leaving:
-        leaving.judge(i, state)
+      leaving.judge(i, state)
     newest = jnp.maximum(state.length - 1, 0)[:, None]
-    hidden, judgement = layout.gather_rows(state.x, newest)[:, 0], state.judgement
-    if leaving:
-      hidden, left = leaving.end(hidden)
-      judgement = dataclasses.replace(judgement, left=left)
-    return hidden, judgement
+    hidden, left = leaving.end(layout.gather_rows(state.x, newest)[:, 0])
+    return hidden, dataclasses.replace(state.judgement, left=left)
 
   def train_forward(self, prompt: Prompt, image: jax.Array, inputs: TrainInputs, objective: Objective = OBJECTIVE) -> TrainOutput:
     """Forward of training, as the run's method has it: masks in place of gathers, cuts, choices, or nothing of it.

@@ -140,6 +140,44 @@ def run_stage(
   return jax.lax.cond(idle.all(), filled if fill else nothing, on)
 
 
+class Everybody:
+  """Any pass of a run without exits."""
+
+  def view(self, *_: Any) -> dict[str, Any]:
+    """What `DynLlava.run_layers` is told."""
+    return {}
+
+  def judge(self, *_: Any) -> None:
+    """At the end of a stage."""
+
+  def caches(self, index: int, active: jax.Array) -> jax.Array:
+    """bool[B], those of bool[B] `active` rows whose tokens stage `index` caches."""
+    return active
+
+  def counts(self, index: int, count: jax.Array) -> jax.Array:
+    """int32[B], of the `count` tokens of each row those that stage `index` caches."""
+    return count
+
+  def end(self, x: jax.Array, *_: Any) -> tuple[jax.Array, None]:
+    """(what the pass made, nothing)."""
+    return x, None
+
+
+def prompted(model: Any, x: jax.Array) -> 'Everybody | Prompted':
+  """The pass of a prompt float[B, S, D]."""
+  return Prompted(model, x) if decided_per(model.stages) else Everybody()
+
+
+def course(model: Any, *new: Any) -> 'Everybody | Course':
+  """A pass of new tokens."""
+  return Course(model, *new) if decided_per(model.stages) else Everybody()
+
+
+def replay(model: Any, *sequence: Any) -> 'Everybody | Replay':
+  """A pass without a cache."""
+  return Replay(model, *sequence) if decided_per(model.stages) else Everybody()
+
+
 class Prompted:
   """The pass of a prompt, which decides behind its last token."""
 
@@ -155,9 +193,9 @@ class Prompted:
     """At the end of stage `index`, by what it made of the sequence."""
     self._leaving = judge(self._model, index, layout.gather_rows(state.x, state.length[:, None] - 1), self._leaving)
 
-  def end(self, state: State) -> tuple[jax.Array, kv.Left]:
-    """(float[B, S', D] with what the last token left with, where rows left)."""
-    return with_answers(state.x, state.length - 1, self._leaving), self._leaving.of_cache()
+  def end(self, x: jax.Array, length: jax.Array) -> tuple[jax.Array, kv.Left]:
+    """(float[B, S', D], of which int32[B] are real, with what the last token left with; where rows left)."""
+    return with_answers(x, length - 1, self._leaving), self._leaving.of_cache()
 
 
 class Course:
@@ -170,16 +208,19 @@ class Course:
     self._last = jnp.maximum(count - 1, 0)
     self._leaving = begin(model, layout.gather_rows(x, self._last[:, None]))
 
-  def view(self, index: int) -> tuple[dict[str, Any], jax.Array]:
-    """(what `DynLlava.run_layers` is told of stage `index`, bool[B], whose tokens it caches).
-
-    Tokens of a later turn all go on, where each token decides.
-    """
-    active = self._count > 0
+  def view(self, index: int) -> dict[str, Any]:
+    """What `DynLlava.run_layers` is told of stage `index`. Tokens of a later turn all go on, where each token decides."""
     if self._per == QUESTION:
-      gone = self._old.stage < index
-      return dict(gone=gone, needed=active), active & ~gone
-    return (dict(gone=self._leaving.gone[:, 0], needed=active, fill=True) if self._judge else {}), active
+      return dict(gone=self._old.stage < index, needed=self._count > 0)
+    return dict(gone=self._leaving.gone[:, 0], needed=self._count > 0, fill=True) if self._judge else {}
+
+  def caches(self, index: int, active: jax.Array) -> jax.Array:
+    """bool[B], those of bool[B] `active` rows whose tokens stage `index` caches: per question those that reach it."""
+    return active & (self._old.stage >= index) if self._per == QUESTION else active
+
+  def counts(self, index: int, count: jax.Array) -> jax.Array:
+    """int32[B], of the `count` tokens of each row those that stage `index` caches."""
+    return jnp.where(self.caches(index, count > 0), count, 0)
 
   def judge(self, index: int, x: jax.Array) -> None:
     """At the end of stage `index`, by float[B, T, D]."""

@@ -178,9 +178,7 @@ class Block(nn.Module):
     if context.room:
       held_k, held_v = kv.with_room(output.k, output.v, context.room, self.arrangement)
       output = dataclasses.replace(output, k=held_k, v=held_v)
-    if context.frozen is not None:
-      x = jnp.where(context.frozen[..., None], whole, x)
-    return batch_split(x), output
+    return batch_split(x if context.frozen is None else jnp.where(context.frozen[..., None], whole, x)), output
 
   def _mlp_weights(self) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(gate [D, F], up [D, F], down [F, D])."""
@@ -331,9 +329,8 @@ class Llama(nn.Module):
     if queries is not None:
       flags[LAST] = jnp.arange(layers.start, layers.stop) == layers.stop - 1
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
-    context = Context(cos, sin, policy, rows=rows, queries=queries, room=room, unmerged=unmerged)
-    context = dataclasses.replace(context, visible=visible, generated=generated, target=target, learning=learning)
-    context = dataclasses.replace(context, frozen=frozen, keys_alone=keys_alone)
+    shared = dict(rows=rows, queries=queries, room=room, unmerged=unmerged, visible=visible, generated=generated, target=target)
+    context = Context(cos, sin, policy, **shared, learning=learning, frozen=frozen, keys_alone=keys_alone)
     held = None
     if cache is not None:
       held = [(stack.k, stack.v, stack.first) for stack in cache]

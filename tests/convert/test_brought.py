@@ -10,8 +10,7 @@ from tiny_parts import CLIP, CONFIG, LLAMA, PROJECTOR, WEIGHTS, write
 
 from dynllava_jax import checkpoint, presets
 from dynllava_jax.checkpoint import CheckpointInfo
-from dynllava_jax.config import MemoryConfig, RelevanceConfig
-from dynllava_jax.config.model import ExitHeadConfig
+from dynllava_jax.config import ExitHeadConfig, MemoryConfig, RelevanceConfig
 from dynllava_jax.convert import brought
 from dynllava_jax.convert.convert import convert
 from dynllava_jax.convert.export import export

@@ -11,8 +11,7 @@ from conftest import GOLDEN
 
 from dynllava_jax import costs, methods, presets
 from dynllava_jax.cache import CacheSpec
-from dynllava_jax.config import ConfigError, Piece, Stage
-from dynllava_jax.config.model import ExitHeadConfig
+from dynllava_jax.config import ConfigError, ExitHeadConfig, Piece, Stage
 from dynllava_jax.convert.records import deer as records
 from dynllava_jax.convert.records.bases import open_record
 from dynllava_jax.evals import exit_thresholds

@@ -12,6 +12,7 @@ from dynllava_jax import presets, sharding
 from dynllava_jax.config import (
   IGNORE,
   ConfigError,
+  ExitHeadConfig,
   ExpertsConfig,
   MemoryConfig,
   MeshConfig,
@@ -21,7 +22,6 @@ from dynllava_jax.config import (
   TrainConfig,
 )
 from dynllava_jax.config.groups import groups_of
-from dynllava_jax.config.model import ExitHeadConfig
 from dynllava_jax.data.batches import Batch
 from dynllava_jax.models import cross_entropy as module
 from dynllava_jax.models.cross_entropy import cross_entropy

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynllava_jax.config import IGNORE, ModelConfig, Objective, Piece, Stage
-from dynllava_jax.config.model import ExitHeadConfig
+from dynllava_jax.config import IGNORE, ExitHeadConfig, ModelConfig, Objective, Piece, Stage
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records import text_decoder
 from dynllava_jax.convert.records.base import EXACT, LOGITS, LOSS, Quantity, compare, in_range, prompt_from_ids, token_ids

@@ -1,0 +1,34 @@
+"""Weights that some methods add to a model: exit heads, and memory tokens with their adapter."""
+
+import dataclasses
+
+from dynllava_jax.config.parsing import require, require_positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitHeadConfig:
+  """A second final norm and output matrix, shared by all depths that a run may leave at. Their sizes are the decoder's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+  """Memory tokens that stand for a context (ICAE, arXiv 2307.06945), and the adapter by which the decoder reads it; their defaults.
+
+  Attributes:
+    slots: memory tokens of a segment, which holds at most `slots * rate` tokens.
+    rank, alpha, targets: of the adapter, as in `LoraConfig`.
+  """
+
+  slots: int = 128
+  rate: int = 4
+  rank: int = 128
+  alpha: float = 32.0
+  targets: tuple[str, ...] = ('q', 'v')
+
+  def __post_init__(self):
+    require_positive(self, 'memory: ', 'slots', 'rate', 'rank', 'alpha')
+    known = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+    require(
+      self.targets and set(self.targets) <= set(known) and len(set(self.targets)) == len(self.targets),
+      f'memory: targets are {list(self.targets)}, expected some of {", ".join(known)}, each once',
+    )
