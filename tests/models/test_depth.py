@@ -80,7 +80,8 @@ def text_weighed(patch):
 
   def route(chosen, weight, image_start, length, rows, budget):
     made = original(chosen, weight, image_start, length, rows, budget)
-    return dataclasses.replace(made, weight=jnp.where(made.is_image, made.weight, 0.5))
+    weight = jnp.where(made.is_image, made.weight, 0.5)
+    return dataclasses.replace(made, weight=weight, is_image=jnp.ones_like(made.is_image))
 
   patch.setattr(routing, 'route', route)
 
