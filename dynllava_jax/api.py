@@ -72,9 +72,9 @@ def load(
   arguments.integer('max_new_tokens', max_new_tokens, 1, arguments.MOST_TOKENS)
   arguments.integer('batch_size', batch_size, 1, arguments.MOST_TOKENS)
   if not isinstance(text_lengths, (list, tuple)) or not text_lengths:
-    raise ValueError(f'text_lengths: {text_lengths!r}, expected some lengths')
+    raise arguments.ArgumentError(f'text_lengths: {text_lengths!r}, expected some lengths')
   if mesh is not None and not isinstance(mesh, Mesh):
-    raise ValueError(f'mesh: {mesh!r}, expected a jax.sharding.Mesh, or None')
+    raise arguments.ArgumentError(f'mesh: {mesh!r}, expected a jax.sharding.Mesh, or None')
   for length in text_lengths:
     arguments.integer('text_lengths', length, 1, arguments.MOST_TOKENS)
   dtype = dtype_of(dtype)
@@ -87,7 +87,7 @@ def describe(path: str | os.PathLike, stages: Stages, quantization: str | None =
   """A checkpoint without its weights, and the run that `stages` means; raises as `load` does."""
   path = converted(str(path)) if hub.is_hub(str(path)) else str(path)
   if quantization is not None and quantization not in QUANTIZATIONS:
-    raise ValueError(f'quantization: {quantization!r}, expected {", ".join(filter(None, QUANTIZATIONS))}, or None')
+    raise arguments.ArgumentError(f'quantization: {quantization!r}, expected {", ".join(filter(None, QUANTIZATIONS))}, or None')
   run = dataclasses.replace(run_of(checkpoint.read_info(path), stages), quantization=quantization or '')
   return load_model(stages if isinstance(stages, str) else 'model', run, path, where='stages'), run
 
@@ -116,7 +116,7 @@ def dtype_of(name: str | None) -> str:
   if name is None:
     return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   if name not in ('float32', 'bfloat16'):
-    raise ValueError(f'dtype: {name!r}, expected float32 or bfloat16')
+    raise arguments.ArgumentError(f'dtype: {name!r}, expected float32 or bfloat16')
   return name
 
 
@@ -245,7 +245,7 @@ class Model:
     seeds = options.pop('seed', 0)
     seeds = list(seeds) if isinstance(seeds, (list, tuple)) else [seeds] * len(asked)
     if len(seeds) != len(asked):
-      raise ValueError(f'seed: {len(seeds)} seeds for {len(asked)} questions; give one for each, or one for all')
+      raise arguments.ArgumentError(f'seed: {len(seeds)} seeds for {len(asked)} questions; give one for each, or one for all')
     each = [Options(**options, seed=seed) for seed in seeds]
     self._check_room(each[0].max_tokens if each else None, self._max_new_tokens)
     rows = questions.lay_out(

@@ -26,10 +26,14 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 MOST_TOKENS = 2**24  # of a cache's room, before memory is asked for
 
 
+class ArgumentError(ValueError):
+  """An argument, or the flag that it came from, that cannot be; the message begins with its name."""
+
+
 def integer(name: str, value: Any, low: int, high: int) -> None:
   """Raises ValueError unless it is an integer in [low, high]."""
   if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-    raise ValueError(f'{name}: {value!r}, expected an integer from {low} to {high:,}')
+    raise ArgumentError(f'{name}: {value!r}, expected an integer from {low} to {high:,}')
 
 
 def number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
@@ -41,7 +45,7 @@ def number(name: str, value: Any, low: float, high: float, *, above: bool = Fals
     real = False
   if not real or not low <= value <= high or (above and value == low):
     bounds = f'{"above" if above else "from"} {low}' + ('' if high == math.inf else f' to {high}')
-    raise ValueError(f'{name}: {value!r}, expected a number {bounds}')
+    raise ArgumentError(f'{name}: {value!r}, expected a number {bounds}')
 
 
 def check_generator(
@@ -49,7 +53,7 @@ def check_generator(
 ) -> None:
   """The arguments of `Generator` besides stages, sampling and reducer, which check themselves; ValueError."""
   if not isinstance(cfg, ModelConfig):
-    raise ValueError(f'cfg: {type(cfg).__name__}, expected a ModelConfig')
+    raise ArgumentError(f'cfg: {type(cfg).__name__}, expected a ModelConfig')
   integer('max_new_tokens', max_new_tokens, 1, MOST_TOKENS)
   integer('later_tokens', later_tokens, 0, MOST_TOKENS)
   integer('given_tokens', given_tokens, 0, MOST_TOKENS)
@@ -60,14 +64,16 @@ def check_generator(
   except TypeError:
     known = False
   if not known:
-    raise ValueError(f'dtype: {dtype!r}, expected one of {", ".join(DTYPES)}')
+    raise ArgumentError(f'dtype: {dtype!r}, expected one of {", ".join(DTYPES)}')
   llama = params.get('llama') if isinstance(params, Mapping) else None
   if not isinstance(llama, Mapping) or not llama.keys() & {'layers', 'layers_0', 'stage_0', 'stage_0_0'}:
-    raise ValueError('params: no parameters in checkpoint form, expected what checkpoint.load_params gives ("llama" with "layers")')
+    raise ArgumentError(
+      'params: no parameters in checkpoint form, expected what checkpoint.load_params gives ("llama" with "layers")'
+    )
   if 'layers' in llama:
     found = {x.shape[0] for x in jax.tree.leaves(llama['layers'])} - {cfg.llama.num_layers}
     if found:
-      raise ValueError(f'params: {found.pop()} layers, but cfg.llama.num_layers is {cfg.llama.num_layers}')
+      raise ArgumentError(f'params: {found.pop()} layers, but cfg.llama.num_layers is {cfg.llama.num_layers}')
 
 
 def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[str, Any], adapters: bool) -> None:
@@ -86,29 +92,29 @@ def check_params(cfg: ModelConfig, stages: tuple[Stage, ...], params: Mapping[st
   rounded = any(getattr(x, 'dtype', None) == jnp.int8 for _, x in _leaves(params['llama']))
   more = (*([ADAPTERS] if adapters else []), *([SCALES] if rounded else []))
   if strange := next((group for group in params if group not in groups and group not in more), None):
-    raise ValueError(f'params: {strange} is no group of this model, expected {", ".join(groups)}; take it out, or give its cfg')
+    raise ArgumentError(f'params: {strange} is no group of this model, expected {", ".join(groups)}; take it out, or give its cfg')
   asked = set(groups) - {name for name, group in GROUPS.items() if not group.asked(stages)}
   as_stored = _as_stored if len(cfg.llama.runs) == 1 else lambda name: name  # else they are compared by `check_cut` alone
   found = {as_stored(jax.tree_util.keystr(path, simple=True, separator='/')): leaf for path, leaf in _leaves(params)}
   for name, leaf in found.items():
     group = name.partition('/')[0]
     if not hasattr(leaf, 'shape') or not hasattr(leaf, 'dtype'):
-      raise ValueError(f'params: {name} is {type(leaf).__name__}, expected an array')
+      raise ArgumentError(f'params: {name} is {type(leaf).__name__}, expected an array')
     whole = group == 'llama' and SCALES in params and leaf.dtype == jnp.int8 and is_matrix(name.rpartition('/')[2])
     if not jnp.issubdtype(leaf.dtype, jnp.floating) and not whole:
-      raise ValueError(f'params: {name} is {leaf.dtype}, expected floating-point numbers such as float32')
+      raise ArgumentError(f'params: {name} is {leaf.dtype}, expected floating-point numbers such as float32')
     if group in more or '/stage_' in name:  # one layer by itself, as `arrangement` lays them
       continue
     if name not in expected:
-      raise ValueError(f'params: {name} is no parameter of this model; take it out, or give its cfg')
+      raise ArgumentError(f'params: {name} is no parameter of this model; take it out, or give its cfg')
     cut = int('/layers/' in name and 'layers' not in params[group])  # as many as the stage has, see `check_cut`
     if tuple(leaf.shape[cut:]) != expected[name][cut:]:
-      raise ValueError(f'params: {name} has shape {_sizes(leaf.shape)}, expected {_sizes(expected[name])}; is it of this cfg?')
+      raise ArgumentError(f'params: {name} has shape {_sizes(leaf.shape)}, expected {_sizes(expected[name])}; is it of this cfg?')
   check_scales(params['llama'], params.get(SCALES, {}))
   apart = any(name.startswith('llama/stage_') for name in found)
   for name, shape in expected.items():
     if name not in found and name.partition('/')[0] in asked and not (apart and name.startswith('llama/layers')):
-      raise ValueError(f'params: {name} is missing, expected floating-point numbers of shape {_sizes(shape)}')
+      raise ArgumentError(f'params: {name} is missing, expected floating-point numbers of shape {_sizes(shape)}')
 
 
 @functools.lru_cache(maxsize=16)
@@ -144,7 +150,7 @@ def check_cut(llama: Mapping[str, Any], stages: tuple[Stage, ...], num_layers: i
       found[int(index)] = found.get(int(index), 0) + (1 if single else layers_of(weights))
   counts = [found[i] for i in sorted(found)]
   if counts != expected:
-    raise ValueError(
+    raise ArgumentError(
       f'params: cut into {counts} layers, but stages wants {expected}; give checkpoint.load_params the same stages, or none'
     )
 
@@ -167,10 +173,10 @@ def array(name: str, value: Any, shape: tuple[int | None, ...], kind: Any) -> np
   sizes = 'x'.join('?' if n is None else str(n) for n in shape)
   expected = f'expected {"booleans" if kind is np.bool_ else "integers"} of shape {sizes}'
   if not isinstance(value, (np.ndarray, jax.Array)):
-    raise ValueError(f'{name}: {type(value).__name__}, {expected}')
+    raise ArgumentError(f'{name}: {type(value).__name__}, {expected}')
   fits = value.ndim == len(shape) and all(n == m if m is not None else n > 0 for n, m in zip(value.shape, shape))
   if not fits or not jnp.issubdtype(value.dtype, kind):
-    raise ValueError(f'{name}: {value.dtype} of shape {"x".join(map(str, value.shape)) or "()"}, {expected}')
+    raise ArgumentError(f'{name}: {value.dtype} of shape {"x".join(map(str, value.shape)) or "()"}, {expected}')
   if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
     return None
   return np.asarray(value)
@@ -183,13 +189,13 @@ def within(name: str, values: np.ndarray | None, low: int, high: int) -> None:
   wrong = (values < low) | (values > high)
   if wrong.any():
     row = int(np.argwhere(wrong)[0, 0])
-    raise ValueError(f'{name}: {values[wrong][0]} in row {row}, expected {low} to {high}')
+    raise ArgumentError(f'{name}: {values[wrong][0]} in row {row}, expected {low} to {high}')
 
 
 def check_prompt(prompt: Any, pixels: Any, cfg: ModelConfig, num_image: int) -> None:
   """A batch of prompts, see `models.dynllava.Prompt`; `num_image` positions belong to an image. ValueError."""
   if any(not hasattr(prompt, name) for name in ('tokens', 'length', 'image_start', 'seed', 'instruct_start', 'question')):
-    raise ValueError(f'prompt: {type(prompt).__name__}, expected a Prompt')
+    raise ArgumentError(f'prompt: {type(prompt).__name__}, expected a Prompt')
   tokens = array('prompt.tokens', prompt.tokens, (None, None), np.integer)
   batch, slots = prompt.tokens.shape
   length = array('prompt.length', prompt.length, (batch,), np.integer)
@@ -199,15 +205,15 @@ def check_prompt(prompt: Any, pixels: Any, cfg: ModelConfig, num_image: int) -> 
     within('prompt.instruct_start', array('prompt.instruct_start', prompt.instruct_start, (batch,), np.integer), 0, slots)
   if prompt.question is not None:
     if cfg.clip_text is None:
-      raise ValueError('prompt.question: given, but this model has no CLIP text tower; leave it out')
+      raise ArgumentError('prompt.question: given, but this model has no CLIP text tower; leave it out')
     asked = array('prompt.question', prompt.question, (batch, None, cfg.clip_text.num_positions), np.integer)
     within('prompt.question', asked, NO_SEGMENT, cfg.clip_text.vocab_size - 1)
   size = cfg.vision.image_size
   array('pixels', pixels, (batch, size, size, 3), np.integer)
   if pixels.dtype != np.uint8:
-    raise ValueError(f'pixels: {pixels.dtype}, expected uint8')
+    raise ArgumentError(f'pixels: {pixels.dtype}, expected uint8')
   if slots <= num_image:
-    raise ValueError(f'prompt.tokens: {slots} positions, expected more than the {num_image} of an image')
+    raise ArgumentError(f'prompt.tokens: {slots} positions, expected more than the {num_image} of an image')
   within('prompt.length', length, 1, slots)
   within('prompt.image_start', start, -1, slots - num_image)
   if length is None or start is None or tokens is None:
@@ -215,7 +221,7 @@ def check_prompt(prompt: Any, pixels: Any, cfg: ModelConfig, num_image: int) -> 
   if ((start >= 0) & (start + num_image > length)).any():
     row = int(np.argmax((start >= 0) & (start + num_image > length)))
     ends = f'{start[row]} in row {row}, but its {num_image} image positions'
-    raise ValueError(f'prompt.image_start: {ends} end behind its length {length[row]}')
+    raise ArgumentError(f'prompt.image_start: {ends} end behind its length {length[row]}')
   at = np.arange(slots)
   in_image = (start[:, None] >= 0) & (at >= start[:, None]) & (at < start[:, None] + num_image)
   text = (at < length[:, None]) & ~in_image
@@ -226,9 +232,9 @@ def check_turn(turn: Any) -> int:
   """A conversation that has not been consumed; its number of rows. ValueError."""
   cache = getattr(turn, 'cache', None)
   if not isinstance(cache, Cache) or not hasattr(turn, 'logits'):
-    raise ValueError(f'turn: {type(turn).__name__}, expected a Turn, as start, step, append and force return')
+    raise ArgumentError(f'turn: {type(turn).__name__}, expected a Turn, as start, step, append and force return')
   if any(x.is_deleted() for x in jax.tree.leaves(turn) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)):
-    raise ValueError('turn: was consumed by an earlier call; go on with the one that it returned')
+    raise ArgumentError('turn: was consumed by an earlier call; go on with the one that it returned')
   return turn.logits.shape[0]
 
 
@@ -253,4 +259,4 @@ def check_room(cache: Cache, fed: np.ndarray | None, flag: str) -> None:
       if (held + fed > stage.budget).any():
         row = int(np.argmax(held + fed))
         more = f'{held[row]} tokens are held and {fed[row]} more come'
-        raise ValueError(f'row {row}: {more}, the cache has room for {stage.budget}; {flag}')
+        raise ArgumentError(f'row {row}: {more}, the cache has room for {stage.budget}; {flag}')

@@ -106,10 +106,11 @@ def expected(error: Exception) -> bool:
   """Whether it is the user's to mend: then its message is all that is shown."""
   if isinstance(error, (ConfigError, DataError, FloatingPointError, OSError)):
     return True
-  from dynllava_jax.checkpoint import CheckpointError  # these two bring jax along, which scoring does without
+  from dynllava_jax.arguments import ArgumentError  # these bring jax along, which scoring does without
+  from dynllava_jax.checkpoint import CheckpointError
   from dynllava_jax.convert.readers import ConversionError
 
-  return isinstance(error, (CheckpointError, ConversionError))
+  return isinstance(error, (ArgumentError, CheckpointError, ConversionError))
 
 
 @contextlib.contextmanager

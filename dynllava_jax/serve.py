@@ -24,7 +24,7 @@ STAGES = flags.DEFINE_string(
 ALSO = flags.DEFINE_list('also', ['dense'], 'Further ways to run it, offered as NAME:WAY; each has slots of its own.')
 CONTROLLER = flags.DEFINE_enum('controller', None, ['target'], 'target: how sparsely a request is run follows the load.')
 ROOM = flags.DEFINE_integer('room_mib', 0, "The controller's, for keys and values; 0 is that of the slots, dense.", lower_bound=0)
-SLOTS = flags.DEFINE_integer('slots', 8, 'Questions that each way answers at once.', lower_bound=1)
+SLOTS = flags.DEFINE_integer('slots', 8, 'Questions that each way answers at once.', lower_bound=1, upper_bound=2**16)
 STEPS = flags.DEFINE_integer('steps', 8, 'Tokens per dispatch.', lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 256, 'Most tokens of an answer.', lower_bound=1)
 TEXT_LENGTHS = flags.DEFINE_multi_integer('text_lengths', [64, 256, 1024], 'Text buckets.')

@@ -14,7 +14,7 @@ from absl import flags
 from conftest import GOLDEN, ROOT
 from ml_collections import config_flags
 
-from dynllava_jax import command_line
+from dynllava_jax import arguments, command_line
 
 DIGITS = '--config=configs/digits.py'
 
@@ -134,6 +134,14 @@ def test_a_pipe_in_the_place_of_a_config_is_not_waited_for(tmp_path, capsys):
   assert 'it is no regular file' in refusal(f'--config={tmp_path / "pipe"}', capsys)
 
 
+def test_what_generation_refuses_is_for_the_user_to_mend():
+  with (
+    pytest.raises(SystemExit, match='^error: max_new_tokens: 1000000000000, expected an integer from 1 to 9$'),
+    command_line.readable_errors(),
+  ):
+    arguments.integer('max_new_tokens', 10**12, 1, 9)
+
+
 @pytest.mark.parametrize('text', ['[', '[' * 10**5, '[{"start": 1e}]'])
 def test_stages_that_are_no_json(text):
   flag = types.SimpleNamespace(name='stages', value=text)
@@ -163,10 +171,10 @@ def test_a_value_of_any_length_is_told_in_short():
 
 def test_configs_that_ship_are_found_from_anywhere(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  for arguments in (['--config=configs/digits.py:base'], ['--config', 'configs/digits.py:dynamic']):
+  for given in (['--config=configs/digits.py:base'], ['--config', 'configs/digits.py:dynamic']):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', None, '', flag_values=values)
-    assert command_line.parsed(['train.py', *arguments], values) == ['train.py'] and values.config.batch_size == 16
+    assert command_line.parsed(['train.py', *given], values) == ['train.py'] and values.config.batch_size == 16
 
 
 @pytest.mark.parametrize('words, shown', [('Event loop is closed', False), ('something else', True)])
