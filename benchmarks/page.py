@@ -29,6 +29,7 @@ def main(_) -> None:
   with sync_api.sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
     page = browser.new_page(viewport={'width': 1100, 'height': 900})
+    page.set_default_timeout(120_000)
     page.goto(URL.value)
     page.wait_for_function('document.getElementById("shown").textContent.includes("of 49")')
     page.set_input_files('#file', {'name': 'scene.png', 'mimeType': 'image/png', 'buffer': content.getvalue()})
@@ -36,7 +37,7 @@ def main(_) -> None:
     for words in ASKED:
       page.fill('#question', words)
       page.press('#question', 'Enter')
-      page.wait_for_selector('.turn:last-child[data-done]', timeout=60_000)
+      page.wait_for_selector('.turn:last-child[data-done]')
     page.screenshot(path=OUT.value)
     browser.close()
   Image.open(OUT.value).convert('P', palette=Image.Palette.ADAPTIVE).save(OUT.value, optimize=True)
