@@ -37,7 +37,7 @@ methods: setup
 	@test -d $(RUN)/dynamic/checkpoints || { echo "error: no checkpoint in $(RUN)/dynamic/checkpoints; run 'make demo' first"; exit 1; }
 	$(BIN)/python eval.py --config=configs/digits.py:methods --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)/methods
 
-TRAINED ?= videollm_mod pmod dpn moe_llava
+TRAINED ?= videollm_mod pmod dpn moe_llava icae deer
 
 trained: setup
 	@test -d $(RUN)/base/checkpoints || { echo "error: no checkpoint in $(RUN)/base/checkpoints; run 'make demo' first"; exit 1; }
@@ -45,6 +45,7 @@ trained: setup
 	@set -e; for name in $(TRAINED); do \
 	  from=$(RUN)/base/checkpoints; [ $$name != moe_llava ] || from=$(RUN)/upcycled; \
 	  $(BIN)/python train.py --config=configs/methods.py:$$name --workdir=$(RUN)/$$name --config.init_from=$$from; \
+	  [ $$name != deer ] || $(BIN)/python -m dynllava_jax.calibrate --config=configs/methods.py:deer_eval --checkpoint=$(RUN)/deer/checkpoints; \
 	  $(BIN)/python eval.py --config=configs/methods.py:$${name}_eval --checkpoint=$(RUN)/$$name/checkpoints --out=$(RUN)/$$name/eval; \
 	done
 
