@@ -271,7 +271,7 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
     bound(stage.compressor, 'compressor')
     if kind.mlp is not None and any(map(model.llama.has_experts, range(stage.start, end))):
       raise ConfigError(f'{at}: {stage.layers.name} goes by the channels of an MLP, and this model has experts in its place')
-  check_gate(model, [s for s in stages if judges(s)], {s.start: get(s.gate.name, 'gate') for s in stages if s.gate})
+  check_gate(model, [s for s in stages if judges(s)], {s.start: bound(s.gate, 'gate')[0] for s in stages if s.gate})
   for i, reached in enumerate(stage_image_tokens(stages, num_image_tokens(model, reducer))):
     ranks_next = i + 1 < len(stages) and selector_of(stages[i + 1])[0].attention == 'previous'
     if model.llama.experts and routing_of(stages[i])[0] is not None:
