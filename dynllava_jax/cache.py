@@ -1,7 +1,7 @@
 """The KV cache as data: one stack per stage, or per kind of layers in it (`models.stacks`), each with its own static capacity.
 
 Axes: L layers of the stage, B batch, C slots, K kv heads, H head dim, X both of these.
-How they lie in memory is the model's `Arrangement`; nothing but this file and `ops.attention.cached_attention` looks at that.
+How they lie in memory is the model's `Arrangement`; nothing but `cached_arrays` and `ops.attention.cached_attention` looks at that.
 
 Layers behind a selector that judges generated tokens are *gated*: a rejected token is visible to itself
 only. Each row has a write pointer p (`length`); the new K/V are written at slot p, and p advances only
@@ -14,17 +14,13 @@ counted in `evicted`. Counting tokens rather than free slots makes the rule inde
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dynllava_jax.arrangement import STACKED, Arrangement
-from dynllava_jax.ops.int8 import SCALE_AXES, Int8, quantised, restored
-
-Held = jax.Array | Int8
-Layers = Held | tuple[Held, ...]  # of a stage: one stack of all layers, or an array for each
+from dynllava_jax.cached_arrays import Layers, each, lying, not_before, put, put_layers, standing, widened, written
 
 NEVER_EVICTED = jnp.inf  # margin of prompt tokens
 
@@ -94,6 +90,41 @@ class StageCache:
     """C."""
     return self.margin.shape[1]
 
+  @property
+  def given_room(self) -> int:
+    """Tokens of prompt and later turns that there is room for besides generated ones."""
+    return self.slots - self.budget - self.gated
+
+  @property
+  def later_room(self) -> jax.Array:
+    """int32[B], how many of those have not come."""
+    return self.given_room - (self.length - self.generated)
+
+  @property
+  def per_layer(self) -> tuple[Layers | jax.Array | None, ...]:
+    """What each layer reads: k, v, first."""
+    return self.k, self.v, self.first
+
+  @property
+  def arrays(self) -> tuple[Layers, ...]:
+    """What takes the memory."""
+    return self.k, self.v
+
+  def with_rows(self, new: 'StageCache', at: jax.Array) -> 'StageCache':
+    """As `insert`."""
+    lies, more = self.arrangement, self.slots - new.slots
+    margin = jnp.pad(new.margin, [(0, 0), (0, more)], constant_values=NEVER_EVICTED)
+    names = ('length', 'generated', 'evicted', 'shift', 'recent')
+    return dataclasses.replace(
+      self,
+      k=put_layers(self.k, new.k, lies, lies.keys, more, at),
+      v=put_layers(self.v, new.v, lies, lies.values, more, at),
+      margin=put(self.margin, margin, at),
+      first=put(self.first, new.first, at, slice(None)),
+      candidates=jax.tree.map(lambda old, rows: put(old, rows, at), self.candidates, new.candidates),
+      **{name: put(getattr(self, name), getattr(new, name), at) for name in names},
+    )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +143,21 @@ class Left:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """One `StageCache` per stack of layers, stage by stage, and int32[B] `position`: tokens seen so far, where the next token stands.
+  """One `StageCache`, or `PrunedCache`, per stack of layers, stage by stage; int32[B] `position`: where the next token stands.
 
   `gate` is what a gate with a memory knows of the rows (`methods.gate.GateState`), None in runs without one;
   `left` where they left, None in runs without exits. Where all left earlier the last stages may be missing.
   """
 
-  stages: tuple[StageCache, ...]
+  stages: tuple[Any, ...]
   position: jax.Array
   gate: Any = None
   left: Left | None = None
+
+  @property
+  def evicted(self) -> jax.Array:
+    """int32[B], given up where a cache was full: generated tokens, which gated stages share; of pruned layers the sum."""
+    return self.stages[-1].evicted + sum(stage.evicted for stage in self.stages[:-1] if not stage.gated)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +196,7 @@ def with_room(k: jax.Array, v: jax.Array, room: int, arrangement: Arrangement) -
   """A layer's keys and values float[B, S, K, H] of a prompt, as its cache has them, with at least `room` more slots."""
   room += -(k.shape[1] + room) % arrangement.multiple
 
-  lie = lambda x, axes: each(lambda axes, x: _widened(x, axes, room), axes, lying(x, axes, arrangement))
+  lie = lambda x, axes: each(lambda axes, x: widened(x, axes, room), axes, lying(x, axes, arrangement))
   return lie(k, arrangement.keys), lie(v, arrangement.values)
 
 
@@ -204,34 +240,11 @@ def insert(cache: Cache, new: Cache, at: jax.Array) -> Cache:
 
   What was in those places is gone; slots that `new` does not have are beyond all write pointers.
   """
-
-  def put(old, rows, *before):
-    return None if old is None else old.at[*before, at].set(rows.astype(old.dtype), mode='drop', unique_indices=True)
-
-  def put_layers(old: Layers, rows: Layers, lies: Arrangement, axes: str, more: int) -> Layers:
-    if lies.apart:
-      layer = lambda axes, a, b: put(a, _widened(b, axes, more))
-      return tuple(each(layer, axes, a, b) for a, b in zip(old, rows, strict=True))
-    return each(lambda axes, a, b: put(a, _widened(b, axes, more), _layers(a, lies.flat, 1)), axes, old, rows)
-
-  def put_stage(old: StageCache, rows: StageCache) -> StageCache:
-    lies, more = old.arrangement, old.slots - rows.slots
-    margin = jnp.pad(rows.margin, [(0, 0), (0, more)], constant_values=NEVER_EVICTED)
-    names = ('length', 'generated', 'evicted', 'shift', 'recent')
-    return dataclasses.replace(
-      old,
-      k=put_layers(old.k, rows.k, lies, lies.keys, more),
-      v=put_layers(old.v, rows.v, lies, lies.values, more),
-      margin=put(old.margin, margin),
-      first=put(old.first, rows.first, slice(None)),
-      candidates=jax.tree.map(put, old.candidates, rows.candidates),
-      **{name: put(getattr(old, name), getattr(rows, name)) for name in names},
-    )
-
-  stages = tuple(put_stage(old, rows) for old, rows in zip(cache.stages, new.stages))
-  return Cache(
-    stages, put(cache.position, new.position), jax.tree.map(put, cache.gate, new.gate), jax.tree.map(put, cache.left, new.left)
+  stages = tuple(old.with_rows(rows, at) for old, rows in zip(cache.stages, new.stages))
+  gate, left = (
+    jax.tree.map(lambda old, rows: put(old, rows, at), *pair) for pair in ((cache.gate, new.gate), (cache.left, new.left))
   )
+  return Cache(stages, put(cache.position, new.position, at), gate, left)
 
 
 def stacked(cache: StageCache, kv_heads: int) -> StageCache:
@@ -262,8 +275,7 @@ def read_for(cache: StageCache, hidden: jax.Array) -> StageCache:
   """
   if not cache.arrangement.apart:
     return cache
-  bits = jax.lax.bitcast_convert_type(hidden[:, 0, 0].astype(jnp.float32), jnp.uint32)
-  return dataclasses.replace(cache, length=jnp.minimum(cache.length, (bits >> 1 | 2**30).astype(jnp.int32)))
+  return dataclasses.replace(cache, length=jnp.minimum(cache.length, not_before(hidden)))
 
 
 def append_chunk(cache: StageCache, k: Layers, v: Layers, count: jax.Array, keep: jax.Array | None = None) -> StageCache:
@@ -280,7 +292,7 @@ def append_chunk(cache: StageCache, k: Layers, v: Layers, count: jax.Array, keep
   place = cache.length[:, None] + jnp.cumsum(written, axis=1, dtype=jnp.int32) - 1
   slot = jnp.where(written, place, beyond)
   length = cache.length + written.sum(-1, dtype=jnp.int32)
-  return dataclasses.replace(cache, **_written(cache, k, v, slot), length=length)
+  return dataclasses.replace(cache, **written(cache, k, v, slot), length=length)
 
 
 def append_judged(
@@ -316,7 +328,7 @@ def append_judged(
   grows = (keep & ~full).astype(jnp.int32)
   return dataclasses.replace(
     cache,
-    **_written(cache, k, v, slot[:, None]),
+    **written(cache, k, v, slot[:, None]),
     margin=cache.margin.at[rows, jnp.where(stays, slot, nowhere)].set(margin, mode='drop'),
     length=cache.length + grows,
     generated=cache.generated + grows,
@@ -337,64 +349,10 @@ def _append_later_judged(cache, k, v, keep, margin, active, number) -> StageCach
   grows = (stays & ~full).astype(jnp.int32)
   return dataclasses.replace(
     cache,
-    **_written(cache, k, v, slot[:, None]),
+    **written(cache, k, v, slot[:, None]),
     margin=margins.at[rows, slot].set(NEVER_EVICTED, mode='drop'),
     length=cache.length + grows,
     generated=cache.generated + grows,
     evicted=cache.evicted + full.astype(jnp.int32),
     recent=cache.recent.at[rows, jnp.where(active, place, window)].set(slot, mode='drop'),
   )
-
-
-def _written(cache: StageCache, k: Layers, v: Layers, slot: jax.Array) -> dict[str, Layers]:
-  """New keys and values, of each layer float[B, T, K, H], in the slots int32[B, T]; slots beyond the end are dropped."""
-  lies, rows = cache.arrangement, jnp.arange(slot.shape[0])[:, None]
-
-  def put(axes: str, old: jax.Array, new: jax.Array) -> jax.Array:
-    place = tuple({'b': rows, 'c': slot}.get(axis, slice(None)) for axis in axes)
-    if not lies.apart:  # one scatter for all layers
-      place = _layers(old, lies.flat or axes == SCALE_AXES, 2), *place
-      new = new.reshape(*new.shape[:3], -1) if 'x' in axes else new
-    return old.at[place].set(new.astype(old.dtype), mode='drop', unique_indices=True)
-
-  def write(held: Layers, new: Layers, axes: str) -> Layers:
-    made = quantised if lies.int8 else lambda x: x
-    if lies.apart:
-      return tuple(each(put, axes, a, made(b)) for a, b in zip(held, new, strict=True))
-    return each(put, axes, held, made(new))
-
-  return {'k': write(cache.k, k, lies.keys), 'v': write(cache.v, v, lies.values)}
-
-
-def _layers(held: jax.Array, named: bool, behind: int) -> slice | jax.Array:
-  """All layers of a stack, as an index with `behind` more axes of indices.
-
-  Where heads are flat each layer is named: with layers in the window XLA's TPU compiler transposes the whole cache to write to it.
-  """
-  return jnp.arange(len(held)).reshape(-1, *[1] * behind) if named else slice(None)
-
-
-def each(function: Callable[..., jax.Array], axes: str, *held: Held) -> Held:
-  """`function(axes, *arrays)` of arrays, or of the values and of the scales of such as are held as int8."""
-  if not isinstance(held[0], Int8):
-    return function(axes, *held)
-  return Int8(function(axes, *(x.values for x in held)), function(SCALE_AXES, *(x.scale for x in held)))
-
-
-def lying(x: jax.Array, axes: str, lies: Arrangement) -> Held:
-  """A layer's keys or values float[B, C, K, H] as they are held."""
-  order = lambda axes, x: x.reshape(*x.shape[:2], -1) if 'x' in axes else x.transpose(['bckh'.index(a) for a in axes])
-  return each(order, axes, quantised(x) if lies.int8 else x)
-
-
-def standing(held: Held, axes: str, kv_heads: int) -> jax.Array:
-  """The inverse of `lying`, also of stacked layers where they are not apart; of int8 what it stands for, in float32."""
-  heads = lambda axes, x: x.reshape(*x.shape[:-1], kv_heads, -1) if 'x' in axes else x
-  axes, held = axes.replace('x', 'kh'), each(heads, axes, held)
-  plain = restored(held, axes)
-  return plain if axes == STACKED.keys else plain.transpose([axes.index(a) for a in STACKED.keys])
-
-
-def _widened(x: jax.Array, axes: str, more: int) -> jax.Array:
-  """With so many more slots; its last axes are `axes`."""
-  return jnp.pad(x, [(0, 0)] * (x.ndim - len(axes)) + [(0, more * (a == 'c')) for a in axes])

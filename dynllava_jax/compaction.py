@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax import cache as kv
+from dynllava_jax.cached_arrays import Held, each, lying, standing
 from dynllava_jax.config import LlamaConfig
 from dynllava_jax.ops.rope import apply_rope, rope_angles
+from dynllava_jax.pruned_cache import PrunedCache
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +38,8 @@ class Survivors:
 def why_not(cache: kv.Cache) -> str:
   """Why a cache cannot be compacted, '' if it can: every slot of a stage must hold the same token in all its layers."""
   for stage in cache.stages:
+    if isinstance(stage, PrunedCache):
+      return 'each layer holds other tokens'
     if stage.first is not None:
       return 'a compressor keeps other tokens in each layer'
     if stage.candidates is not None:
@@ -54,15 +58,15 @@ def compacted(cache: kv.Cache, survivors: Survivors, cfg: LlamaConfig) -> kv.Cac
 def _compacted(stage: kv.StageCache, slots: jax.Array, length: jax.Array, moved: jax.Array, cfg: LlamaConfig) -> kv.StageCache:
   angles = rope_angles(moved, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
 
-  def moved_on(keys: kv.Held, axes: str) -> kv.Held:
-    return kv.lying(apply_rope(kv.standing(keys, axes, cfg.num_kv_heads), *angles), axes, stage.arrangement)
+  def moved_on(keys: Held, axes: str) -> Held:
+    return lying(apply_rope(standing(keys, axes, cfg.num_kv_heads), *angles), axes, stage.arrangement)
 
   def gathered(axes: str, layer: jax.Array) -> jax.Array:
     index = slots.reshape([slots.shape['bc'.index(a)] if a in 'bc' else 1 for a in axes])
     return jnp.take_along_axis(layer, index, axes.index('c'), mode='clip')
 
   def of_layers(held: Any, axes: str, is_key: bool) -> Any:
-    kept = lambda layer: kv.each(gathered, axes, layer)
+    kept = lambda layer: each(gathered, axes, layer)
     one = lambda layer: moved_on(kept(layer), axes) if is_key else kept(layer)
     return tuple(map(one, held)) if isinstance(held, tuple) else jax.lax.map(one, held)
 

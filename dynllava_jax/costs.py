@@ -8,6 +8,7 @@ Two conventions of FLOPs, both stated wherever they are printed:
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from dynllava_jax import cache as kv
@@ -146,15 +147,18 @@ def sample_flops(
       total += layer_flops(model, prompt - waiting, seen * (seen + 1) / 2 - keys, rows, model.llama.has_experts(layer))
       total += 2 * image_tokens * model.llama.hidden_size if waiting else 0.0  # its router
       total += compressor.flops(model.llama, text_tokens, image_tokens, settings) if compressor else 0.0
+      total += kind.voting.flops(model, prompt, prompt * (prompt - 1) / 2, options) if kind.voting else 0.0
     reached = image_tokens
     cached = sum(stage_slots(model, stage, end, text_tokens, image_tokens)) / layers + unmerged
     if stage.revisit and image:
       cached -= image_tokens - methods.seen_image_tokens((stage,), methods.num_image_tokens(model, reducer))
       total += len(kept) * revisit_flops(model, stage, image_tokens)
-    held = 0
+    held, most = 0, most_held(stage)
     for keep, depth in zip(kept, depths[1:]):
+      seen = min(cached + held, most)  # of layers that vote the most that it can be
       if depth > stage.start:
-        total += sum(layer_flops(model, 1, cached + held + 1, experts=of) * number for of, number in kinds.items())
+        total += sum(layer_flops(model, 1, seen + 1, experts=of) * number for of, number in kinds.items())
+        total += layers * kind.voting.flops(model, 1, seen, options) if kind.voting else 0.0
       else:  # keys and values alone
         total += layers * 4 * model.llama.hidden_size * model.llama.head_dim * model.llama.num_kv_heads
       held = min(held + (1 if keep or not gated else 0), budget)
@@ -180,6 +184,12 @@ def number_bytes(model: ModelConfig, plain: int, int8: bool) -> float:
   return 1 + 4 / model.llama.head_dim if int8 else plain
 
 
+def most_held(stage: Stage) -> float:
+  """Tokens that a layer of the stage may hold, whatever comes; infinity if all."""
+  kind, options = methods.bound(stage.layers, 'layers', methods.LayerKind())
+  return (kind.voting.holds(options) if kind.voting else 0) or math.inf
+
+
 def cache_bytes(
   model: ModelConfig,
   stages: tuple[Stage, ...],
@@ -199,8 +209,11 @@ def cache_bytes(
       gate, budget_share = True, stage.text_keep_budget
     budget = kv.generated_budget(gate, budget_share, spec)
     most = max(methods.prompt_slots(stage, layer, llama.num_layers, *text_image) for layer in stack.layers)
-    slots = kv.capacity(most + unmerged, budget, gate, spec)
-    sizes.append(round(len(stack.layers) * slots * 2 * llama.num_kv_heads * llama.head_dim * bytes_per_number))
+    slots, numbers = kv.capacity(most + unmerged, budget, gate, spec), 2 * llama.num_kv_heads * llama.head_dim
+    kind, options = methods.bound(stage.layers, 'layers', methods.LayerKind())
+    if kind.voting:
+      slots, numbers = min(slots, most_held(stage)), numbers + kind.voting.numbers(model, options)
+    sizes.append(round(len(stack.layers) * slots * numbers * bytes_per_number))
   return sizes
 
 

@@ -159,8 +159,7 @@ class Generator:
     batch = arguments.check_turn(turn)
     arguments.check_chunk('chunk', chunk, ('count', count), batch, self.model.cfg)
     for stage in turn.cache.stages:
-      prompt_slots = stage.slots - stage.budget - stage.gated
-      room = prompt_slots - int((stage.length - stage.generated).max())
+      room = int(stage.later_room.min())
       if chunk.shape[1] > room:
         raise ValueError(
           f'the turn has {chunk.shape[1]} tokens, the cache has room for {room} more besides generated ones; raise later_tokens'
@@ -315,7 +314,7 @@ class Generator:
 
     end = jax.lax.while_loop(lambda s: (s['i'] < size - 1) & s['active'].any(), feed, state)
     told = [end[name] for name in ('tokens', 'length', 'kept', 'margin')]
-    return Generated(*told, kept_image, end['cache'].stages[-1].evicted, end['finite'], end['layers']), end['cache']
+    return Generated(*told, kept_image, end['cache'].evicted, end['finite'], end['layers']), end['cache']
 
   def _force_impl(self, params, logits, tokens, length, cache):
     def feed(state, step):
@@ -331,7 +330,7 @@ class Generator:
     (cache, logits), (log_prob, best, kept) = jax.lax.scan(feed, (cache, logits), steps)
     later = self.judged_later
     kept = jnp.concatenate([kept[later:], jnp.ones_like(kept[:later])])
-    return Forced(log_prob.T, best.T, kept.T, cache.stages[-1].evicted), Turn(cache, logits)
+    return Forced(log_prob.T, best.T, kept.T, cache.evicted), Turn(cache, logits)
 
   def _uncached_impl(self, params, prompt, pixels):
     image = self._apply(params, normalize(pixels, self.model.cfg.vision), prompt.question, method='reduce_images')

@@ -33,7 +33,8 @@ class Generated:
     margin: float32[B, T], keep minus drop logit behind it; +inf where nothing was judged.
     kept_image: tuple of int32[B, M], patches of the image tokens that entered each stage; of tokens that a reducer made the
       patch that each stands for, -1 for the class token. Empty for uncached decoding.
-    evicted: int32[B], kept tokens given up because a bounded cache was full.
+    evicted: int32[B], kept tokens given up because a bounded cache was full; of layers that prune their context tokens of any kind,
+      added up over the layers.
     layers: int32[B, T], decoder layers that each token was drawn behind; None in runs without exits.
     finite: bool[B], whether all logits that tokens were drawn from, and all margins, were numbers.
   """

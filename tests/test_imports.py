@@ -12,7 +12,7 @@ from conftest import ROOT
 ORDER = [
   ('config', 'presets', 'files', 'paths', 'locks', 'display', 'progress', 'remote', 'lease', 'workspace', 'hub', 'arrangement'),
   ('sharding', 'ops'),
-  ('cache',),
+  ('cache', 'cached_arrays', 'pruned_cache'),
   ('methods',),
   ('models',),
   ('arguments', 'buckets', 'compaction', 'compilation', 'conversation', 'costs', 'sampling'),
@@ -38,6 +38,7 @@ PROGRAMS = {
     'bench.py',
     'calibrate.py',
     'chat.py',
+    'held.py',
     'hello.py',
     'looked.py',
     'controller/__main__.py',

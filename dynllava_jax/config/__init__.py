@@ -4,7 +4,7 @@ A run is described by an ml-collections ConfigDict (see `configs/`); `from_confi
 of this package. Past it nothing sees a ConfigDict.
 """
 
-from dynllava_jax.config.added import ExitHeadConfig, MemoryConfig
+from dynllava_jax.config.added import ExitHeadConfig, MemoryConfig, PruningConfig
 from dynllava_jax.config.benchmark import BenchConfig
 from dynllava_jax.config.evaluation import PERPLEXITY, QUANTIZATIONS, EvalConfig, EvalRun, TrainEval
 from dynllava_jax.config.model import (
@@ -27,7 +27,14 @@ from dynllava_jax.config.model import (
   TokenPackerConfig,
   VisionConfig,
 )
-from dynllava_jax.config.objective import ExpertsTraining, Objective, PyramidTraining, RelevanceTraining, SparsityConfig
+from dynllava_jax.config.objective import (
+  ExpertsTraining,
+  Objective,
+  PruningTraining,
+  PyramidTraining,
+  RelevanceTraining,
+  SparsityConfig,
+)
 from dynllava_jax.config.parsing import ConfigError, Options, differences, first_difference, from_config_dict, to_dict
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, judges_instructions
 from dynllava_jax.config.training import DataConfig, LoraConfig, OptimizerConfig, TrainConfig
@@ -62,6 +69,8 @@ __all__ = [
   'Options',
   'Piece',
   'PredictorConfig',
+  'PruningConfig',
+  'PruningTraining',
   'PyramidConfig',
   'PyramidTraining',
   'RelevanceConfig',

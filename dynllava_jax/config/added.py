@@ -32,3 +32,19 @@ class MemoryConfig:
       self.targets and set(self.targets) <= set(known) and len(set(self.targets)) == len(self.targets),
       f'memory: targets are {list(self.targets)}, expected some of {", ".join(known)}, each once',
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruningConfig:
+  """Weights by which the rows of a decoder layer vote on what stands before them (`Stage.layers` 'dynamic_context_pruning').
+
+  Attributes:
+    dim: of interaction queries and keys.
+    bias: what is added to their products at first; the larger, the more is held.
+  """
+
+  dim: int = 64
+  bias: float = 2.0
+
+  def __post_init__(self):
+    require_positive(self, 'pruning: ', 'dim')

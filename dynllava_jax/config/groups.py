@@ -78,6 +78,12 @@ GROUPS: dict[str, Group] = {
   'exit_head': Group(field='exit_head', what='exit head', asked=lambda stages: any(s.exit for s in stages), rate='model'),
   'memory': Group(field='memory', what='memory tokens', asked=_by_reducer, trained=_always),
   'memory_adapter': Group(field='memory', what='memory tokens', asked=_by_reducer, trained=_always, layered=True),
+  'pruning': Group(
+    field='pruning',
+    what='weights by which layers vote on their context',
+    asked=lambda stages: any(s.layers is not None and s.layers.name == 'dynamic_context_pruning' for s in stages),
+    layered=True,
+  ),
   'relevance': Group(field='relevance', what='score of image tokens', asked=lambda stages: any(s.revisit for s in stages)),
 }
 

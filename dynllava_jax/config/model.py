@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 
-from dynllava_jax.config.added import ExitHeadConfig, MemoryConfig
+from dynllava_jax.config.added import ExitHeadConfig, MemoryConfig, PruningConfig
 from dynllava_jax.config.parsing import require, require_positive
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -321,6 +321,7 @@ class ModelConfig:
     routers: weights that let only some image tokens pass a layer; None if the model has none.
     memory: tokens that stand for an image, in runs with the reducer icae; None if the model has none.
     exit_head: what runs that leave early read their answers with; None if the model has none.
+    pruning: weights by which decoder layers vote on their context; None if the model has none.
   """
 
   vision: VisionConfig = VisionConfig()
@@ -334,6 +335,7 @@ class ModelConfig:
   dpn: PyramidConfig | None = None
   memory: MemoryConfig | None = None
   exit_head: ExitHeadConfig | None = None
+  pruning: PruningConfig | None = None
 
   def __post_init__(self):
     self.projector_depth  # raises on an unknown type

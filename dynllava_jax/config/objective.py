@@ -96,6 +96,28 @@ class ExpertsTraining:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PruningTraining:
+  """How layers learn to vote on their context (Dynamic Context Pruning; numbers of the authors' code).
+
+  Attributes:
+    gamma: weight of the share of tokens that are left.
+    alpha_start, alpha_end: how steep votes are at the first and at the last step: 1 for a sigmoid, generation is the limit.
+    dense_share: chance of a row to be trained without votes, so that the same weights also run dense (ours; the authors have none).
+  """
+
+  gamma: float = 0.3
+  alpha_start: float = 1.0
+  alpha_end: float = 8.0
+  dense_share: float = 0.0
+
+  def __post_init__(self):
+    require(self.gamma >= 0, f'pruning.gamma is {self.gamma}, expected 0 or more')
+    for name in ('alpha_start', 'alpha_end'):
+      require(getattr(self, name) >= 1, f'pruning.{name} is {getattr(self, name)}, expected 1 or more')
+    require(0 <= self.dense_share < 1, f'pruning.dense_share is {self.dense_share}, expected a share in [0, 1)')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
   """The settings of every method's part; of a run, the fields of `TrainConfig` that are called so."""
 
@@ -103,3 +125,4 @@ class Objective:
   relevance: RelevanceTraining = RelevanceTraining()
   dpn: PyramidTraining = PyramidTraining()
   experts: ExpertsTraining = ExpertsTraining()
+  pruning: PruningTraining = PruningTraining()

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dynllava_jax.config.evaluation import PERPLEXITY, RUN_NAME, TrainEval
 from dynllava_jax.config.groups import GROUPS, LLAVA, STORED_ALONG, groups_of, idle
 from dynllava_jax.config.model import ModelConfig
-from dynllava_jax.config.objective import ExpertsTraining, Objective, PyramidTraining, RelevanceTraining, SparsityConfig
+from dynllava_jax.config.objective import (
+  ExpertsTraining,
+  Objective,
+  PruningTraining,
+  PyramidTraining,
+  RelevanceTraining,
+  SparsityConfig,
+)
 from dynllava_jax.config.parsing import Path, require, require_positive, require_seed
 from dynllava_jax.config.run import DENSE, MeshConfig, Piece, Stage, check_stages, judges_instructions
 
@@ -179,6 +186,7 @@ class TrainConfig:
   relevance: RelevanceTraining = RelevanceTraining()
   dpn: PyramidTraining = PyramidTraining()
   experts: ExpertsTraining = ExpertsTraining()
+  pruning: PruningTraining = PruningTraining()
   mesh: MeshConfig = MeshConfig()
   init_from: Path = ''
   frozen: tuple[str, ...] = ()

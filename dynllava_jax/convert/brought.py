@@ -11,7 +11,7 @@ from dynllava_jax.config import ModelConfig, to_dict
 from dynllava_jax.config.groups import groups_of
 from dynllava_jax.convert.inputs import ConversionError
 
-KEYS = {'exit_head': 'dynllava_exit_head', 'memory': 'dynllava_memory'}  # by field of `ModelConfig`
+KEYS = {'exit_head': 'dynllava_exit_head', 'memory': 'dynllava_memory', 'pruning': 'dynllava_pruning'}  # by field of `ModelConfig`
 ELSEWHERE = ('predictor',)  # fields that a layout of its own has
 
 

@@ -12,6 +12,7 @@ from dynllava_jax.config import (
   ClipTextConfig,
   ConfigError,
   ModelConfig,
+  Piece,
   PredictorConfig,
   SparsityConfig,
   Stage,
@@ -117,6 +118,8 @@ def model_info(file: pathlib.Path, layout: Layout, config: dict[str, Any], visio
     model |= brought.described(config)
     if MOD_LAYERS in config:
       model['routers'], whole['stages'] = routers_and_stages(file, config, llama['num_layers'])
+    if 'pruning' in model:
+      whole['stages'] = (Stage(layers=Piece('dynamic_context_pruning')),)
     if not sparse:
       return CheckpointInfo(model=from_config_dict(ModelConfig, model, 'model'), **whole)
     width = sparse['d_model']

@@ -204,7 +204,15 @@ def llava_rules(cfg: ModelConfig) -> list[Rule]:
   rules += projector_rules(cfg) + (predictor_rules(cfg.predictor.instruct) if cfg.predictor else [])
   rules += memory_rules(cfg.memory) if cfg.memory else []
   rules += router_rules(cfg.routers) if cfg.routers else []
+  rules += pruning_rules() if cfg.pruning else []
   return rules + (pyramid_rules(cfg.dpn) if cfg.dpn else [])
+
+
+def pruning_rules() -> list[Rule]:
+  """Interaction weights of Dynamic Context Pruning, by its authors' names inside a LLaMA's attention."""
+  source, target = 'model.layers.#.self_attn', ('pruning', 'layers')
+  rules = [Rule(f'{source}.{name}_int.weight', (*target, name), LINEAR) for name in 'qk']
+  return [*rules, Rule(f'{source}.int_bias', (*target, 'bias'), COPY)]
 
 
 def pyramid_rules(pyramid: PyramidConfig) -> list[Rule]:

@@ -11,6 +11,7 @@ from dynllava_jax.config import ConfigError
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records import (
   compressors,
+  context_pruning,
   deer,
   depth,
   icae,
@@ -40,6 +41,7 @@ OF_METHODS = {
   depth.VIDEOLLM: depth.verify,
   depth.PMOD: depth.verify,
   pyramid.METHOD: pyramid.verify,
+  context_pruning.METHOD: context_pruning.verify,
   moe_llava.METHOD: moe_llava.verify,
   deer.METHOD: deer.verify,
   icae.METHOD: icae.verify,
@@ -58,6 +60,7 @@ LEFT = {
   'prumerge': ((r'\w*plus\w*/.*', "the authors' code takes a patch twice here, as one by attention and as one of the strided"),),
   pyramid.METHOD: ((r'ids|labels|image_features|\w+/prompt_ids|train/(gumbel|draws)', 'what was given'),),
   moe_llava.METHOD: ((r'unit_top\d/(logits|gumbel|uniform)|train/(ids|gumbel_\d+)|infer\d+/prompt', 'what was given'),),
+  context_pruning.METHOD: ((r'train/(ids|targets)|infer/prompt_\w+|llama/(prompt_len|train_targets)', 'what was given'),),
   instruct_predictor.METHOD: (
     (r'nocache/.*', "the authors' code without a cache judges by another predictor; compared with cached decoding instead"),
   ),

@@ -187,6 +187,7 @@ NO_BUDGET = {
   'dpn': 'has to be trained',
   'dpn_routed': 'is how dpn is trained',
   'dynamic': 'has to be trained',
+  'dynamic_context_pruning': 'has to be trained',
   'icae': 'has to be trained',
   'pmod': 'has to be trained',
   'redundancylens': 'removes no token; `rows` has it once',

@@ -13,6 +13,7 @@ from dynllava_jax.methods import (
   dpp,
   dymu,
   dynamic,
+  dynamic_context_pruning,
   everything,
   expected_attention,
   fastervlm,
@@ -65,6 +66,7 @@ from dynllava_jax.methods.base import (
 from dynllava_jax.methods.exits import Exit, check_exits, decided_per
 from dynllava_jax.methods.gate import Gate, check_gate
 from dynllava_jax.methods.routing import Routing, check_routing
+from dynllava_jax.methods.voting import check_voting
 
 REDUCERS: dict[str, Reducer] = {
   'cdpruner': cdpruner.REDUCER,
@@ -93,6 +95,7 @@ SELECTORS: dict[str, Selector] = {
 }
 LAYER_KINDS: dict[str, LayerKind] = {
   'pmod': pmod.LAYERS,
+  'dynamic_context_pruning': dynamic_context_pruning.LAYERS,
   'redundancylens': redundancylens.LAYERS,
   'videollm_mod': videollm_mod.LAYERS,
 }
@@ -271,17 +274,20 @@ def check_run(model: ModelConfig, stages: tuple[Stage, ...], reducer: Piece | No
     bound(stage.compressor, 'compressor')
     if kind.mlp is not None and any(map(model.llama.has_experts, range(stage.start, end))):
       raise ConfigError(f'{at}: {stage.layers.name} goes by the channels of an MLP, and this model has experts in its place')
-  check_gate(model, [s for s in stages if judges(s)], {s.start: bound(s.gate, 'gate')[0] for s in stages if s.gate})
+  judging = [s for s in stages if judges(s)]
+  check_gate(model, judging, {s.start: bound(s.gate, 'gate')[0] for s in stages if s.gate})
   for i, reached in enumerate(stage_image_tokens(stages, num_image_tokens(model, reducer))):
     ranks_next = i + 1 < len(stages) and selector_of(stages[i + 1])[0].attention == 'previous'
     if model.llama.experts and routing_of(stages[i])[0] is not None:
       raise ConfigError(f'stage at layer {stages[i].start}: {stages[i].layers.name} does not go together with layers of experts')
     check_routing(model, stages[i], *routing_of(stages[i]), range(stages[i].start, ends[i]), reached, ranks_next)
   check_exits(model, stages, [bound(s.exit, 'exit') for s in stages])
-  for stage, reached in zip(stages, stage_image_tokens(stages, num_image_tokens(model, reducer))):
+  num_image, unmerges = num_image_tokens(model, reducer), unmerged_tokens(model, reducer) > 0
+  votes = [bound(s.layers, 'layers', LayerKind())[0].voting is not None for s in stages]
+  check_voting(model, stages, votes, [selector_of(s)[0].attention for s in stages], judging, unmerges)
+  for stage, reached in zip(stages, stage_image_tokens(stages, num_image)):
     if stage.revisit is not None:
-      here = reached, num_image_tokens(model, reducer), unmerged_tokens(model, reducer) > 0
-      revisit.check_revisit(model, stage, *bound(stage.revisit, 'revisit'), *here)
+      revisit.check_revisit(model, stage, *bound(stage.revisit, 'revisit'), reached, num_image, unmerges)
 
 
 def judges(stage: Stage) -> bool:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dynllava_jax.config import LlamaConfig, ModelConfig, Piece, VisionConfig, from_config_dict
 from dynllava_jax.config.parsing import require
 from dynllava_jax.methods.routing import Routing
+from dynllava_jax.methods.voting import Voting
 from dynllava_jax.ops import layout
 
 
@@ -298,6 +299,7 @@ class LayerKind(Origin):
       details by name). None for the plain one.
     routing: which image tokens pass which layers, where a router lets only some; None lets all pass.
     training: as `Selector.training`; '' where training knows nothing of it.
+    voting: how its rows vote on what stands before them, in cached decoding too; None where they do not.
   """
 
   flags: Callable[[int, Any], dict[str, tuple[bool, ...]]] = lambda layers, options: {}
@@ -306,6 +308,7 @@ class LayerKind(Origin):
   routing: Routing | None = None
   training: str = ''
   saves: Callable[[LlamaConfig, int, int, Any], tuple[float, float]] = lambda llama, layer, image, options: (0.0, 0.0)
+  voting: Voting | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from dynllava_jax import cache as kv
-from dynllava_jax import methods
+from dynllava_jax import methods, pruned_cache
 from dynllava_jax.arrangement import STACKED, Arrangement
 from dynllava_jax.config import DENSE, ConfigError, ModelConfig, Objective, Piece, Stage, judges_instructions
 from dynllava_jax.config.groups import groups_of
 from dynllava_jax.methods.exits import decided_per
-from dynllava_jax.models import exiting, experts, gating, memory, reduction, revisiting, trained
+from dynllava_jax.models import exiting, experts, filling, gating, memory, reduction, revisiting, trained
 from dynllava_jax.models.batch import Prompt, StageTrace, TrainInputs, TrainOutput, instruct_start_of
 from dynllava_jax.models.clip import VisionTower, next_block
 from dynllava_jax.models.clip_text import with_question
@@ -140,23 +140,12 @@ class DynLlava(nn.Module):
       entry = state.x
       state, seen, details = self.reduce(i, state, prompt, attention, weights, answer_start=None)
       stream = state.x
-      gated, budget = self.gate(i)
-      room = kv.room_behind(gated, budget, spec)
+      room = kv.room_behind(*self.gate(i), spec)
       state, attention, outputs = self._run_stage(i, state, prompt, prompt.length, weights, room, **leaving.view())
       leaving.judge(i, state)
       kept = state.image_index, state.positions, state.rotary, state.length
       traces.append(StageTrace(entry, stream, *kept, seen, details, tuple(out.details for out in outputs), state.unmerged))
-      settings = dict(gated=gated, text_keep_budget=budget, spec=spec, arrangement=self.arrangement)
-      settings |= dict(window=gating.window(self, i))
-      for out in outputs:
-        length, shift, candidates = state.places, state.shift, None
-        if choosing := self.chooser_of(i):
-          rows = state.rows(prompt.image_start)
-          candidates = choosing.candidates(out.candidates, stream, state.rotary, rows)
-          length = length - jnp.where(candidates.present, rows.num_image, 0)
-        if out.length is not None:  # not all of the sequence
-          length, shift = out.length[0], shift if out.shift is None else out.shift[0] + (0 if shift is None else shift)
-        caches.append(kv.from_prompt(out.k, out.v, length, shift=shift, first=out.first, candidates=candidates, **settings))
+      caches += [filling.stage_cache(self, i, state, stream, out, prompt, spec) for out in outputs]
     x, left = leaving.end(state.x, state.length)
     return x, tuple(traces), kv.Cache(tuple(caches), prompt.length, judging, left)
 
@@ -206,10 +195,15 @@ class DynLlava(nn.Module):
       if judge and (choosing := self.chooser_of(i)):
         looked.append(choosing.look(x, rotary, stacks[0].candidates))
         view = dict(chosen=looked[-1], generated=jnp.ones(tokens.shape, bool) if choosing.each_layer else None)
+      if isinstance(stacks[0], pruned_cache.PrunedCache):
+        view = dict(count=count)
       x, outputs = self.run_layers(i, x, rotary, cache=stacks, **view, **leaving.view(i))
       leaving.judge(i, x)
       number = cache.gate and cache.gate.fed
       for old, out in zip(stacks, outputs):
+        if out.ballot is not None:
+          new.append(pruned_cache.append(old, x, out.k, out.v, out.ballot, cache.position, count, judge))
+          continue
         chunk = kv.read_for(old, x), out.k, out.v
         if judge:
           new.append(kv.append_judged(*chunk, keep, margin, leaving.caches(i, active), number))

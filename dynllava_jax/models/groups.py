@@ -90,6 +90,12 @@ def _router(cfg: ModelConfig) -> dict[str, Leaf]:
   return {'kernel': kernel} | ({'bias': Leaf(shape=(), axes=(), init=nn.initializers.zeros)} if cfg.routers.bias else {})
 
 
+def _interactions(cfg: ModelConfig) -> dict[str, Leaf]:
+  width, dim, bias = cfg.llama.hidden_size, cfg.pruning.dim, cfg.pruning.bias
+  linear = Leaf(shape=(width, dim), axes=('embed', None), init=nn.initializers.normal(width**-0.5))
+  return {'q': linear, 'k': linear, 'bias': Leaf(shape=(1,), axes=(None,), init=nn.initializers.constant(bias))}
+
+
 MODULES: dict[str, Brought] = {
   'image_predictor': Brought(make=lambda cfg, dtype: ImagePredictor(cfg.predictor, dtype), inputs=_image_rows),
   'text_predictor': Brought(make=lambda cfg, dtype: TextPredictor(cfg.predictor, dtype), inputs=_image_rows),
@@ -99,6 +105,7 @@ MODULES: dict[str, Brought] = {
   'exit_head': Brought(make=lambda cfg, dtype: ExitHead(cfg.llama, dtype), inputs=_image_rows, like=as_final_head),
   'memory': Brought(make=lambda cfg, dtype: MemoryTokens(cfg.memory, cfg.llama.hidden_size)),
   'memory_adapter': Brought(leaves=adapter_leaves),
+  'pruning': Brought(leaves=_interactions),
   'relevance': Brought(make=lambda cfg, dtype: Relevance(cfg.relevance, cfg.llama.hidden_size)),
 }
 

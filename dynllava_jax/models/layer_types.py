@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from dynllava_jax import cache as kv
 from dynllava_jax.methods import Rows
 from dynllava_jax.models.experts import Learning
+from dynllava_jax.ops.pruning import Ballot, Softness
 from dynllava_jax.ops.visibility import Visible
+from dynllava_jax.pruned_cache import Held
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +43,8 @@ class Context:
     visible: what of what stands before it each row sees, without a cache; None for all.
     target: float32[B, T, M], log-probabilities of image tokens whose distance from the attention to them is wanted; None if not.
     generated: bool[B, T], rows that are generated tokens, where each layer chooses what they see of the image; None otherwise.
+    count: int32[B], which of the new tokens are real, where they vote on what a cache holds; None otherwise.
+    softness: how votes are weighed in training; None in generation.
     candidates: image tokens beside the cache, and chosen: int32[B, k], those that are seen; None for all.
     learning: how experts are trained; None where they are only used.
     frozen: bool[B, T], rows that have left: their state stays as it is, and keys and values are made of it; None for none.
@@ -66,6 +70,8 @@ class Context:
   learning: Learning | None = None
   frozen: jax.Array | None = None
   keys_alone: bool = dataclasses.field(default=False, metadata={'static': True})
+  count: jax.Array | None = None
+  softness: Softness | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +88,7 @@ class LayerOutput:
     candidates: float[B, M, 2, K, H], image rows' keys and values where generated tokens choose among them, for which k and v are
       without them; None otherwise.
     details: what records look at, by name.
+    held: of a prompt whose rows vote, with `Context.room`; ballot: of new tokens that vote on a cache; None otherwise.
   """
 
   k: kv.Layers
@@ -92,6 +99,8 @@ class LayerOutput:
   attention: jax.Array | None = None
   details: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
   candidates: jax.Array | None = None
+  held: Held | None = None
+  ballot: Ballot | None = None
 
 
 def joined_outputs(parts: Sequence[LayerOutput]) -> LayerOutput:

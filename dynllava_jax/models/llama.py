@@ -19,7 +19,8 @@ from dynllava_jax import cache as kv
 from dynllava_jax import methods
 from dynllava_jax.arrangement import STACKED, Arrangement, part_name, parted_projections
 from dynllava_jax.config import LlamaConfig, Stage
-from dynllava_jax.methods import Depth, LayerKind, Observed, Rotation, Rows, revisit
+from dynllava_jax.methods import Depth, LayerKind, Observed, Rotation, Rows
+from dynllava_jax.models import own_view, voting
 from dynllava_jax.models.experts import NOISE, ExpertsMlp, Learning, router_init
 from dynllava_jax.models.layer_types import Context, LayerOutput, Queries, joined_outputs, stacked_outputs
 from dynllava_jax.models.layers import Dtype, batch_split, partitioned, scan_layers
@@ -29,6 +30,7 @@ from dynllava_jax.models.passing import QUOTA, Passing, quota_per_frame
 from dynllava_jax.models.stacks import Stack, scan_groups, stacks_of
 from dynllava_jax.ops import layout
 from dynllava_jax.ops.attention import attention_received, cached_attention, causal_attention, policy_attention
+from dynllava_jax.ops.pruning import Softness
 from dynllava_jax.ops.rope import apply_rope, rope_angles
 from dynllava_jax.ops.visibility import Visible, attention_distance, visible_attention
 
@@ -85,7 +87,7 @@ class Block(nn.Module):
     Args:
       x: float[B, T, D].
       context: see `Context`.
-      cache: this layer's (k, v), as `arrangement` has them, and int32[B] `StageCache.first`; None without one.
+      cache: this layer's part of `StageCache.per_layer`, or of a `PrunedCache`'s; None without one.
       flags: this layer's, by name: those of the stage's `LayerKind` and weights that it has, `LAST` and `LAYER`; None if nothing
         needs any.
 
@@ -95,32 +97,37 @@ class Block(nn.Module):
     cfg, rows = self.cfg, context.rows
     width, heads, head_dim = cfg.hidden_size, cfg.num_heads, cfg.head_dim
     kind, kind_options = methods.bound(self.stage.layers if rows else None, 'layers', default=LayerKind())
-    details, passing, whole = {}, None, x
+    details, passing, ballot, whole = {}, None, None, x
     if kind.routing is not None and kind.routing.layers(cfg.num_layers, kind_options)[self.layers[0]]:
       passing = Passing.of_layer(self.stage, self.layers, cfg.num_layers, x, rows, flags)
       x, context = passing.entered, passing.angles(context)
     with jax.named_scope('attention'):
       y = RMSNorm(cfg.rms_norm_eps, self.dtype, name='attention_norm')(x)
       unrotated, k, v = self._projected(y)
+      votes = voting.votes_of(self.stage, y, flags, rows is not None or cache is not None)
       if context.unmerged is not None:
         unrotated, k, v = (layout.gather_rows(a, context.unmerged) for a in (unrotated, k, v))
       q, k = apply_rope(unrotated, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
       if context.keys_alone:
         return x, LayerOutput(k, v)
       if cache is not None:
-        old_k, old_v, first = cache
+        old_k, old_v, first, *voted = cache
         beside = {}
+        if votes is not None:
+          beside, ballot = voting.over_cache(votes, voted, context)
         if context.candidates is not None:
-          image = self._image(q, context, flags[LAYER] - self.layers.start)
+          image = own_view.image_of(self.stage, q, context, flags[LAYER] - self.layers.start, self.num_image)
           beside = dict(image=image, image_seen=context.candidates.present)
         y = cached_attention(q, k, v, old_k, old_v, context.cache_length, first, self.arrangement, **beside)
       elif context.visible is not None:
         visible = context.visible
         if context.generated is not None:
-          visible = dataclasses.replace(visible, image=self._own_view(q, k, context))
+          visible = dataclasses.replace(visible, image=own_view.of_rows(self.stage, q, k, context, self.num_image))
         y = visible_attention(q, k, v, visible)
       elif context.policy is not None:
         y = policy_attention(q, k, v, context.policy)
+      elif votes is not None:
+        y, survival, details = voting.over_rows(q, k, v, votes, context)
       elif kind.attend is not None:
         y = kind.attend(q, k, v, rows, flags, kind_options)
       else:
@@ -160,7 +167,7 @@ class Block(nn.Module):
           lambda: image_attention(layout.gather_rows(q, context.queries.place), k, context.queries, rows),
           lambda: jnp.zeros((x.shape[0], heads, rows.num_image), jnp.float32),
         )
-    output = LayerOutput(k, v, attention=attention, details=details)
+    output = LayerOutput(k, v, attention=attention, details=details, ballot=ballot)
     if passing is not None:
       x, output = passing.leave(whole, x, output)
     if rows is not None and self.stage.compressor is not None:
@@ -175,7 +182,9 @@ class Block(nn.Module):
       split = lambda x: layout.split_rows(x, rows.image_start, rows.num_image)
       (k, image_k), (v, image_v) = split(k), split(v)
       output = dataclasses.replace(output, k=k, v=v, candidates=jnp.stack([image_k, image_v], 2))
-    if context.room:
+    if context.room and votes is not None:
+      output = voting.left_of_prompt(output, self.stage, votes, survival, context, self.arrangement)
+    elif context.room:
       held_k, held_v = kv.with_room(output.k, output.v, context.room, self.arrangement)
       output = dataclasses.replace(output, k=held_k, v=held_v)
     return batch_split(x if context.frozen is None else jnp.where(context.frozen[..., None], whole, x)), output
@@ -190,23 +199,6 @@ class Block(nn.Module):
     """float32[D, E]."""
     shape = self.cfg.hidden_size, self.cfg.experts.count
     return self.param('router', partitioned(router_init, 'embed', None), shape).astype(jnp.float32)
-
-  def _image(self, q: jax.Array, context: Context, layer: jax.Array) -> jax.Array:
-    """What is seen of the candidates in this layer of the stage: float[B, k, 2, K, H]; q float[B, T, N, H]."""
-    held, index = context.candidates, context.chosen
-    if context.generated is not None:
-      piece, options = methods.bound(self.stage.revisit, 'revisit')
-      keys = held.of_layer(None, layer)[:, :, 0]
-      index = revisit.choose(piece.score(q, keys, {}, None), options.count(self.num_image))[:, 0]
-    return held.of_layer(index, layer)
-
-  def _own_view(self, q: jax.Array, k: jax.Array, context: Context) -> jax.Array:
-    """bool[B, S, M], what each row sees of the image where this layer chooses for generated ones."""
-    piece, options = methods.bound(self.stage.revisit, 'revisit')
-    rows = context.rows
-    image_k = layout.split_rows(k, rows.image_start, rows.num_image)[1]
-    index = revisit.choose(piece.score(q, image_k, {}, None), options.count(self.num_image))
-    return revisit.seen(index, rows.num_image) | ~context.generated[..., None]
 
   def _projected(self, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normed float[B, T, D] -> queries float[B, T, N, H], keys and values float[B, T, K, H], not rotated."""
@@ -302,6 +294,8 @@ class Llama(nn.Module):
     learning: Learning | None = None,
     frozen: jax.Array | None = None,
     keys_alone: bool = False,
+    count: jax.Array | None = None,
+    softness: Softness | None = None,
   ) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
     """Runs the layers of one stage.
 
@@ -310,7 +304,7 @@ class Llama(nn.Module):
       x: float[B, T, D]; positions: int32[B, T], rotary positions; int32[B, N] with `unmerged`.
       policy: float[B, T] keep weight per key, for training.
       cache: of each of its stacks, for decoding; chosen: int32[B, k], what is seen of its candidates; None for all.
-      unmerged, visible, target, generated, learning, frozen, keys_alone: as in `Context`.
+      unmerged, visible, target, generated, learning, frozen, keys_alone, count, softness: as in `Context`.
       rows, queries, next_position, room: as in `Context`; with `rows` the layers are what the stage's pieces make of them, without
         they are plain.
       weights: by name, float[L, ...], what methods keep for each of these layers beside the blocks' own weights.
@@ -330,10 +324,11 @@ class Llama(nn.Module):
       flags[LAST] = jnp.arange(layers.start, layers.stop) == layers.stop - 1
     cos, sin = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
     shared = dict(rows=rows, queries=queries, room=room, unmerged=unmerged, visible=visible, generated=generated, target=target)
-    context = Context(cos, sin, policy, **shared, learning=learning, frozen=frozen, keys_alone=keys_alone)
+    shared |= dict(learning=learning, frozen=frozen, keys_alone=keys_alone, count=count, softness=softness)
+    context = Context(cos, sin, policy, **shared)
     held = None
     if cache is not None:
-      held = [(stack.k, stack.v, stack.first) for stack in cache]
+      held = [stack.per_layer for stack in cache]
       context = dataclasses.replace(context, candidates=cache[0].candidates, chosen=chosen)
       if cache[0].candidates is not None:
         flags[LAYER] = jnp.arange(layers.start, layers.stop)

@@ -3,7 +3,15 @@
 from dynllava_jax import methods
 from dynllava_jax.config import ModelConfig, Stage
 from dynllava_jax.methods.training import Training
-from dynllava_jax.models import trained_choices, trained_cuts, trained_exits, trained_experts, trained_masks, trained_routes
+from dynllava_jax.models import (
+  trained_choices,
+  trained_cuts,
+  trained_exits,
+  trained_experts,
+  trained_masks,
+  trained_routes,
+  trained_votes,
+)
 
 FORWARD: dict[str, Training] = {  # by `methods.trained_by`
   '': trained_cuts.DENSE,
@@ -12,6 +20,7 @@ FORWARD: dict[str, Training] = {  # by `methods.trained_by`
   'gathers': trained_cuts.TRAINING,
   'masks': trained_masks.TRAINING,
   'routes': trained_routes.TRAINING,
+  'votes': trained_votes.TRAINING,
 }
 
 

@@ -216,6 +216,8 @@ def cached_attention(
   arrangement: Arrangement = STACKED,
   image: jax.Array | None = None,
   image_seen: jax.Array | None = None,
+  seen: jax.Array | None = None,
+  among: jax.Array | None = None,
 ) -> jax.Array:
   """New tokens attend to the cache and, causally, to each other.
 
@@ -229,6 +231,8 @@ def cached_attention(
     cache_first: int32[B], but for the first `cache_first[b]`; None for none of them.
     image: float[B, M, 2, K, H], keys and values beside the cache; None for none.
     image_seen: bool[B], rows that see them.
+    seen: bool[B, T, C], slots that each new token sees, instead of those up to `cache_length`, and among: bool[B, T, T], what each
+      sees of the new ones; None for these.
 
   Returns:
     float[B, T, N, H].
@@ -236,12 +240,14 @@ def cached_attention(
   batch, length, heads, head_dim = q.shape
   (cache_k, scale_k), (cache_v, scale_v) = _parts(cache_k, q.dtype), _parts(cache_v, v.dtype)
   slots = cache_k.shape[arrangement.keys.index('c')]
-  real = jnp.arange(slots) < cache_length[:, None]
-  if cache_first is not None:
-    real = real & (jnp.arange(slots) >= cache_first[:, None])
+  if seen is None:
+    seen = (jnp.arange(slots) < cache_length[:, None])[:, None]
+    if cache_first is not None:
+      seen = seen & (jnp.arange(slots) >= cache_first[:, None, None])
   if arrangement.flat:
     if length == 1:
-      return _flat_cached_attention(q[:, 0], k[:, 0], v[:, 0], (cache_k, scale_k), (cache_v, scale_v), real)[:, None]
+      held = (cache_k, scale_k), (cache_v, scale_v)
+      return _flat_cached_attention(q[:, 0], k[:, 0], v[:, 0], *held, seen[:, 0])[:, None]
     cache_k, cache_v = (x.reshape(batch, slots, *k.shape[2:]) for x in (cache_k, cache_v))  # for many tokens worth a copy
   grouped = q.reshape(batch, length, k.shape[2], -1, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
   if arrangement.apart:  # `einsum` would give the cache as the first factor, and XLA's CPU compiler transpose it
@@ -252,9 +258,9 @@ def cached_attention(
     old = jnp.einsum('btkgh,bckh->bkgtc', grouped, cache_k, preferred_element_type=jnp.float32)
   if scale_k is not None:
     old *= scale_k[:, :, None, None]
-  old = jnp.where(real[:, None, None, None], old, -jnp.inf)
+  old = jnp.where(seen[:, None, None], old, -jnp.inf)
   new = jnp.einsum('btkgh,bskh->bkgts', grouped, k, preferred_element_type=jnp.float32)
-  new = jnp.where(jnp.tril(jnp.ones((length, length), bool)), new, -jnp.inf)
+  new = jnp.where(jnp.tril(jnp.ones((length, length), bool)) if among is None else among[:, None, None], new, -jnp.inf)
   parts = [old, new]
   if image is not None:
     beside = jnp.einsum('btkgh,bmkh->bkgtm', grouped, image[:, :, 0], preferred_element_type=jnp.float32)

@@ -92,7 +92,7 @@ class Metrics:
       if ticket.begun:
         image = model.num_image if prompt.image_start[0] >= 0 else 0
         text = int(prompt.length[0]) - image
-        total += sum(growth.slots(model.cfg, model.stages, text, image, len(kept), sum(kept) - ticket.evicted))
+        total += sum(growth.slots(model.cfg, model.stages, text, image, len(kept), max(0, sum(kept) - ticket.evicted)))
     return total
 
   def _room(self, engine: Engine) -> int:

@@ -93,7 +93,7 @@ class Chat:
   def cache_bytes(self) -> int:
     """Of the keys and values that the conversation holds, with all their room."""
     stages = self._running.turn.cache.stages if self._running else ()
-    return sum(x.nbytes for x in jax.tree.leaves([(s.k, s.v) for s in stages]))
+    return sum(x.nbytes for x in jax.tree.leaves([s.arrays for s in stages]))
 
   def _say(self, text: str, options: Options, steps: int = 0) -> Generator[str, None, Reply]:
     """Pieces of the answer; returns the reply. One token per dispatch where an answer may end that the model would go on with."""

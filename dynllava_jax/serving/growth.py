@@ -19,5 +19,5 @@ def slots(model: ModelConfig, stages: tuple[Stage, ...], text: int, image: int, 
       gated, share = True, stage.text_keep_budget
     most = cache.generated_budget(gated, share, cache.CacheSpec(max_new_tokens=max(generated, 1)))
     answer = min(kept, most) if gated else generated
-    out.append(sum(n + answer for n in costs.stage_slots(model, stage, end, text, image_tokens)))
+    out.append(sum(min(n + answer, costs.most_held(stage)) for n in costs.stage_slots(model, stage, end, text, image_tokens)))
   return out

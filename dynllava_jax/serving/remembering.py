@@ -67,14 +67,14 @@ class Remembering:
 
   def left(self, running: Running) -> int:
     """Text tokens of later turns that the cache has room for as it is."""
-    return min(s.slots - s.budget - int(s.gated) - int(s.length[0] - s.generated[0]) for s in running.turn.cache.stages)
+    return min(int(s.later_room[0]) for s in running.turn.cache.stages)
 
   def room(self, running: Running) -> int:
     """Text tokens that the cache has room for besides what is fixed and what will be generated, if all others leave."""
     sizes = []
     for stage, slots in zip(running.turn.cache.stages, self.memory.slots):
       fixed = sum(self.memory.tokens[i].turn == FIXED for i in slots)
-      sizes.append(stage.slots - stage.budget - int(stage.gated) - fixed)
+      sizes.append(stage.given_room - fixed)
     return min(sizes)
 
   def make_room(self, running: Running, budget: int, only: int | None = None, summary: str = '') -> Running:

@@ -81,7 +81,8 @@ class Reply:
     log_probs: natural logarithms of the model's probability of each, before temperature, penalty and filters.
     kept_image: patches of the image tokens that the last stage holds, as in `Generated.kept_image`; empty without image.
     kept: whether the gate kept each token that was fed back, which the last one never is.
-    evicted: kept tokens that were given up because a bounded cache was full.
+    evicted: kept tokens that were given up because a bounded cache was full; of layers that prune their context tokens of any kind,
+      added up over the layers.
     finish: 'end', 'length', 'stop', 'cancelled' or 'timed out'.
     timings: seconds.
     rung: that a ladder chose, '' without one.
@@ -100,4 +101,4 @@ class Reply:
   @property
   def kept_generated(self) -> int:
     """Generated tokens whose keys and values the gated stages held at the end."""
-    return sum(self.kept) - self.evicted
+    return max(0, sum(self.kept) - self.evicted)

@@ -177,7 +177,7 @@ class Stepper:
         count=out.count + active,
         log_prob=here(out.log_prob, log_prob),
         kept=here(out.kept, judgement.keep | ~goes_on),
-        evicted=here(out.evicted, after.cache.stages[-1].evicted),
+        evicted=here(out.evicted, after.cache.evicted),
         finite=out.finite & (numbers | ~active),
         active=goes_on,
       )

@@ -175,7 +175,7 @@ class Batch:
         sizes = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
         self.memory[part] = sizes
     turn, _ = self._prefill()
-    self.kv_bytes = sum(x.nbytes for s in turn.cache.stages for x in jax.tree.leaves((s.k, s.v)))
+    self.kv_bytes = sum(x.nbytes for s in turn.cache.stages for x in jax.tree.leaves(s.arrays))
     answers = self._decode(turn)
     self.kept = float(np.asarray(answers[0].kept)[:, :-1].mean())
     self._engine = None

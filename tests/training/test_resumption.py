@@ -29,6 +29,7 @@ DENSE = {
     'predictor': {'d_model': 16, 'num_heads': 2, 'num_layers': 1, 'mlp_dim': 16, 'instruct': True},
     'clip_text': {'vocab_size': 32, 'hidden_size': 16, 'mlp_dim': 16, 'num_layers': 2, 'num_heads': 2, 'end_id': 3},
     'relevance': {'width': 16},
+    'pruning': {'dim': 16},
   },
   'reducer': {'name': 'fastervlm'},
   'init_from': 'base',

@@ -7,9 +7,7 @@ with a text-only row and a longer one, which may take another.
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from dynllava_jax.cache import CacheSpec
@@ -18,14 +16,12 @@ from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, load_case, token_ids
 from dynllava_jax.convert.records.bases import Record
 from dynllava_jax.convert.records.decoded import Asked
+from dynllava_jax.convert.records.decoder import params_of
 from dynllava_jax.convert.records.described import NUMBER, WHOLE, WHOLES, every
 from dynllava_jax.convert.records.pyramid_training import verify_training
 from dynllava_jax.convert.records.runs import Answer, Runner, neighbours
 from dynllava_jax.convert.records.training import output
-from dynllava_jax.convert.tables import llava_rules
 from dynllava_jax.methods import dpn
-from dynllava_jax.models.params import abstract_params
-from dynllava_jax.sharding import unboxed
 
 METHOD = 'Dynamic Pyramid Network (arXiv 2503.20322)'
 PATCH = 14  # of the tower that is not there
@@ -41,7 +37,7 @@ class Routed:
   def __init__(self, record: Record):
     self.model = model_of(record)
     self.cfg = self.model.dpn
-    self.params = params_of(record, self.model)
+    self.params = params_of(record, self.model, ('llama', 'dpn'), load_case(record.folder / 'weights.npz'))
     self._runners: dict[tuple[int, ...], Runner] = {}
 
   def runner(self, route: tuple[int, ...]) -> Runner:
@@ -98,31 +94,6 @@ def model_of(record: Record) -> ModelConfig:
     return ModelConfig(vision=vision, llama=llama, dpn=pyramid)
   except (ConfigError, TypeError, ValueError) as e:
     raise ConversionError(f'{record.folder}/meta.json: config: {e}') from None
-
-
-def params_of(record: Record, model: ModelConfig) -> dict[str, Any]:
-  """Decoder and routers of `weights.npz`; ConversionError if one is missing, left over or of another shape."""
-  weights = load_case(record.folder / 'weights.npz')
-  shapes, params, filled = unboxed(abstract_params(model)), {}, set()
-  for rule in (rule for rule in llava_rules(model) if rule.path[0] in ('llama', 'dpn')):
-    leaf = shapes
-    for step in rule.path:
-      leaf = leaf[step]
-    value = np.zeros(leaf.shape, np.float32)
-    for key, index in rule.keys(leaf.shape[0]):
-      wanted = rule.transform.torch_shape(leaf.shape[rule.slot_axes :])
-      if key not in weights or weights[key].shape != wanted:
-        held = weights[key].shape if key in weights else 'missing'
-        raise ConversionError(f'{record.folder}/weights.npz: {key} is {held}, expected shape {wanted}')
-      value[index] = rule.transform.apply(weights[key], leaf.shape[rule.slot_axes :])
-      filled.add(key)
-    group = params
-    for step in rule.path[:-1]:
-      group = group.setdefault(step, {})
-    group[rule.path[-1]] = jnp.asarray(value)
-  if strange := weights.keys() - filled:
-    raise ConversionError(f'{record.folder}/weights.npz: {min(strange)} is no tensor of this model')
-  return params
 
 
 def verify(record: Record, alone: bool = True) -> Iterator[Quantity]:
