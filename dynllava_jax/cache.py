@@ -286,12 +286,12 @@ def append_chunk(cache: StageCache, k: Layers, v: Layers, count: jax.Array, keep
   """
   steps = jnp.arange(k[0].shape[1])
   beyond = cache.slots + steps  # distinct, as the scatter promises unique indices
-  written = steps < count[:, None]
+  stays = steps < count[:, None]
   if keep is not None:
-    written &= keep
-  place = cache.length[:, None] + jnp.cumsum(written, axis=1, dtype=jnp.int32) - 1
-  slot = jnp.where(written, place, beyond)
-  length = cache.length + written.sum(-1, dtype=jnp.int32)
+    stays &= keep
+  place = cache.length[:, None] + jnp.cumsum(stays, axis=1, dtype=jnp.int32) - 1
+  slot = jnp.where(stays, place, beyond)
+  length = cache.length + stays.sum(-1, dtype=jnp.int32)
   return dataclasses.replace(cache, **written(cache, k, v, slot), length=length)
 
 

@@ -67,6 +67,8 @@ NONE = {  # of settings that are None in the run above
   'model.llama.experts': {'layers': (0,)},
   'model.routers': {'method': 'pmod'},
   'model.dpn': {'layers': (1,), 'kernels': ((2,),)},
+  'model.memory': {'slots': 4},
+  'model.exit_head': {},
 }
 WORDS = ('float32', 'bfloat16', 'int8', 'linear', 'llama3', 'adamw', 'adafactor', 'all', 'block', 'pad', 'square')
 WORDS += ('error', 'skip', 'other', 'none', 'held', 'gumbel', 'mlp')
