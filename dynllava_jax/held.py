@@ -1,6 +1,6 @@
 """What each layer still holds of picture, question and answer, in a run whose layers prune their context: a table and a figure.
 
-    python -m dynllava_jax.held --checkpoint=runs/digits/pruning/checkpoints
+    python -m dynllava_jax.held --checkpoint=runs/digits/dynamic_context_pruning/checkpoints
 
 Digit scenes that the model has never seen are read row by row, with the stages that the checkpoint was trained with.
 """
