@@ -37,7 +37,7 @@ methods: setup
 	@test -d $(RUN)/dynamic/checkpoints || { echo "error: no checkpoint in $(RUN)/dynamic/checkpoints; run 'make demo' first"; exit 1; }
 	$(BIN)/python eval.py --config=configs/digits.py:methods --checkpoint=$(RUN)/dynamic/checkpoints --out=$(RUN)/methods
 
-TRAINED ?= videollm_mod pmod dpn moe_llava icae deer
+TRAINED ?= videollm_mod pmod dpn moe_llava icae deer dynamic_context_pruning
 
 trained: setup
 	@test -d $(RUN)/base/checkpoints || { echo "error: no checkpoint in $(RUN)/base/checkpoints; run 'make demo' first"; exit 1; }
