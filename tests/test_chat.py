@@ -7,11 +7,13 @@ import types
 import pytest
 from conftest import ROOT
 from PIL import Image
+from programs import program
 
-from dynllava_jax import api, chat
+from dynllava_jax import api
 from dynllava_jax.data.samples import DataError
 from dynllava_jax.display import Terminal
 
+chat = program('chat')
 EXAMPLE = ROOT / 'examples' / 'digits'
 
 

@@ -5,9 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import program
 
 from dynllava_jax import cache as kv
-from dynllava_jax import held
 from dynllava_jax.arrangement import APART, STACKED, TILED
 from dynllava_jax.ops.pruning import Ballot, Survival
 from dynllava_jax.pruned_cache import FREE, append, from_prompt, of_prompt
@@ -107,5 +107,6 @@ def test_room_for_all_gives_nothing_up():
 def test_shares_of_picture_question_and_answer():
   """An image of 4 at place 2 of a prompt of 10, then 5 tokens; slots in any order, some free."""
   position = np.asarray([12, FREE, 3, 0, 5, FREE, 14])
+  held = program('held')
   assert held.shares(position, 2, 4, 10, 15) == (0.5, 1 / 6, 0.4)
   assert np.isnan(held.shares(position, 2, 4, 10, 10)[2])

@@ -193,6 +193,13 @@ EVERY_DAY = (
 )
 
 
+def first_tokens(record, config, count):
+  """The arrays of a config, of so many decoded tokens."""
+  steps = {'tokens': count, 'logits': count, 'position': count - 1, 'cache_len': count}
+  cut = lambda key, array: array[: steps[key.rpartition('/')[2]]] if key.rpartition('/')[2] in steps else array
+  return {k: cut(k, v) for k, v in record.case.items() if k.startswith(config)}
+
+
 @pytest.mark.parametrize('wrong', [pytest.param(w, marks=() if w.startswith(EVERY_DAY) else slow) for w in WRONG])
 def test_a_wrong_build_fails(records, monkeypatch, wrong):
   name, change, array = WRONG[wrong]
@@ -200,8 +207,7 @@ def test_a_wrong_build_fails(records, monkeypatch, wrong):
   table = {'look_m': methods.COMPRESSORS, 'redundancylens': methods.LAYER_KINDS}.get(name, methods.SELECTORS)
   change(monkeypatch, table)
   record = records[name]
-  one_token = {k: v[:1] if k.endswith(('/tokens', '/logits')) else v for k, v in record.case.items()}
-  prefill = {k: v for k, v in one_token.items() if k.startswith(config) and not k.endswith(('/position', '/cache_len'))}
+  prefill = first_tokens(record, config, 1)
   record = dataclasses.replace(record, case=prefill)
   try:
     found = {q.name: q.ok for q in OF_METHODS[record.method](record, alone=False, only=[config])}
@@ -218,8 +224,7 @@ def test_decoding_at_the_conversations_position_fails(records, monkeypatch):
   monkeypatch.setattr(cache, 'rotary_positions', lambda stage, position: position)
   record = records['pyramiddrop']
   config = EVERYDAY['pyramiddrop']
-  short = {k: v[:3] if k.endswith(('/tokens', '/logits')) else v for k, v in record.case.items() if k.startswith(config)}
-  record = dataclasses.replace(record, case={k: v for k, v in short.items() if k.endswith(('/tokens', '/logits'))})
+  record = dataclasses.replace(record, case=first_tokens(record, config, 3))
   found = {q.name: q.ok for q in OF_METHODS[record.method](record, alone=False, only=[config])}
   assert not found[f'in a batch: {config}/b1/logits']
 

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from programs import program
 from test_invariants import CFG, NEW, ROWS, TEXT, batch
 
-from dynllava_jax import looked as looked_at
 from dynllava_jax import sharding
 from dynllava_jax.config import Piece, RelevanceConfig, Stage
 from dynllava_jax.generate import Generator
@@ -77,7 +77,7 @@ def test_what_a_word_looked_at_is_what_its_answer_was_made_with(gating_params):
   generator = Generator(CFG, RUNS['attention'], gating_params, max_new_tokens=NEW, eos_id=None)
   prompt, pixels = batch(ROWS[:1], numbers=[0])
   answer = jax.device_get(generator(prompt, pixels))
-  tokens, looked = looked_at.follow(generator, prompt, pixels, None)
+  tokens, looked = program('looked').follow(generator, prompt, pixels, None)
   np.testing.assert_array_equal(tokens, answer.tokens[0])
   _, kept = generator.start(prompt, pixels)
   assert len(looked) == NEW - 1
