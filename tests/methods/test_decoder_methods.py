@@ -194,10 +194,15 @@ EVERY_DAY = (
 
 
 def first_tokens(record, config, count):
-  """The arrays of a config, of so many decoded tokens."""
-  steps = {'tokens': count, 'logits': count, 'position': count - 1, 'cache_len': count}
-  cut = lambda key, array: array[: steps[key.rpartition('/')[2]]] if key.rpartition('/')[2] in steps else array
-  return {k: cut(k, v) for k, v in record.case.items() if k.startswith(config)}
+  """The arrays of a config, of so many decoded tokens; `cache_len` is of each token in some records, of each layer in others."""
+  left = {}
+  for key, array in record.case.items():
+    at, _, name = key.rpartition('/')
+    if key.startswith(config):
+      steps = len(record.case[f'{at}/tokens'])
+      cut = name in ('tokens', 'logits', 'position') or (name == 'cache_len' and len(array) == steps)
+      left[key] = array[: count - (name == 'position')] if cut else array
+  return left
 
 
 @pytest.mark.parametrize('wrong', [pytest.param(w, marks=() if w.startswith(EVERY_DAY) else slow) for w in WRONG])

@@ -127,7 +127,9 @@ class Runner:
       logits.append(last)
       length.append(self._slots_in_use(cache))
       left.append(cache.left)
-    stack = lambda x: np.stack([np.asarray(a) for a in x], 1) if x else np.zeros((len(asked), 0), np.int32)
+    stack = lambda x: (
+      np.stack([np.asarray(a) for a in x], 1) if x else np.zeros((len(asked), 0, self.model.cfg.llama.num_layers), np.int32)
+    )
     tokens, logits, position, length = map(stack, (tokens, logits, position, length))
     hidden, prefill_logits, traces, left = jax.device_get((hidden, prefill_logits, traces, left))
     left = None if left[0] is None else jax.tree.map(lambda *x: np.stack(x, 1), *left)
