@@ -216,8 +216,8 @@ def test_a_wrong_build_fails(records, monkeypatch, wrong):
   record = dataclasses.replace(record, case=prefill)
   try:
     found = {q.name: q.ok for q in OF_METHODS[record.method](record, alone=False, only=[config])}
-  except ConversionError as e:  # another number of tokens
-    assert 'has shape' in str(e)
+  except ConversionError as e:  # another number of tokens, or arrays of another layer than the recorded ones
+    assert 'has shape' in str(e) or ('before the layer' in wrong and "scores_0' is missing" in str(e))
     return
   assert not all(
     found[f'in a batch: {config}/{prompt}/{array}'] for prompt in ('b1', 'b1s') if f'{config}/{prompt}/{array}' in prefill
