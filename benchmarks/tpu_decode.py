@@ -18,6 +18,8 @@ import json
 import pathlib
 import sys
 
+import checkout  # noqa: F401
+
 from dynllava_jax.training import machines
 
 machines.pretend(machines.read('v5e:1x1', 'benchmarks'))  # before jax

@@ -58,6 +58,7 @@ LEFT = {
     (r'find/\w+|\w+/thresholds', 'how thresholds were found in batches; the schedule that they give a picture is run'),
   ),
   'prumerge': ((r'\w*plus\w*/.*', "the authors' code takes a patch twice here, as one by attention and as one of the strided"),),
+  depth.PMOD: ((r'train/(attention_mask|image_index)', 'what was given'),),
   pyramid.METHOD: ((r'ids|labels|image_features|\w+/prompt_ids|train/(gumbel|draws)', 'what was given'),),
   moe_llava.METHOD: ((r'unit_top\d/(logits|gumbel|uniform)|train/(ids|gumbel_\d+)|infer\d+/prompt', 'what was given'),),
   context_pruning.METHOD: ((r'train/(ids|targets)|infer/prompt_\w+|llama/(prompt_len|train_targets)', 'what was given'),),
@@ -95,7 +96,7 @@ def verify_method(record: Record) -> Iterator[Quantity]:
   """
   if record.method not in OF_METHODS:
     reason = REFUSED.get(record.method, f'known are {", ".join(sorted(OF_METHODS))}')
-    raise ConversionError(f'{record.described}: nothing here recomputes records of {record.method!r}; {reason}')
+    raise ConversionError(f'{record.described}: nothing here recomputes records of method {record.method!r}; {reason}')
   try:
     yield from OF_METHODS[record.method](record)
   except Mismatch as e:

@@ -324,7 +324,7 @@ def test_the_list_names_every_piece_with_its_options():
 @pytest.mark.parametrize(
   'change, message',
   [
-    (dict(method='fastervln'), "nothing here recomputes records of 'fastervln'; known are .*fastervlm"),
+    (dict(method='fastervln'), "nothing here recomputes records of method 'fastervln'; known are .*fastervlm"),
     (dict(method=3), 'meta.json: method is 3, expected a name'),
     (dict(hyper={}), 'meta.json: hyper/visual_token_num is missing'),
     (dict(base_model='nowhere'), "names 'nowhere', and there is no such folder beside the record; give .* with --bases"),

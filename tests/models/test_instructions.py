@@ -33,8 +33,8 @@ def test_every_recorded_quantity_agrees():
   """As `python -m dynllava_jax.methods --verify` does it: prefill, decoding, a later turn, text alone, a training step."""
   found, well, lines = verified('instruct_predictor')
   assert [str(q) for q in found if not q.ok] == [] and well
-  (left,) = [line for line in lines if line.startswith('not compared')]
-  assert all(name.startswith('nocache/') for name in left.partition(': ')[2].partition(' (')[0].split(', '))
+  left = [line.partition(': ')[2].partition(' (')[0] for line in lines if line.startswith('not compared')]
+  assert all(name.startswith('nocache/') for names in left for name in names.split(', '))
 
 
 class Built:
