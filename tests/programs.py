@@ -7,10 +7,18 @@ from absl import flags
 
 
 def program(name: str) -> ModuleType:
-  """`dynllava_jax.NAME` without its flags: programs have flags of the same names, and one process can define each once."""
-  before = set(flags.FLAGS)
-  module = importlib.import_module(f'dynllava_jax.{name}')
+  """`dynllava_jax.NAME`, its flags defined apart: programs have flags of the same names, and a process can have each once."""
+  others = _ours()
+  flags.FLAGS.remove_flag_values(others)
+  try:
+    return importlib.import_module(f'dynllava_jax.{name}')
+  finally:
+    flags.FLAGS.remove_flag_values(_ours())
+    for flag in others.values():
+      flags.FLAGS[flag.name] = flag
+
+
+def _ours() -> dict[str, flags.Flag]:
+  """The flags that there are besides absl's own."""
   by_module = flags.FLAGS.flags_by_module_dict()
-  own = {flag.name for where, defined in by_module.items() if where.startswith('dynllava_jax') for flag in defined}
-  flags.FLAGS.remove_flag_values(own - before)
-  return module
+  return {flag.name: flag for where, defined in by_module.items() if not where.startswith('absl') for flag in defined}
