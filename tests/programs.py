@@ -14,11 +14,12 @@ def program(name: str) -> ModuleType:
     return importlib.import_module(f'dynllava_jax.{name}')
   finally:
     flags.FLAGS.remove_flag_values(_ours())
-    for flag in others.values():
-      flags.FLAGS[flag.name] = flag
+    for name, flag in others.items():
+      flags.FLAGS[name] = flag
 
 
 def _ours() -> dict[str, flags.Flag]:
   """The flags that there are besides absl's own."""
   by_module = flags.FLAGS.flags_by_module_dict()
-  return {flag.name: flag for where, defined in by_module.items() if not where.startswith('absl') for flag in defined}
+  absl = {flag.name for where, defined in by_module.items() if where.startswith('absl') for flag in defined}
+  return {name: flags.FLAGS[name] for name in flags.FLAGS if name not in absl}
