@@ -5,7 +5,6 @@ takes a training step. Rows beside the recorded one must give what they give alo
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from dynllava_jax.cache import CacheSpec
 from dynllava_jax.config import (
   IGNORE,
   ConfigError,
-  LlamaConfig,
   ModelConfig,
   Objective,
   Piece,
@@ -31,7 +29,7 @@ from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records import pruning_gpt
 from dynllava_jax.convert.records.base import EXACT, LOGITS, LOSS, Quantity, compare, in_range, load_case
 from dynllava_jax.convert.records.bases import Record
-from dynllava_jax.convert.records.decoder import params_of
+from dynllava_jax.convert.records.decoder import llama_of, params_of
 from dynllava_jax.convert.records.described import NUMBER, WHOLE
 from dynllava_jax.convert.records.training import compare_gradients
 from dynllava_jax.losses import training_losses
@@ -57,20 +55,10 @@ def verify(record: Record) -> Iterator[Quantity]:
 
 def llama_model(record: Record) -> ModelConfig:
   """A model with the recorded decoder; the tower is there for the form. ConversionError if `llama_config` describes none."""
-  whole, number = (functools.partial(record.setting, 'llama_config', kind=kind) for kind in (WHOLE, NUMBER))
   try:
-    llama = LlamaConfig(
-      vocab_size=whole('vocab_size'),
-      hidden_size=whole('hidden_size'),
-      mlp_dim=whole('intermediate_size'),
-      num_layers=whole('num_hidden_layers'),
-      num_heads=whole('num_attention_heads'),
-      num_kv_heads=whole('num_key_value_heads', default=whole('num_attention_heads')),
-      rms_norm_eps=number('rms_norm_eps'),
-      rope_theta=float(number('rope_theta')),
-    )
+    llama = llama_of(record, 'llama_config')
     vision = VisionConfig(image_size=28, hidden_size=16, mlp_dim=16, num_layers=2, num_heads=2)
-    return ModelConfig(vision=vision, llama=llama, pruning=PruningConfig(dim=whole('int_dim')))
+    return ModelConfig(vision=vision, llama=llama, pruning=PruningConfig(dim=record.setting('llama_config', 'int_dim', kind=WHOLE)))
   except (ConfigError, TypeError, ValueError) as e:
     raise ConversionError(f'{record.described}: llama_config: {e}') from None
 

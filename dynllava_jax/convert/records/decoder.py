@@ -1,16 +1,46 @@
-"""A decoder that a record brings in its `weights.npz`: parameters of arrays by the converter's names."""
+"""A decoder that a record describes, and its parameters from `weights.npz`, arrays by the converter's names."""
 
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from dynllava_jax.config import ModelConfig
+from dynllava_jax.config import ConfigError, LlamaConfig, ModelConfig
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.bases import Record
+from dynllava_jax.convert.records.described import NUMBER, WHOLE
 from dynllava_jax.convert.tables import llava_rules
 from dynllava_jax.models.params import abstract_params
 from dynllava_jax.sharding import unboxed
+
+NAMES = {
+  'vocab_size': 'vocab_size',
+  'hidden_size': 'hidden_size',
+  'mlp_dim': 'intermediate_size',
+  'num_layers': 'num_hidden_layers',
+  'num_heads': 'num_attention_heads',
+  'num_kv_heads': 'num_key_value_heads',
+  'rms_norm_eps': 'rms_norm_eps',
+  'rope_theta': 'rope_theta',
+}
+MOST = 2**16  # numbers along an axis
+
+
+def llama_of(record: Record, entry: str) -> LlamaConfig:
+  """The decoder that an entry of `meta.json` describes as transformers does; ConversionError if it describes none."""
+  fields = {}
+  for ours, theirs in NAMES.items():
+    kind = NUMBER if ours in ('rms_norm_eps', 'rope_theta') else WHOLE
+    default = {'default': fields['num_heads']} if ours == 'num_kv_heads' else {}
+    fields[ours] = record.setting(entry, theirs, kind=kind, **default)
+  for name in ('rms_norm_eps', 'rope_theta'):
+    fields[name] = float(fields[name])
+  if max(fields['vocab_size'], fields['hidden_size'], fields['mlp_dim'], fields['num_layers']) > MOST:
+    raise ConversionError(f'{record.described}: {entry} is of a model far larger than a record holds, {fields}')
+  try:
+    return LlamaConfig(**fields)
+  except (ConfigError, TypeError, ValueError) as e:
+    raise ConversionError(f'{record.described}: {entry}: {e}') from None
 
 
 def params_of(record: Record, model: ModelConfig, groups: tuple[str, ...], weights: dict[str, np.ndarray]) -> dict[str, Any]:

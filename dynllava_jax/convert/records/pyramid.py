@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from dynllava_jax.cache import CacheSpec
-from dynllava_jax.config import ConfigError, LlamaConfig, ModelConfig, PyramidConfig, VisionConfig
+from dynllava_jax.config import ConfigError, ModelConfig, PyramidConfig, VisionConfig
 from dynllava_jax.convert.readers import ConversionError
 from dynllava_jax.convert.records.base import EXACT, LOGITS, Quantity, compare, load_case, token_ids
 from dynllava_jax.convert.records.bases import Record
 from dynllava_jax.convert.records.decoded import Asked
-from dynllava_jax.convert.records.decoder import params_of
+from dynllava_jax.convert.records.decoder import llama_of, params_of
 from dynllava_jax.convert.records.described import NUMBER, WHOLE, WHOLES, every
 from dynllava_jax.convert.records.pyramid_training import verify_training
 from dynllava_jax.convert.records.runs import Answer, Runner, neighbours
@@ -73,16 +73,7 @@ def model_of(record: Record) -> ModelConfig:
   whole, number = (functools.partial(record.setting, 'config', kind=kind) for kind in (WHOLE, NUMBER))
   lists = functools.partial(record.setting, 'config', kind=WHOLES)
   try:
-    llama = LlamaConfig(
-      vocab_size=whole('vocab_size'),
-      hidden_size=whole('hidden_size'),
-      mlp_dim=whole('intermediate_size'),
-      num_layers=whole('num_hidden_layers'),
-      num_heads=whole('num_attention_heads'),
-      num_kv_heads=whole('num_key_value_heads', default=whole('num_attention_heads')),
-      rms_norm_eps=number('rms_norm_eps'),
-      rope_theta=float(number('rope_theta')),
-    )
+    llama = llama_of(record, 'config')
     pyramid = PyramidConfig(
       layers=tuple(layer + 1 for layer in lists('pool_after_layers')),
       kernels=tuple(tuple(kernels) for kernels in record.setting('config', 'experts', kind=LISTS)),
